@@ -1,0 +1,43 @@
+"""selfkd: fused self-distillation losses for PyTorch, as one plain-C library.
+
+Every operator of the library is a function here (``selfkd.sd_dropout_kl``) and, in plain PyTorch, in
+:mod:`selfkd.reference`. Modules are in :mod:`selfkd.nn`. :mod:`selfkd.c` calls the library on NumPy arrays or any other
+DLPack producer and needs no PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from . import c
+from ._version import __version__
+from .library import library_path, set_isa, set_num_threads
+
+__all__ = ["__version__", "c", "library_path", "set_isa", "set_num_threads"]
+
+# The folder is the registry: a module named like an operator of the library brings that operator's function.
+_OPERATORS = sorted({path.stem for path in Path(__file__).parent.glob("*.py")} & set(c.operators()))
+
+
+def _load_torch_functions() -> None:
+    for name in _OPERATORS:
+        globals()[name] = getattr(importlib.import_module(f".{name}", __name__), name)
+    for name in ("nn", "reference"):
+        importlib.import_module(f".{name}", __name__)
+    __all__.extend(["nn", "reference", *_OPERATORS])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OPERATORS or name in ("nn", "reference"):
+        raise ImportError(f"selfkd.{name} needs PyTorch 2.8 or newer: pip install torch (selfkd.c works without)")
+    raise AttributeError(f"module 'selfkd' has no attribute {name!r}")
+
+
+try:
+    import torch as _torch  # noqa: F401 (only whether it is there)
+except ModuleNotFoundError:
+    pass
+else:
+    _load_torch_functions()

@@ -1,0 +1,5 @@
+"""``python -m selfkd``."""
+
+from .cli import main
+
+raise SystemExit(main())

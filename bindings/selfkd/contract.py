@@ -1,0 +1,230 @@
+"""The contracts of ``ops/*.h``, read from the library, and their rules in Python.
+
+The rules are those of ``ops/core/check.c``, with the same words: here they serve fake tensors (``torch.compile``) and
+turn the RuntimeError of an operator into the ValueError or TypeError of a Python function.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import library
+
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+_KNOWN = {"float16", "bfloat16", "float32", "float64", "bool", "uint8", "int8", "int16", "int32", "int64"}
+_KNOWN |= {"complex32", "complex64", "complex128"}
+_MAX_RANK = 8
+_NUMBERS: dict[str, Callable[[str], float | int | bool]] = {"REAL": float, "INT": int, "BOOL": lambda x: x != "0"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row of a contract: `shape` of LIKE names an input, `rule` of a number its range."""
+
+    kind: str
+    name: str
+    shape: str = ""
+    rule: str = ""
+    default: float | int | bool | None = None
+
+    @property
+    def is_input(self) -> bool:
+        return self.kind in ("IN", "OPT", "GRAD")
+
+    @property
+    def is_output(self) -> bool:
+        return self.kind in ("OUT", "LIKE")
+
+    @property
+    def is_number(self) -> bool:
+        return self.kind in _NUMBERS
+
+
+@dataclass(frozen=True)
+class Contract:
+    """An operator's arguments and results, in the order of its list."""
+
+    name: str
+    items: tuple[Item, ...]
+
+    def __getitem__(self, name: str) -> Item:
+        return next(item for item in self.items if item.name == name)
+
+    @functools.cached_property
+    def first(self) -> str:
+        """The tensor that gives dtype and device: the first FLOATING one."""
+        return next(item.name for item in self.items if item.rule == "FLOATING")
+
+    @functools.cached_property
+    def outputs(self) -> tuple[Item, ...]:
+        return tuple(item for item in self.items if item.is_output)
+
+    @functools.cached_property
+    def torch_arguments(self) -> tuple[str, ...]:
+        """Names of the PyTorch schema, where an OPT tensor is followed by ``has_<name>``."""
+        names: list[str] = []
+        for item in self.items:
+            if item.is_input or item.is_number:
+                names += [item.name, f"has_{item.name}"] if item.kind == "OPT" else [item.name]
+        return tuple(names)
+
+
+@functools.cache
+def contract(op: str) -> Contract:
+    """Read the contract of an operator from the library."""
+    items = []
+    for line in library.text("selfkd_describe", op.encode()).splitlines():
+        kind, name, *rest = (field.strip().strip('"') for field in line.split(","))
+        if kind in _NUMBERS:
+            items.append(Item(kind, name, rule=rest[0], default=_NUMBERS[kind](rest[1])))
+        elif kind == "LIKE":
+            items.append(Item(kind, name, shape=rest[0], rule="SAME"))
+        else:
+            items.append(Item(kind, name, shape=rest[0], rule=rest[-1]))
+    return Contract(op, tuple(items))
+
+
+@functools.cache
+def operators() -> tuple[str, ...]:
+    """The names of all operators, backward operators included."""
+    return tuple(library.text("selfkd_operators").splitlines())
+
+
+def reduction_code(op: str, reduction: str) -> int:
+    """The operator's code of a reduction."""
+    code = REDUCTIONS.get(reduction)
+    if code is None:
+        raise ValueError(f'{op}: reduction is "{reduction}", expected "none", "mean" or "sum"')
+    return code
+
+
+# ---- the rules ----
+
+
+def _dtype(tensor: Any) -> str:
+    name = str(tensor.dtype).removeprefix("torch.")
+    return name if name in _KNOWN else "an unsupported dtype"
+
+
+def _device(tensor: Any) -> str:
+    device = tensor.device
+    if str(device) == "cpu":  # NumPy's is a string
+        return "cpu"
+    return f"{device.type}:{device.index or 0}"
+
+
+def accumulator(dtype: str) -> str:
+    """Dtype of losses and weights for logits of `dtype`."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def number_rule(name: str, item: str, value: float, rule: str) -> None:
+    """Raise ValueError when a number is outside its range."""
+    expected = {
+        "POSITIVE": None if value > 0 and math.isfinite(value) else "a finite number > 0",
+        "NONNEGATIVE": None if value >= 0 and math.isfinite(value) else "a finite number >= 0",
+        "REDUCTION": None if 0 <= value <= 2 else "0 (none), 1 (mean) or 2 (sum)",
+    }.get(rule)
+    if expected:
+        raise ValueError(f"{name}: {item} is {value:g}, expected {expected}")
+
+
+class _Checker:
+    """Sizes seen so far in one call."""
+
+    def __init__(self, contract: Contract, tensors: Mapping[str, Any]) -> None:
+        self.contract, self.tensors = contract, tensors
+        self.sizes: dict[str, Any] = {}
+        self.trailing: Sequence[Any] | None = None
+
+    def dtype(self, item: Item, tensor: Any) -> None:
+        first = self.contract.first
+        found, like = _dtype(tensor), _dtype(self.tensors[first])
+        accepted = {
+            "FLOATING": ("float16", "bfloat16", "float32", "float64"),
+            "SAME": (like,),
+            "WEIGHT": (accumulator(like), "bool"),
+            "ACC": (accumulator(like),),
+            "F64": ("float64",),
+        }[item.rule]
+        if found not in accepted:
+            *most, last = accepted
+            words = f"{', '.join(most)} or {last}" if most else last
+            words += f" like {first}" if item.rule == "SAME" else ""
+            raise TypeError(f"{self.contract.name}: {item.name} has dtype {found}, expected {words}")
+
+    def device(self, item: Item, tensor: Any) -> None:
+        first = self.contract.first
+        found, expected = _device(tensor), _device(self.tensors[first])
+        if found != expected:
+            raise TypeError(f"{self.contract.name}: {item.name} is on {found}, expected {expected} like {first}")
+
+    def shape(self, item: Item, tensor: Any) -> None:
+        op, letters = self.contract.name, item.shape.removesuffix("*")
+        sizes, rank, expected, least = tensor.shape, tensor.ndim, len(letters), ""
+        if item.shape.endswith("*"):
+            if self.trailing is not None:
+                expected += len(self.trailing)
+            elif rank >= expected:
+                expected = rank
+            else:
+                least = "at least "
+        if rank == expected > _MAX_RANK:
+            expected, least = _MAX_RANK, "at most "
+        if rank != expected:
+            plural = "" if rank == 1 else "s"
+            raise ValueError(f"{op}: {item.name} has {rank} dimension{plural}, expected {least}{expected}")
+        for k, letter in enumerate(letters):
+            if letter == "C" and sizes[k] == 0:
+                raise ValueError(f"{op}: {item.name} has size 0 in dimension C, expected at least 1")
+            size = int(letter) if letter.isdigit() else self.sizes.setdefault(letter, sizes[k])
+            if sizes[k] != size:
+                where = k if letter.isdigit() else letter
+                raise ValueError(f"{op}: {item.name} has size {sizes[k]} in dimension {where}, expected {size}")
+        if item.shape.endswith("*"):
+            if self.trailing is None:
+                self.trailing = tuple(sizes[len(letters) :])
+            for k, size in enumerate(self.trailing, len(letters)):
+                if sizes[k] != size:
+                    raise ValueError(f"{op}: {item.name} has size {sizes[k]} in dimension {k}, expected {size}")
+
+    def tensor(self, item: Item) -> None:
+        tensor = self.tensors[item.name]
+        self.dtype(item, tensor)
+        self.device(item, tensor)
+        if not (item.kind == "GRAD" and tensor.ndim == 0):
+            self.shape(item, tensor)
+
+
+def check(contract: Contract, arguments: Mapping[str, Any]) -> _Checker:
+    """Apply the rules to the arguments of one call, by name; an absent OPT tensor is None or not there.
+
+    Raises
+    ------
+    TypeError
+        A dtype or device is not accepted.
+    ValueError
+        A shape, size or number is not accepted.
+    """
+    for item in contract.items:
+        if item.kind in ("IN", "GRAD") and arguments.get(item.name) is None:
+            raise TypeError(f"{contract.name}: {item.name} is missing")
+    checker = _Checker(contract, arguments)
+    checker.tensor(contract[contract.first])
+    for item in contract.items:
+        if item.is_input and item.name != contract.first and arguments.get(item.name) is not None:
+            checker.tensor(item)
+        elif item.is_number:
+            number_rule(contract.name, item.name, arguments[item.name], item.rule)
+    return checker
+
+
+def output_shape(item: Item, checker: _Checker) -> tuple[Any, ...]:
+    """Shape of an OUT item for arguments that passed :func:`check`."""
+    letters = item.shape.removesuffix("*")
+    sizes = tuple(int(letter) if letter.isdigit() else checker.sizes[letter] for letter in letters)
+    return sizes + (tuple(checker.trailing or ()) if item.shape.endswith("*") else ())

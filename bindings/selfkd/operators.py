@@ -1,0 +1,192 @@
+"""Registers what PyTorch needs of every operator: fake kernel, gradient, double backward. Names no operator.
+
+The gradient is derived from the contract of ``<op>_backward``: an argument named like an input or an output of the
+forward operator is that tensor, GRAD is the gradient of the result, and ``grad_<input>`` is what it returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any
+
+import torch
+
+from . import contract as contracts
+from . import library
+from .contract import Contract, contract
+
+_library: torch.library.Library | None = None
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def _registry() -> torch.library.Library:
+    """The library handle for fake kernels and gradients; made at first use, when PyTorch surely is loaded."""
+    global _library
+    if _library is None:
+        if not library.library().selfkd_register_torch():
+            raise ImportError(f"selfkd: {library.library_path()}: {library.text('selfkd_torch')}")
+        library.library().selfkd_release_autograd_guard()
+        _library = torch.library.Library("selfkd", "FRAGMENT")  # noqa: TOR901 (lives as long as the process)
+    return _library
+
+
+def by_name(of: Contract, values: tuple[Any, ...]) -> dict[str, Any]:
+    """The arguments of a PyTorch call by name; absent OPT tensors are None, the ``has_`` flags are gone."""
+    named = dict(zip(of.torch_arguments, values, strict=True))
+    for item in of.items:
+        if item.kind == "OPT" and not named.pop(f"has_{item.name}"):
+            named[item.name] = None
+    return named
+
+
+def _register_fake(of: Contract) -> None:
+    def fake(*values: Any) -> tuple[torch.Tensor, ...]:
+        named = by_name(of, values)
+        checker = contracts.check(of, named)
+        first = named[of.first]
+        acc = torch.float64 if first.dtype == torch.float64 else torch.float32
+        dtypes = {"ACC": acc, "F64": torch.float64, "SAME": first.dtype}
+        return tuple(
+            torch.empty_like(named[item.shape])
+            if item.kind == "LIKE"
+            else first.new_empty(contracts.output_shape(item, checker), dtype=dtypes[item.rule])
+            for item in of.outputs
+        )
+
+    torch.library.register_fake(f"selfkd::{of.name}", fake, lib=_registry())
+
+
+class _Plan:
+    """Where the arguments of a backward operator come from, worked out once from the two contracts."""
+
+    def __init__(self, forward: Contract) -> None:
+        self.forward = forward
+        backward = contract(f"{forward.name}_backward")
+        inputs = {name: k for k, name in enumerate(forward.torch_arguments)}
+        outputs = {item.name: k for k, item in enumerate(forward.outputs)}
+        tensors = [item.name for item in forward.items if item.is_input]
+        kept = [item.name for item in backward.items if item.kind == "IN" and item.name in outputs]
+        numbers = [name for name in inputs if name not in tensors]
+        grad = next(item.name for item in backward.items if item.kind == "GRAD")
+        self.inputs, self.tensors = inputs, tensors
+        self.live = [item.name.removeprefix("grad_") for item in backward.outputs]
+        self.targets = [inputs[name] for name in self.live]
+        self.get_tensors = itemgetter(*[inputs[name] for name in tensors])
+        self.get_kept = itemgetter(*[outputs[name] for name in kept], 0)  # one more, so that it gives a tuple
+        self.get_numbers = itemgetter(*[inputs[name] for name in numbers])
+        source = [grad, *tensors, *kept, *numbers]
+        self.get_backward = itemgetter(*[source.index(name) for name in backward.torch_arguments])
+        self.restore = [(source.index(name) - 1, name) for name in inputs]
+        self.rows = outputs.get("rows", 0)
+        self.reduction = inputs.get("reduction")
+
+    def result(self, values: Sequence[Any]) -> int:
+        """Position of the output that carries the gradient: rows where nothing is reduced, else the first."""
+        return self.rows if self.reduction is not None and values[self.reduction] == 0 else 0
+
+
+def _double_backward(
+    plan: _Plan, reference: Callable[..., torch.Tensor], ctx: Any, grad: torch.Tensor
+) -> list[torch.Tensor | None]:
+    """The gradient as a differentiable PyTorch graph."""
+    values = ctx.saved_tensors + ctx.numbers
+    named = by_name(plan.forward, tuple(values[k] for k, _ in plan.restore))
+    with torch.enable_grad():
+        for name in plan.live:  # an alias each: the same tensor may be given twice
+            named[name] = named[name].view_as(named[name])
+        if plan.reduction is not None:
+            named["reduction"] = list(contracts.REDUCTIONS)[named["reduction"]]
+        result = reference(**named)
+    wanted = [name for name in plan.live if ctx.needs_input_grad[plan.inputs[name] + 1]]
+    grads = torch.autograd.grad(result, [named[name] for name in wanted], grad, create_graph=True)
+    found = dict(zip(wanted, grads, strict=True))
+    return [found.get(name) for name in plan.live]
+
+
+def _gradient(plan: _Plan, reference: Callable[..., torch.Tensor]) -> type[torch.autograd.Function]:
+    """The autograd.Function of an operator: its backward operator, or autograd through `reference` for a graph of it."""
+    run = getattr(torch.ops.selfkd, plan.forward.name).default
+    run_backward = getattr(torch.ops.selfkd, f"{plan.forward.name}_backward").default
+    unused = (None,) * (len(plan.inputs) + 1)
+
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, whole: bool, *values: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
+            """All outputs of the operator if `whole`, else the result alone."""
+            with _below_autograd():
+                outputs = run(*values)
+            result = plan.result(values)
+            ctx.result = result if whole else 0
+            ctx.numbers = plan.get_numbers(values)
+            ctx.save_for_backward(*plan.get_tensors(values), *plan.get_kept(outputs)[:-1])
+            ctx.set_materialize_grads(False)
+            if not whole:
+                return outputs[result]  # type: ignore[no-any-return]
+            ctx.mark_non_differentiable(*outputs[:result], *outputs[result + 1 :])
+            return outputs  # type: ignore[no-any-return]
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+            grad = grads[ctx.result]
+            if grad is None:
+                return unused
+            if torch.is_grad_enabled():
+                found = _double_backward(plan, reference, ctx, grad)
+            else:
+                if grad.ndim > 2:
+                    grad = grad.contiguous()  # its trailing dimensions must merge
+                found = run_backward(*plan.get_backward((grad, *ctx.saved_tensors, *ctx.numbers)))
+            result = list(unused)
+            for k, tensor in zip(plan.targets, found, strict=True):
+                result[k + 1] = tensor
+            return tuple(result)
+
+    return type(plan.forward.name, (Gradient,), {})  # a backward node is named after its class
+
+
+def register(op: str, reference: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Register fake kernels and gradient of an operator, and return the function that calls it.
+
+    Parameters
+    ----------
+    op
+        Name of the operator; ``<op>_backward`` goes with it.
+    reference
+        The same loss in differentiable PyTorch, with the operator's argument names as keywords: used for double
+        backward.
+
+    Returns
+    -------
+    Callable
+        Takes the operator's arguments in the schema's order and returns its result: ``rows`` for reduction "none",
+        else the first output. Where the operator raises RuntimeError for an argument, this raises ValueError or
+        TypeError with the same sentence.
+    """
+    of = contract(op)
+    registry = _registry()
+    for name in (op, f"{op}_backward"):
+        _register_fake(contract(name))
+    plan = _Plan(of)
+    gradient = _gradient(plan, reference)
+    run = getattr(torch.ops.selfkd, op).default
+
+    def autograd(*values: Any) -> tuple[torch.Tensor, ...]:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*values):
+            return gradient.apply(True, *values)  # type: ignore[no-any-return]
+        with _below_autograd():
+            return run(*values)  # type: ignore[no-any-return]
+
+    registry.impl(op, autograd, "Autograd")
+
+    def call(*values: Any) -> torch.Tensor:
+        try:
+            # In eager mode straight to the gradient's node: half the dispatch of `run`, which the compiler needs.
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling() and torch._C._any_requires_grad(*values):
+                return gradient.apply(False, *values)  # type: ignore[no-any-return]
+            return run(*values)[plan.result(values)]  # type: ignore[no-any-return]
+        except RuntimeError:
+            contracts.check(of, by_name(of, values))
+            raise
+
+    return call

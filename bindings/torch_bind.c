@@ -1,0 +1,269 @@
+/* The one place that knows PyTorch: registers every operator of the catalogue and carries a call from PyTorch's stack
+ * to the core and back. It names no operator. Compiled with -fexceptions: an error leaves as a C++ exception that
+ * aoti_torch_check() throws, after every handle has been freed. */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <link.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "core/op.h"
+#include "torch_shim.h"
+
+static const int32_t TORCH_DTYPE[SK_DT_OTHER] = SK_TORCH_DTYPES;
+
+/* ---- a call ---- */
+
+typedef struct frame {
+    sk_call call;
+    AtenTensorHandle handle[SK_MAX_ITEMS]; /* owned */
+    sk_shape shape[SK_MAX_ITEMS];          /* of the outputs */
+} frame;
+
+static void free_handles(const frame *f) {
+    for (int i = 0; i < f->call.op->count; i++)
+        if (f->handle[i]) sk_torch.aoti_torch_delete_tensor_object(f->handle[i]);
+}
+
+/* Fills the descriptor of an input. Shape and strides stay PyTorch's. */
+static void describe(frame *f, int i) {
+    selfkd_tensor *const t = &f->call.tensor[i];
+    const AtenTensorHandle h = f->handle[i];
+    int64_t ndim = 0;
+    int32_t dtype = -1, device = -1;
+    sk_torch.aoti_torch_get_dim(h, &ndim);
+    sk_torch.aoti_torch_get_sizes(h, &t->shape);
+    sk_torch.aoti_torch_get_strides(h, &t->strides);
+    sk_torch.aoti_torch_get_dtype(h, &dtype);
+    sk_torch.aoti_torch_get_device_type(h, &device);
+    sk_torch.aoti_torch_get_device_index(h, &t->device.device_id);
+    sk_torch.aoti_torch_get_data_ptr(h, &t->data);
+    t->ndim = (int32_t)ndim;
+    t->device.device_type = device == SK_TORCH_CPU ? SELFKD_CPU : device == SK_TORCH_CUDA ? SELFKD_CUDA : -device;
+    for (int k = 0; k < SK_DT_OTHER; k++)
+        if (TORCH_DTYPE[k] == dtype) t->dtype = sk_dtype_to(k);
+}
+
+/* Takes the arguments from the stack, in the schema's order. The handles are ours from here on. */
+static void unpack(frame *f, const StableIValue *stack) {
+    for (int i = 0; i < f->call.op->count; i++) {
+        const int kind = f->call.op->items[i].kind;
+        f->handle[i] = NULL;
+        if (kind >= SK_REAL) {
+            memcpy(&f->call.number[i], stack++, sizeof *stack);
+        } else if (kind <= SK_GRAD) {
+            memcpy(&f->handle[i], stack++, sizeof *stack);
+            const bool given = kind != SK_OPT || (*stack++ & 1);
+            f->call.tensor[i] = (selfkd_tensor){.ndim = -1};
+            if (given) describe(f, i);
+        }
+    }
+}
+
+/* Fresh memory costs a page fault every 4 KB; large outputs ask for 2 MB pages. */
+static void ask_for_huge_pages(void *data, int64_t bytes) {
+    const uintptr_t page = (uintptr_t)2 << 20, begin = ((uintptr_t)data + page - 1) & ~(page - 1);
+    const uintptr_t end = ((uintptr_t)data + (uintptr_t)bytes) & ~(page - 1);
+    if (bytes > 2 * (int64_t)page && end > begin) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+}
+
+static int new_tensor(frame *f, int i, const sk_shape *shape, int32_t dtype) {
+    const selfkd_device device = f->call.tensor[f->call.first].device;
+    const int32_t type = device.device_type == SELFKD_CPU ? SK_TORCH_CPU : SK_TORCH_CUDA;
+    const AOTITorchError error = sk_torch.aoti_torch_empty_strided(shape->ndim, shape->size, shape->stride, dtype, type,
+                                                                   device.device_id, &f->handle[i]);
+    if (error) return sk_fail(SELFKD_ERROR_MEMORY, "%s: no memory for %s", f->call.op->name, f->call.op->items[i].name);
+    return SELFKD_OK;
+}
+
+static int allocate_output(frame *f, int i) {
+    sk_shape *const shape = &f->shape[i];
+    sk_output_like(&f->call, i, shape);
+    const enum sk_dtype dtype = sk_dtype_of(shape->dtype);
+    const int status = new_tensor(f, i, shape, TORCH_DTYPE[dtype]);
+    if (status) return status;
+    selfkd_tensor *const t = &f->call.tensor[i];
+    *t = (selfkd_tensor){.device = f->call.tensor[f->call.first].device, .ndim = shape->ndim, .dtype = shape->dtype,
+                         .shape = shape->size, .strides = shape->stride};
+    sk_torch.aoti_torch_get_data_ptr(f->handle[i], &t->data);
+    int64_t bytes = sk_dtype_size(dtype);
+    for (int k = 0; k < shape->ndim; k++) bytes *= shape->size[k];
+    if (t->device.device_type == SELFKD_CPU) ask_for_huge_pages(t->data, bytes);
+    return sk_bind(&f->call, i);
+}
+
+static int allocate_scratch(frame *f, int i) {
+    const sk_item *const it = &f->call.op->items[i];
+    if (f->call.tensor[f->call.first].device.device_type == SELFKD_CPU) return SELFKD_OK;
+    const sk_shape shape = {.ndim = 1, .size = {it->bytes}, .stride = {1}};
+    const int status = new_tensor(f, i, &shape, SK_TORCH_UINT8);
+    if (!status)
+        sk_torch.aoti_torch_get_data_ptr(f->handle[i], &((sk_arg *)(f->call.params.bytes + it->in_params))->data);
+    return status;
+}
+
+static int run(frame *f, StableIValue *stack) {
+    const sk_op *const op = f->call.op;
+    int status = sk_check(&f->call);
+    for (int i = 0; i < op->count && !status; i++) {
+        const int kind = op->items[i].kind;
+        if (kind == SK_OUT || kind == SK_LIKE) status = allocate_output(f, i);
+        if (kind == SK_SCRATCH) status = allocate_scratch(f, i);
+    }
+    if (status) return status;
+    void *stream = NULL;
+    const selfkd_device device = f->call.tensor[f->call.first].device;
+    if (device.device_type == SELFKD_CUDA && sk_torch.aoti_torch_get_current_cuda_stream)
+        sk_torch.aoti_torch_get_current_cuda_stream(device.device_id, &stream);
+    status = sk_run(&f->call, stream);
+    if (status) return status;
+    for (int i = 0; i < op->count; i++) {
+        if (op->items[i].kind != SK_OUT && op->items[i].kind != SK_LIKE) continue;
+        memcpy(stack++, &f->handle[i], sizeof *stack); /* PyTorch owns it now */
+        f->handle[i] = NULL;
+    }
+    return SELFKD_OK;
+}
+
+/* The one place that raises. */
+static void raise_message(const char *op) {
+    sk_torch.aoti_torch_check(false, op, "selfkd", 0, selfkd_message());
+}
+
+void sk_call_from_torch(const sk_op *op, uint64_t *stack) {
+    frame f;
+    f.call.op = op;
+    unpack(&f, stack);
+    const int status = run(&f, stack);
+    free_handles(&f);
+    if (status) raise_message(op->name);
+}
+
+void sk_guard_from_torch(const sk_op *op, uint64_t *stack) {
+    if (!sk_torch.aoti_torch_grad_mode_is_enabled()) {
+        sk_call_from_torch(op, stack);
+        return;
+    }
+    frame f;
+    f.call.op = op;
+    unpack(&f, stack);
+    free_handles(&f);
+    sk_fail(SELFKD_ERROR_VALUE,
+            "selfkd: %s has no gradient until `import selfkd` registers it; import the package, or call under "
+            "torch.no_grad() and use %s_backward", op->name, op->name);
+    raise_message(op->name);
+}
+
+/* ---- registration ---- */
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static bool registered = false;
+static TorchLibraryHandle guard = NULL;
+static char state[1024] = "not asked yet";
+
+int selfkd_torch_registered(void) { return registered; }
+
+/* "op(Tensor u, Tensor weight, bool has_weight, float T) -> (Tensor loss, ...)" */
+static void write_schema(const sk_op *op, char *text, size_t room) {
+    static const char *const type[] = {[SK_REAL] = "float", [SK_INT] = "int", [SK_BOOL] = "bool"};
+    size_t n = (size_t)snprintf(text, room, "%s(", op->name);
+    const char *comma = "";
+    for (int i = 0; i < op->count; i++) {
+        const sk_item *const it = &op->items[i];
+        if (it->kind >= SK_OUT && it->kind <= SK_SCRATCH) continue;
+        const char *const of = it->kind >= SK_REAL ? type[it->kind] : "Tensor";
+        n += (size_t)snprintf(text + n, room - n, "%s%s %s", comma, of, it->name);
+        if (it->kind == SK_OPT) n += (size_t)snprintf(text + n, room - n, ", bool has_%s", it->name);
+        comma = ", ";
+    }
+    n += (size_t)snprintf(text + n, room - n, ") -> (");
+    comma = "";
+    for (int i = 0; i < op->count; i++) {
+        if (op->items[i].kind != SK_OUT && op->items[i].kind != SK_LIKE) continue;
+        n += (size_t)snprintf(text + n, room - n, "%sTensor %s", comma, op->items[i].name);
+        comma = ", ";
+    }
+    snprintf(text + n, room - n, ")");
+}
+
+static AOTITorchError define(TorchLibraryHandle library, const char *schema) {
+    if (!sk_torch.torch_library_def_with_tags || !sk_torch.torch_tag_pt2_compliant_tag)
+        return sk_torch.aoti_torch_library_def(library, schema);
+    const int32_t tag = sk_torch.torch_tag_pt2_compliant_tag();
+    return sk_torch.torch_library_def_with_tags(library, schema, &tag, 1);
+}
+
+/* The file of another copy of this library whose operators PyTorch has, or NULL. */
+static const char *other_copy(void) {
+    void *const self = dlopen(NULL, RTLD_LAZY);
+    struct link_map *map = NULL;
+    if (!self || dlinfo(self, RTLD_DI_LINKMAP, &map)) return NULL;
+    for (; map; map = map->l_next) {
+        void *const library = map->l_name[0] ? dlopen(map->l_name, RTLD_NOLOAD | RTLD_LAZY) : NULL;
+        void *const found = library ? dlsym(library, "selfkd_torch_registered") : NULL;
+        if (library) dlclose(library);
+        int (*is_registered)(void);
+        memcpy(&is_registered, &found, sizeof found);
+        if (is_registered && is_registered != selfkd_torch_registered && is_registered()) return map->l_name;
+    }
+    return NULL;
+}
+
+static const char *own_file(void) {
+    Dl_info info;
+    return dladdr((void *)state, &info) && info.dli_fname ? info.dli_fname : "this library";
+}
+
+static bool register_all(void) {
+    TorchLibraryHandle catalogue, back_end[2];
+    const char *const key[2] = {"CPU", "CUDA"};
+    AOTITorchError error = sk_torch.aoti_torch_library_init_fragment("selfkd", __FILE__, __LINE__, &catalogue);
+    for (int k = 0; k < 2 && !error; k++)
+        error = sk_torch.aoti_torch_library_init_impl("selfkd", key[k], __FILE__, __LINE__, &back_end[k]);
+    if (!error) error = sk_torch.aoti_torch_library_init_impl("selfkd", "Autograd", __FILE__, __LINE__, &guard);
+    for (int i = 0; sk_ops[i] && !error; i++) {
+        char schema[2048];
+        write_schema(sk_ops[i], schema, sizeof schema);
+        error = define(catalogue, schema);
+        for (int k = 0; k < 2 && !error; k++)
+            error = sk_torch.aoti_torch_library_impl(back_end[k], sk_ops[i]->name, sk_ops[i]->torch);
+        if (!error) error = sk_torch.aoti_torch_library_impl(guard, sk_ops[i]->name, sk_ops[i]->torch_guard);
+    }
+    return !error;
+}
+
+int selfkd_register_torch(void) {
+    pthread_mutex_lock(&lock);
+    if (!registered) {
+        const char *const missing = sk_find_torch();
+        const char *const other = missing ? NULL : other_copy();
+        if (missing) {
+            snprintf(state, sizeof state, "%s", missing);
+        } else if (other) {
+            snprintf(state, sizeof state, "registered by another copy, %s; %s registers nothing", other, own_file());
+        } else if (register_all()) {
+            registered = true;
+            sk_use_parallel_for(sk_torch.torch_parallel_for);
+            snprintf(state, sizeof state, "registered; threads: %s",
+                     sk_torch.torch_parallel_for ? "PyTorch's" : "selfkd's own pool");
+        } else {
+            snprintf(state, sizeof state, "PyTorch refused the registration (it printed why)");
+        }
+    }
+    const bool result = registered;
+    pthread_mutex_unlock(&lock);
+    return result;
+}
+
+const char *selfkd_torch(void) { return state; }
+
+void selfkd_release_autograd_guard(void) {
+    pthread_mutex_lock(&lock);
+    if (guard) sk_torch.aoti_torch_delete_library_object(guard);
+    guard = NULL;
+    pthread_mutex_unlock(&lock);
+}
+
+__attribute__((constructor)) static void at_load(void) { selfkd_register_torch(); }

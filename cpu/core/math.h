@@ -1,0 +1,105 @@
+/* Elementary functions that the compiler can put into vector loops: no calls, no branches, no tables.
+ * Errors are the worst found over the whole range stated, with and without fused multiply-add. */
+#pragma once
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "cpu/core/kernel.h"
+
+#ifdef SK_REAL_IS_DOUBLE
+#define SK_REAL_MAX DBL_MAX
+#else
+#define SK_REAL_MAX FLT_MAX
+#endif
+
+static inline float sk_float(uint32_t bits) { float x; memcpy(&x, &bits, sizeof x); return x; }
+static inline uint32_t sk_float_bits(float x) { uint32_t bits; memcpy(&bits, &x, sizeof bits); return bits; }
+static inline double sk_double(uint64_t bits) { double x; memcpy(&x, &bits, sizeof x); return x; }
+static inline uint64_t sk_double_bits(double x) { uint64_t bits; memcpy(&bits, &x, sizeof bits); return bits; }
+
+/* e^x for x <= 88, to 1.0 ULP; exactly 0 below -87.7 (so that a class at -inf has probability 0); NaN stays NaN.
+ * x = n ln 2 + f, |f| <= ln 2 / 2; e^f by Cephes' polynomial; 2^n is built in the exponent field and multiplied,
+ * because adding it to the bits of e^f would turn a NaN into a number. */
+static inline real sk_exp(real x)
+{
+#ifdef SK_REAL_IS_DOUBLE
+    return exp(x);
+#else
+    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, kept in the low bits */
+    x = x < -88.0f ? -88.0f : x;     /* n = -127, whose exponent field is that of 0 */
+    const float t = x * 1.44269504f + shift;
+    const float n = t - shift;
+    const float f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float y = 1.9875691500e-4f;
+    y = y * f + 1.3981999507e-3f;
+    y = y * f + 8.3334519073e-3f;
+    y = y * f + 4.1665795894e-2f;
+    y = y * f + 1.6666665459e-1f;
+    y = y * f + 5.0000001201e-1f;
+    y = y * (f * f) + (f + 1.0f);
+    return y * sk_float((sk_float_bits(t) + 127) << 23);
+#endif
+}
+
+/* log x for a normal x > 0, to 1.0 ULP; NaN for 0, negative numbers and NaN. fdlibm's method: x = 2^k (1 + f),
+ * sqrt(1/2) <= 1 + f < sqrt(2), a polynomial in s = f / (2 + f). */
+static inline double sk_log(double x)
+{
+    const uint64_t root = 0x3fe6a09e667f3bcd, one = 0x3ff0000000000000, two52 = 0x4330000000000000;
+    const uint64_t exponent = (sk_double_bits(x) - root + one) >> 52; /* k + 1023 */
+    const double k = sk_double(exponent | two52) - (4503599627370496.0 + 1023.0);
+    const double f = sk_double(sk_double_bits(x) - (exponent << 52) + one) - 1.0;
+    const double s = f / (2.0 + f), z = s * s, half = 0.5 * f * f;
+    double r = 1.479819860511658591e-01;
+    r = r * z + 1.531383769920937332e-01;
+    r = r * z + 1.818357216161805012e-01;
+    r = r * z + 2.222219843214978396e-01;
+    r = r * z + 2.857142874366239149e-01;
+    r = r * z + 3.999999999940941908e-01;
+    r = r * z + 6.666666666666735130e-01;
+    const double low = s * (half + r * z) + k * 1.90821492927058770002e-10;
+    const double y = k * 6.93147180369123816490e-01 - ((half - low) - f);
+    return x > 0 ? y : (double)NAN;
+}
+
+/* e^x - 1 - x = even(x^2) + odd(x), |x| <= 1/2, by its series; even - odd is then e^-x - 1 + x. The terms left out
+ * are below 5e-8 of the result (double: 3e-16). */
+typedef struct sk_parts {
+    real even, odd;
+} sk_parts;
+
+static inline sk_parts sk_exp_rest(real x)
+{
+    const real z = x * x;
+    real even = (real)(1.0 / 40320), odd = (real)(1.0 / 5040);
+#ifdef SK_REAL_IS_DOUBLE
+    even = ((1.0 / 87178291200 * z + 1.0 / 479001600) * z + 1.0 / 3628800) * z + even;
+    odd = ((1.0 / 6227020800 * z + 1.0 / 39916800) * z + 1.0 / 362880) * z + odd;
+#endif
+    even = ((even * z + (real)(1.0 / 720)) * z + (real)(1.0 / 24)) * z + (real)0.5;
+    odd = (odd * z + (real)(1.0 / 120)) * z + (real)(1.0 / 6);
+    return (sk_parts){even * z, odd * z * x};
+}
+
+/* A double as the sum of two reals, for subtracting it from a real without losing digits. */
+typedef struct sk_split {
+    real high, low;
+} sk_split;
+
+static inline sk_split sk_split_of(double x)
+{
+    const real high = (real)x;
+    return (sk_split){high, (real)(x - high)};
+}
+
+/* a - b - k, rounded about once however large a, b and k are (Knuth's two-sum); -k where a == b, infinities included,
+ * so that equal logits give exactly 0 when k is 0. */
+static inline real sk_difference(real a, real b, sk_split k)
+{
+    const real x = a == b ? 0 : a, y = a == b ? 0 : b;
+    const real sum = x - y, minus_y = sum - x;
+    const real error = (x - (sum - minus_y)) - (y + minus_y);
+    return (sum - k.high) + (error - k.low);
+}

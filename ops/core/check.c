@@ -1,0 +1,321 @@
+/* The rules of the contracts: what is accepted, and the sentence for what is not.
+ * The Python package applies the same rules with the same words (bindings/selfkd/contract.py); a test compares them. */
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "op.h"
+
+static _Thread_local char message[512] = "";
+
+const char *selfkd_message(void) { return message; }
+
+int sk_fail(int status, const char *format, ...) {
+    va_list list;
+    va_start(list, format);
+    vsnprintf(message, sizeof message, format, list);
+    va_end(list);
+    return status;
+}
+
+/* ---- dtypes ---- */
+
+static const struct {
+    const char *name;
+    selfkd_dtype dtype;
+} DTYPES[SK_DT_OTHER] = {
+    [SK_DT_F16] = {"float16", {2, 16, 1}},  [SK_DT_BF16] = {"bfloat16", {4, 16, 1}},
+    [SK_DT_F32] = {"float32", {2, 32, 1}},  [SK_DT_F64] = {"float64", {2, 64, 1}},
+    [SK_DT_BOOL] = {"bool", {6, 8, 1}},     [SK_DT_I64] = {"int64", {0, 64, 1}},
+};
+
+enum sk_dtype sk_dtype_of(selfkd_dtype d) {
+    for (int i = 0; i < SK_DT_OTHER; i++)
+        if (DTYPES[i].dtype.code == d.code && DTYPES[i].dtype.bits == d.bits && d.lanes == 1) return i;
+    return SK_DT_OTHER;
+}
+
+selfkd_dtype sk_dtype_to(enum sk_dtype dtype) { return DTYPES[dtype].dtype; }
+int64_t sk_dtype_size(enum sk_dtype dtype) { return DTYPES[dtype].dtype.bits / 8; }
+
+static const char *dtype_name(selfkd_dtype d) {
+    const enum sk_dtype t = sk_dtype_of(d);
+    return t == SK_DT_OTHER ? "an unsupported dtype" : DTYPES[t].name;
+}
+
+static enum sk_dtype accumulator(const sk_call *call) {
+    return sk_dtype_of(call->tensor[call->first].dtype) == SK_DT_F64 ? SK_DT_F64 : SK_DT_F32;
+}
+
+static int check_dtype(const sk_call *call, int item) {
+    const sk_item *const it = &call->op->items[item];
+    const enum sk_dtype found = sk_dtype_of(call->tensor[item].dtype);
+    const char *const op = call->op->name, *const has = dtype_name(call->tensor[item].dtype);
+    const char *const first = call->op->items[call->first].name;
+    enum sk_dtype expected = SK_DT_F64;
+    switch (it->rule) {
+    case SK_FLOATING:
+        if (found <= SK_DT_F64) return SELFKD_OK;
+        return sk_fail(SELFKD_ERROR_TYPE, "%s: %s has dtype %s, expected float16, bfloat16, float32 or float64", op,
+                       it->name, has);
+    case SK_SAME:
+        expected = sk_dtype_of(call->tensor[call->first].dtype);
+        if (found == expected) return SELFKD_OK;
+        return sk_fail(SELFKD_ERROR_TYPE, "%s: %s has dtype %s, expected %s like %s", op, it->name, has,
+                       DTYPES[expected].name, first);
+    case SK_WEIGHT:
+        if (found == SK_DT_BOOL) return SELFKD_OK;
+        expected = accumulator(call);
+        if (found == expected) return SELFKD_OK;
+        return sk_fail(SELFKD_ERROR_TYPE, "%s: %s has dtype %s, expected %s or bool", op, it->name, has,
+                       DTYPES[expected].name);
+    case SK_ACC: expected = accumulator(call); break;
+    default: break;
+    }
+    if (found == expected) return SELFKD_OK;
+    return sk_fail(SELFKD_ERROR_TYPE, "%s: %s has dtype %s, expected %s", op, it->name, has, DTYPES[expected].name);
+}
+
+static int check_device(const sk_call *call, int item) {
+    const selfkd_device d = call->tensor[item].device, e = call->tensor[call->first].device;
+    const char *const kind[] = {"device type 0", "cpu", "cuda"};
+    const char *const op = call->op->name, *const name = call->op->items[item].name;
+    if (d.device_type != SELFKD_CPU && d.device_type != SELFKD_CUDA)
+        return sk_fail(SELFKD_ERROR_TYPE, "%s: %s is on device type %d, expected cpu or cuda", op, name, d.device_type);
+    if (d.device_type == e.device_type && (d.device_type == SELFKD_CPU || d.device_id == e.device_id)) return SELFKD_OK;
+    char found[32], expected[32];
+    const char *const form[] = {"%s", "%s:%d"};
+    snprintf(found, sizeof found, form[d.device_type == SELFKD_CUDA], kind[d.device_type], d.device_id);
+    snprintf(expected, sizeof expected, form[e.device_type == SELFKD_CUDA], kind[e.device_type], e.device_id);
+    return sk_fail(SELFKD_ERROR_TYPE, "%s: %s is on %s, expected %s like %s", op, name, found, expected,
+                   call->op->items[call->first].name);
+}
+
+/* ---- shapes ---- */
+
+/* The number of single dimensions a shape names, before a final '*'. */
+static int fixed_rank(const char *shape) {
+    const int n = (int)strlen(shape);
+    return n > 0 && shape[n - 1] == '*' ? n - 1 : n;
+}
+
+static bool has_trailing(const char *shape) { return shape[fixed_rank(shape)] == '*'; }
+
+static int check_rank(const sk_call *call, int item, const char *shape) {
+    const int fixed = fixed_rank(shape), found = call->tensor[item].ndim;
+    int expected = fixed;
+    const char *least = "";
+    if (has_trailing(shape)) {
+        if (call->trailing >= 0) {
+            const char *const other = call->op->items[call->trailing].shape;
+            expected += call->tensor[call->trailing].ndim - fixed_rank(other);
+        } else if (found >= fixed) {
+            expected = found;
+        } else {
+            least = "at least ";
+        }
+    }
+    if (found == expected && found <= SK_MAX_RANK) return SELFKD_OK;
+    if (found == expected) {
+        expected = SK_MAX_RANK;
+        least = "at most ";
+    }
+    return sk_fail(SELFKD_ERROR_VALUE, "%s: %s has %d dimension%s, expected %s%d", call->op->name,
+                   call->op->items[item].name, found, found == 1 ? "" : "s", least, expected);
+}
+
+/* Enters the sizes of a tensor's letters, or compares them with what earlier tensors said. */
+static int check_sizes(sk_call *call, int item, const char *shape) {
+    const selfkd_tensor *const t = &call->tensor[item];
+    const char *const op = call->op->name, *const name = call->op->items[item].name;
+    const int fixed = fixed_rank(shape);
+    for (int k = 0; k < fixed; k++) {
+        const int letter = shape[k] - 'A';
+        if (shape[k] >= '0' && shape[k] <= '9') {
+            if (t->shape[k] != shape[k] - '0')
+                return sk_fail(SELFKD_ERROR_VALUE, "%s: %s has size %lld in dimension %d, expected %d", op, name,
+                               (long long)t->shape[k], k, shape[k] - '0');
+        } else if (!call->bound[letter]) {
+            if (shape[k] == 'C' && t->shape[k] == 0)
+                return sk_fail(SELFKD_ERROR_VALUE, "%s: %s has size 0 in dimension C, expected at least 1", op, name);
+            call->bound[letter] = true;
+            call->params.dims.size[letter] = t->shape[k];
+        } else if (t->shape[k] != call->params.dims.size[letter]) {
+            return sk_fail(SELFKD_ERROR_VALUE, "%s: %s has size %lld in dimension %c, expected %lld", op, name,
+                           (long long)t->shape[k], shape[k], (long long)call->params.dims.size[letter]);
+        }
+    }
+    if (!has_trailing(shape)) return SELFKD_OK;
+    if (call->trailing < 0) {
+        int64_t merged = 1;
+        for (int k = fixed; k < t->ndim; k++) merged *= t->shape[k];
+        call->trailing = item;
+        call->params.dims.size['S' - 'A'] = merged;
+        return SELFKD_OK;
+    }
+    const int base = fixed_rank(call->op->items[call->trailing].shape);
+    for (int k = fixed; k < t->ndim; k++) {
+        const int64_t expected = call->tensor[call->trailing].shape[base + k - fixed];
+        if (t->shape[k] != expected)
+            return sk_fail(SELFKD_ERROR_VALUE, "%s: %s has size %lld in dimension %d, expected %lld", op, name,
+                           (long long)t->shape[k], k, (long long)expected);
+    }
+    return SELFKD_OK;
+}
+
+/* What only a C caller can get wrong: a descriptor that describes no memory. */
+static int check_descriptor(const sk_call *call, int item) {
+    const selfkd_tensor *const t = &call->tensor[item];
+    const char *const op = call->op->name, *const name = call->op->items[item].name;
+    if (t->ndim < 0 || (t->ndim > 0 && !t->shape))
+        return sk_fail(SELFKD_ERROR_VALUE, "%s: %s is no tensor (ndim %d)", op, name, t->ndim);
+    int64_t count = 1;
+    for (int k = 0; k < t->ndim; k++) {
+        if (t->shape[k] < 0 || __builtin_mul_overflow(count, t->shape[k], &count))
+            return sk_fail(SELFKD_ERROR_VALUE, "%s: %s has size %lld in dimension %d, which is negative or too large", op,
+                           name, (long long)t->shape[k], k);
+    }
+    if (count > 0 && !t->data) return sk_fail(SELFKD_ERROR_VALUE, "%s: %s has no data", op, name);
+    return SELFKD_OK;
+}
+
+static int check_tensor(sk_call *call, int item) {
+    const sk_item *const it = &call->op->items[item];
+    int status = check_descriptor(call, item);
+    if (!status) status = check_dtype(call, item);
+    if (!status) status = check_device(call, item);
+    if (status || (it->kind == SK_GRAD && call->tensor[item].ndim == 0)) return status;
+    const char *shape = it->shape;
+    if (it->kind == SK_LIKE)
+        for (int k = 0; k < call->op->count; k++)
+            if (strcmp(call->op->items[k].name, it->shape) == 0) shape = call->op->items[k].shape;
+    status = check_rank(call, item, shape);
+    return status ? status : check_sizes(call, item, shape);
+}
+
+/* ---- numbers ---- */
+
+static int check_number(const sk_call *call, int item) {
+    const sk_item *const it = &call->op->items[item];
+    const double x = it->kind == SK_REAL ? call->number[item].real : (double)call->number[item].integer;
+    const char *expected = NULL;
+    if (it->rule == SK_POSITIVE && !(x > 0 && isfinite(x))) expected = "a finite number > 0";
+    if (it->rule == SK_NONNEGATIVE && !(x >= 0 && isfinite(x))) expected = "a finite number >= 0";
+    if (it->rule == SK_REDUCTION && !(x >= SELFKD_NONE && x <= SELFKD_SUM))
+        expected = "0 (none), 1 (mean) or 2 (sum)";
+    if (!expected) return SELFKD_OK;
+    return sk_fail(SELFKD_ERROR_VALUE, "%s: %s is %g, expected %s", call->op->name, it->name, x, expected);
+}
+
+/* ---- a call ---- */
+
+static bool is_input(const sk_item *it) { return it->kind == SK_IN || it->kind == SK_OPT || it->kind == SK_GRAD; }
+
+/* The contract's order, but the first FLOATING tensor comes before those that are measured by it. */
+int sk_check(sk_call *call) {
+    const sk_op *const op = call->op;
+    call->trailing = -1;
+    memset(call->bound, 0, sizeof call->bound);
+    memset(&call->params, 0, op->params_size);
+    for (call->first = 0; op->items[call->first].rule != SK_FLOATING; call->first++) continue;
+    int status = check_tensor(call, call->first);
+    for (int i = 0; i < op->count && !status; i++) {
+        const sk_item *const it = &op->items[i];
+        if (is_input(it) && i != call->first && call->tensor[i].ndim >= 0) status = check_tensor(call, i);
+        if (it->kind >= SK_REAL) {
+            status = check_number(call, i);
+            memcpy(call->params.bytes + it->in_params, &call->number[i], sizeof call->number[i]);
+        }
+    }
+    for (int i = 0; i < op->count && !status; i++)
+        if (is_input(&op->items[i])) status = sk_bind(call, i);
+    return status;
+}
+
+/* Strides of a new tensor like `t`: its own where it is dense, else compact in the same order of dimensions. */
+static void strides_like(const selfkd_tensor *t, int64_t *stride) {
+    int order[SK_MAX_RANK];
+    for (int k = 0; k < t->ndim; k++) {
+        int at = k; /* insertion sort by stride, largest first; stable, and size-1 dimensions keep their place */
+        for (; at > 0; at--) {
+            const int before = order[at - 1];
+            if (t->shape[k] == 1 || t->shape[before] == 1 || t->strides[before] >= t->strides[k]) break;
+            order[at] = before;
+        }
+        order[at] = k;
+    }
+    int64_t next = 1;
+    for (int k = t->ndim - 1; k >= 0; k--) {
+        stride[order[k]] = next;
+        next *= t->shape[order[k]] > 1 ? t->shape[order[k]] : 1;
+    }
+    for (int k = 0; k < t->ndim; k++)
+        if (t->shape[k] > 1 && stride[k] != t->strides[k]) return;
+    memcpy(stride, t->strides, (size_t)t->ndim * sizeof *stride);
+}
+
+void sk_output_like(const sk_call *call, int item, sk_shape *out) {
+    const sk_item *const it = &call->op->items[item];
+    if (it->kind == SK_LIKE) {
+        int source = 0;
+        while (strcmp(call->op->items[source].name, it->shape) != 0) source++;
+        const selfkd_tensor *const t = &call->tensor[source];
+        out->ndim = t->ndim;
+        out->dtype = t->dtype;
+        memcpy(out->size, t->shape, (size_t)t->ndim * sizeof *out->size);
+        strides_like(t, out->stride);
+        return;
+    }
+    const int fixed = fixed_rank(it->shape);
+    out->ndim = fixed;
+    out->dtype = sk_dtype_to(it->rule == SK_F64   ? SK_DT_F64
+                             : it->rule == SK_ACC ? accumulator(call)
+                                                  : sk_dtype_of(call->tensor[call->first].dtype));
+    for (int k = 0; k < fixed; k++) {
+        const char c = it->shape[k];
+        out->size[k] = c <= '9' ? c - '0' : call->params.dims.size[c - 'A'];
+    }
+    if (has_trailing(it->shape)) {
+        const selfkd_tensor *const t = &call->tensor[call->trailing];
+        for (int k = fixed_rank(call->op->items[call->trailing].shape); k < t->ndim; k++)
+            out->size[out->ndim++] = t->shape[k];
+    }
+    int64_t next = 1;
+    for (int k = out->ndim - 1; k >= 0; k--) {
+        out->stride[k] = next;
+        next *= out->size[k] > 1 ? out->size[k] : 1;
+    }
+}
+
+/* Enters a tensor in the kernel's parameters: its address, dtype, and a stride for each character of its shape. */
+int sk_bind(sk_call *call, int item) {
+    const sk_item *const it = &call->op->items[item];
+    const selfkd_tensor *const t = &call->tensor[item];
+    sk_arg *const arg = (sk_arg *)(call->params.bytes + it->in_params);
+    if (t->ndim < 0) return SELFKD_OK;
+    const bool output = it->kind == SK_OUT || it->kind == SK_LIKE;
+    int status = output ? check_tensor(call, item) : SELFKD_OK;
+    if (status) return status;
+    arg->data = t->data ? (char *)t->data + t->byte_offset : NULL;
+    arg->dtype = (int32_t)sk_dtype_of(t->dtype);
+    int fixed = t->ndim;
+    if (it->kind == SK_LIKE || has_trailing(it->shape)) {
+        const int trailing = call->tensor[call->trailing].ndim - fixed_rank(call->op->items[call->trailing].shape);
+        fixed = t->ndim - trailing;
+    }
+    if (it->kind == SK_GRAD && t->ndim == 0) return SELFKD_OK;
+    for (int k = 0; k < fixed; k++) arg->stride[k] = t->strides[k];
+    if (fixed < t->ndim) arg->stride[fixed] = 1;
+    int64_t expected = -1; /* the stride that would continue the dimensions merged so far */
+    for (int k = t->ndim - 1; k >= fixed; k--) {
+        if (t->shape[k] == 1) continue;
+        if (expected < 0) arg->stride[fixed] = t->strides[k];
+        else if (t->strides[k] != expected)
+            return sk_fail(SELFKD_ERROR_VALUE,
+                           "%s: %s has trailing dimensions whose strides cannot be merged; make it contiguous",
+                           call->op->name, it->name);
+        expected = t->strides[k] * t->shape[k];
+    }
+    return SELFKD_OK;
+}

@@ -1,0 +1,113 @@
+/* The contract machinery: an operator is one X-list (see ops/<op>.h); everything else is derived.
+ *
+ * A row is X(kind, name, ...):
+ *   IN      name, shape, dtype   input tensor
+ *   OPT     name, shape, dtype   input tensor that may be absent (NULL in C; `bool has_<name>` in torch.ops)
+ *   GRAD    name, shape, dtype   incoming gradient: a tensor of that shape, or one 0-d value for all of it
+ *   OUT     name, shape, dtype   output tensor, compact
+ *   LIKE    name, input          output with the shape, dtype and strides of that input
+ *   SCRATCH name, bytes          CUDA work space, one per call, on the caller's stream
+ *   REAL    name, rule, default  double
+ *   INT     name, rule, default  int64
+ *   BOOL    name, rule, default  int64 in C, bool in torch.ops
+ * Defaults are the Python functions' (a test compares); a C caller fills every field.
+ *
+ * Shapes: a capital letter is a dimension (equal letters agree; C is at least 1), a digit that very size, and
+ * a final '*' stands for all remaining dimensions, which the kernel sees merged into one, S. */
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#include "tensor.h"
+
+enum sk_kind { SK_IN, SK_OPT, SK_GRAD, SK_OUT, SK_LIKE, SK_SCRATCH, SK_REAL, SK_INT, SK_BOOL };
+
+/* Dtype rules. SAME and ACC speak of the first FLOATING tensor: its dtype; float64 if it is float64, else float32. */
+enum sk_dtype_rule { SK_FLOATING, SK_SAME, SK_ACC, SK_F64, SK_WEIGHT };
+
+/* Number rules. */
+enum sk_number_rule { SK_ANY, SK_POSITIVE, SK_NONNEGATIVE, SK_REDUCTION };
+
+enum { SK_MAX_ITEMS = 24, SK_MAX_RANK = 8, SK_LETTERS = 26 };
+
+/* Scratch of a reduction inside a kernel: one ticket (16 bytes), then two doubles for each of up to 4096 blocks. */
+#define SK_REDUCE_BLOCKS 4096
+#define SK_REDUCE_BYTES (16 + 2 * 8 * SK_REDUCE_BLOCKS)
+
+/* What a kernel sees of a tensor: strides in elements, one for each character of the shape. */
+typedef struct sk_arg {
+    void *data;        /* NULL when an OPT tensor is absent */
+    int64_t stride[3];
+    int32_t dtype;     /* enum sk_dtype */
+} sk_arg;
+
+/* Dimensions by letter; every kernel's parameter struct begins with them. */
+typedef struct sk_dims {
+    int64_t size[SK_LETTERS];
+} sk_dims;
+#define SK_DIM(params, letter) ((params)->dims.size[#letter[0] - 'A'])
+
+typedef struct sk_item {
+    const char *name;
+    const char *shape;  /* LIKE: the input's name */
+    int32_t kind;
+    int32_t rule;       /* enum sk_dtype_rule or sk_number_rule */
+    int64_t bytes;      /* SCRATCH */
+    size_t in_args;     /* offset in the public argument struct */
+    size_t in_params;   /* offset in the kernel's parameter struct */
+} sk_item;
+
+/* The struct a kernel receives: struct <op>_params. */
+#define SK_FIELD(kind, ...) SK_FIELD_##kind(__VA_ARGS__)
+#define SK_FIELD_IN(name, shape, dtype) sk_arg name;
+#define SK_FIELD_OPT(name, shape, dtype) sk_arg name;
+#define SK_FIELD_GRAD(name, shape, dtype) sk_arg name;
+#define SK_FIELD_OUT(name, shape, dtype) sk_arg name;
+#define SK_FIELD_LIKE(name, input) sk_arg name;
+#define SK_FIELD_SCRATCH(name, bytes) sk_arg name;
+#define SK_FIELD_REAL(name, rule, value) double name;
+#define SK_FIELD_INT(name, rule, value) int64_t name;
+#define SK_FIELD_BOOL(name, rule, value) int64_t name;
+#define SK_PARAMS(op)              \
+    struct op##_params {           \
+        sk_dims dims;              \
+        op##_CONTRACT(SK_FIELD)    \
+    };
+
+/* The struct a C caller fills: selfkd_<op>_args; and the function that takes it. */
+#define SK_PUBLIC(kind, ...) SK_PUBLIC_##kind(__VA_ARGS__)
+#define SK_PUBLIC_IN(name, shape, dtype) const selfkd_tensor *name;
+#define SK_PUBLIC_OPT(name, shape, dtype) const selfkd_tensor *name;
+#define SK_PUBLIC_GRAD(name, shape, dtype) const selfkd_tensor *name;
+#define SK_PUBLIC_OUT(name, shape, dtype) const selfkd_tensor *name;
+#define SK_PUBLIC_LIKE(name, input) const selfkd_tensor *name;
+#define SK_PUBLIC_SCRATCH(name, bytes)
+#define SK_PUBLIC_REAL(name, rule, value) double name;
+#define SK_PUBLIC_INT(name, rule, value) int64_t name;
+#define SK_PUBLIC_BOOL(name, rule, value) int64_t name;
+#define SK_DECLARE(op)                \
+    typedef struct selfkd_##op##_args { \
+        uint32_t struct_size;         \
+        op##_CONTRACT(SK_PUBLIC)      \
+    } selfkd_##op##_args;             \
+    SELFKD_API int selfkd_##op(const selfkd_##op##_args *args, void *stream);
+
+/* One row of the table that the checks, the schema and the bindings read. The op is in scope as sk_args, sk_params. */
+#define SK_ITEM(kind, ...) SK_ITEM_##kind(__VA_ARGS__)
+#define SK_ITEM_TENSOR(k, n, s, r) \
+    {.name = #n, .shape = s, .kind = k, .rule = r, .in_args = offsetof(sk_args, n), .in_params = offsetof(sk_params, n)},
+#define SK_ITEM_NUMBER(k, n, r) \
+    {.name = #n, .kind = k, .rule = r, .in_args = offsetof(sk_args, n), .in_params = offsetof(sk_params, n)},
+#define SK_ITEM_IN(name, shape, dtype) SK_ITEM_TENSOR(SK_IN, name, shape, SK_##dtype)
+#define SK_ITEM_OPT(name, shape, dtype) SK_ITEM_TENSOR(SK_OPT, name, shape, SK_##dtype)
+#define SK_ITEM_GRAD(name, shape, dtype) SK_ITEM_TENSOR(SK_GRAD, name, shape, SK_##dtype)
+#define SK_ITEM_OUT(name, shape, dtype) SK_ITEM_TENSOR(SK_OUT, name, shape, SK_##dtype)
+#define SK_ITEM_LIKE(name, input) SK_ITEM_TENSOR(SK_LIKE, name, #input, SK_SAME)
+#define SK_ITEM_SCRATCH(n, b) {.name = #n, .kind = SK_SCRATCH, .bytes = b, .in_params = offsetof(sk_params, n)},
+#define SK_ITEM_REAL(name, rule, value) SK_ITEM_NUMBER(SK_REAL, name, SK_##rule)
+#define SK_ITEM_INT(name, rule, value) SK_ITEM_NUMBER(SK_INT, name, SK_##rule)
+#define SK_ITEM_BOOL(name, rule, value) SK_ITEM_NUMBER(SK_BOOL, name, SK_##rule)
+
+/* One line of selfkd_describe(): "IN u \"NC*\" FLOATING". */
+#define SK_TEXT(kind, ...) SK_TEXT_(kind, __VA_ARGS__)
+#define SK_TEXT_(kind, ...) #kind ", " #__VA_ARGS__ "\n"
