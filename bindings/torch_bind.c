@@ -1,6 +1,7 @@
-/* The one place that knows PyTorch: registers every operator of the catalogue and carries a call from PyTorch's stack
- * to the core and back. It names no operator. Compiled with -fexceptions: an error leaves as a C++ exception that
- * aoti_torch_check() throws, after every handle has been freed. */
+/* The one place that knows PyTorch: registers every operator of the catalogue and carries a call
+ * from PyTorch's stack to the core and back. It names no operator. Compiled with -fexceptions: an
+ * error leaves as a C++ exception that aoti_torch_check() throws, after every handle has been
+ * freed. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <link.h>
@@ -13,6 +14,7 @@
 #include "torch_shim.h"
 
 static const int32_t TORCH_DTYPE[SK_DT_OTHER] = SK_TORCH_DTYPES;
+static const struct { uint8_t code, bits; } TORCH_SCALAR[] = SK_TORCH_SCALARS;
 
 /* ---- a call ---- */
 
@@ -41,9 +43,12 @@ static void describe(frame *f, int i) {
     sk_torch.aoti_torch_get_device_index(h, &t->device.device_id);
     sk_torch.aoti_torch_get_data_ptr(h, &t->data);
     t->ndim = (int32_t)ndim;
-    t->device.device_type = device == SK_TORCH_CPU ? SELFKD_CPU : device == SK_TORCH_CUDA ? SELFKD_CUDA : -device;
-    for (int k = 0; k < SK_DT_OTHER; k++)
-        if (TORCH_DTYPE[k] == dtype) t->dtype = sk_dtype_to(k);
+    t->device.device_type = device == SK_TORCH_CPU    ? SELFKD_CPU
+                            : device == SK_TORCH_CUDA ? SELFKD_CUDA
+                                                      : -device;
+    t->dtype = (selfkd_dtype){255, 0, 1};
+    if (dtype >= 0 && dtype < (int32_t)(sizeof TORCH_SCALAR / sizeof *TORCH_SCALAR))
+        t->dtype = (selfkd_dtype){TORCH_SCALAR[dtype].code, TORCH_SCALAR[dtype].bits, 1};
 }
 
 /* Takes the arguments from the stack, in the schema's order. The handles are ours from here on. */
@@ -56,7 +61,7 @@ static void unpack(frame *f, const StableIValue *stack) {
         } else if (kind <= SK_GRAD) {
             memcpy(&f->handle[i], stack++, sizeof *stack);
             const bool given = kind != SK_OPT || (*stack++ & 1);
-            f->call.tensor[i] = (selfkd_tensor){.ndim = -1};
+            f->call.tensor[i] = (selfkd_tensor){.ndim = SK_ABSENT};
             if (given) describe(f, i);
         }
     }
@@ -66,15 +71,18 @@ static void unpack(frame *f, const StableIValue *stack) {
 static void ask_for_huge_pages(void *data, int64_t bytes) {
     const uintptr_t page = (uintptr_t)2 << 20, begin = ((uintptr_t)data + page - 1) & ~(page - 1);
     const uintptr_t end = ((uintptr_t)data + (uintptr_t)bytes) & ~(page - 1);
-    if (bytes > 2 * (int64_t)page && end > begin) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+    if (bytes > 2 * (int64_t)page && end > begin)
+        madvise((void *)begin, end - begin, MADV_HUGEPAGE);
 }
 
 static int new_tensor(frame *f, int i, const sk_shape *shape, int32_t dtype) {
     const selfkd_device device = f->call.tensor[f->call.first].device;
     const int32_t type = device.device_type == SELFKD_CPU ? SK_TORCH_CPU : SK_TORCH_CUDA;
-    const AOTITorchError error = sk_torch.aoti_torch_empty_strided(shape->ndim, shape->size, shape->stride, dtype, type,
-                                                                   device.device_id, &f->handle[i]);
-    if (error) return sk_fail(SELFKD_ERROR_MEMORY, "%s: no memory for %s", f->call.op->name, f->call.op->items[i].name);
+    const AOTITorchError error = sk_torch.aoti_torch_empty_strided(
+        shape->ndim, shape->size, shape->stride, dtype, type, device.device_id, &f->handle[i]);
+    if (error)
+        return sk_fail(SELFKD_ERROR_MEMORY, "%s: no memory for %s", f->call.op->name,
+                       f->call.op->items[i].name);
     return SELFKD_OK;
 }
 
@@ -85,8 +93,11 @@ static int allocate_output(frame *f, int i) {
     const int status = new_tensor(f, i, shape, TORCH_DTYPE[dtype]);
     if (status) return status;
     selfkd_tensor *const t = &f->call.tensor[i];
-    *t = (selfkd_tensor){.device = f->call.tensor[f->call.first].device, .ndim = shape->ndim, .dtype = shape->dtype,
-                         .shape = shape->size, .strides = shape->stride};
+    *t = (selfkd_tensor){.device = f->call.tensor[f->call.first].device,
+                         .ndim = shape->ndim,
+                         .dtype = shape->dtype,
+                         .shape = shape->size,
+                         .strides = shape->stride};
     sk_torch.aoti_torch_get_data_ptr(f->handle[i], &t->data);
     int64_t bytes = sk_dtype_size(dtype);
     for (int k = 0; k < shape->ndim; k++) bytes *= shape->size[k];
@@ -100,7 +111,8 @@ static int allocate_scratch(frame *f, int i) {
     const sk_shape shape = {.ndim = 1, .size = {it->bytes}, .stride = {1}};
     const int status = new_tensor(f, i, &shape, SK_TORCH_UINT8);
     if (!status)
-        sk_torch.aoti_torch_get_data_ptr(f->handle[i], &((sk_arg *)(f->call.params.bytes + it->in_params))->data);
+        sk_torch.aoti_torch_get_data_ptr(f->handle[i],
+                                         &((sk_arg *)(f->call.params.bytes + it->in_params))->data);
     return status;
 }
 
@@ -151,8 +163,10 @@ void sk_guard_from_torch(const sk_op *op, uint64_t *stack) {
     unpack(&f, stack);
     free_handles(&f);
     sk_fail(SELFKD_ERROR_VALUE,
-            "selfkd: %s has no gradient until `import selfkd` registers it; import the package, or call under "
-            "torch.no_grad() and use %s_backward", op->name, op->name);
+            "selfkd: %s has no gradient until `import selfkd` registers it; import the package, or "
+            "call under "
+            "torch.no_grad() and use %s_backward",
+            op->name, op->name);
     raise_message(op->name);
 }
 
@@ -175,7 +189,8 @@ static void write_schema(const sk_op *op, char *text, size_t room) {
         if (it->kind >= SK_OUT && it->kind <= SK_SCRATCH) continue;
         const char *const of = it->kind >= SK_REAL ? type[it->kind] : "Tensor";
         n += (size_t)snprintf(text + n, room - n, "%s%s %s", comma, of, it->name);
-        if (it->kind == SK_OPT) n += (size_t)snprintf(text + n, room - n, ", bool has_%s", it->name);
+        if (it->kind == SK_OPT)
+            n += (size_t)snprintf(text + n, room - n, ", bool has_%s", it->name);
         comma = ", ";
     }
     n += (size_t)snprintf(text + n, room - n, ") -> (");
@@ -206,7 +221,8 @@ static const char *other_copy(void) {
         if (library) dlclose(library);
         int (*is_registered)(void);
         memcpy(&is_registered, &found, sizeof found);
-        if (is_registered && is_registered != selfkd_torch_registered && is_registered()) return map->l_name;
+        if (is_registered && is_registered != selfkd_torch_registered && is_registered())
+            return map->l_name;
     }
     return NULL;
 }
@@ -219,17 +235,24 @@ static const char *own_file(void) {
 static bool register_all(void) {
     TorchLibraryHandle catalogue, back_end[2];
     const char *const key[2] = {"CPU", "CUDA"};
-    AOTITorchError error = sk_torch.aoti_torch_library_init_fragment("selfkd", __FILE__, __LINE__, &catalogue);
+    AOTITorchError error =
+        sk_torch.aoti_torch_library_init_fragment("selfkd", __FILE__, __LINE__, &catalogue);
     for (int k = 0; k < 2 && !error; k++)
-        error = sk_torch.aoti_torch_library_init_impl("selfkd", key[k], __FILE__, __LINE__, &back_end[k]);
-    if (!error) error = sk_torch.aoti_torch_library_init_impl("selfkd", "Autograd", __FILE__, __LINE__, &guard);
+        error = sk_torch.aoti_torch_library_init_impl("selfkd", key[k], __FILE__, __LINE__,
+                                                      &back_end[k]);
+    if (!error)
+        error =
+            sk_torch.aoti_torch_library_init_impl("selfkd", "Autograd", __FILE__, __LINE__, &guard);
     for (int i = 0; sk_ops[i] && !error; i++) {
         char schema[2048];
         write_schema(sk_ops[i], schema, sizeof schema);
         error = define(catalogue, schema);
         for (int k = 0; k < 2 && !error; k++)
-            error = sk_torch.aoti_torch_library_impl(back_end[k], sk_ops[i]->name, sk_ops[i]->torch);
-        if (!error) error = sk_torch.aoti_torch_library_impl(guard, sk_ops[i]->name, sk_ops[i]->torch_guard);
+            error =
+                sk_torch.aoti_torch_library_impl(back_end[k], sk_ops[i]->name, sk_ops[i]->torch);
+        if (!error)
+            error =
+                sk_torch.aoti_torch_library_impl(guard, sk_ops[i]->name, sk_ops[i]->torch_guard);
     }
     return !error;
 }
@@ -242,7 +265,8 @@ int selfkd_register_torch(void) {
         if (missing) {
             snprintf(state, sizeof state, "%s", missing);
         } else if (other) {
-            snprintf(state, sizeof state, "registered by another copy, %s; %s registers nothing", other, own_file());
+            snprintf(state, sizeof state, "registered by another copy, %s; %s registers nothing",
+                     other, own_file());
         } else if (register_all()) {
             registered = true;
             sk_use_parallel_for(sk_torch.torch_parallel_for);

@@ -9,7 +9,8 @@ sk_shim_table sk_torch;
 
 static void find(void *library, const char *name, void *function) {
     void *const found = library ? dlsym(library, name) : NULL;
-    __builtin_memcpy(function, &found, sizeof found); /* a function pointer cannot be cast from void * in C11 */
+    __builtin_memcpy(function, &found,
+                     sizeof found); /* a function pointer cannot be cast from void * in C11 */
 }
 
 const char *sk_find_torch(void) {

@@ -32,11 +32,9 @@ static inline kl_terms kl_of(real p, real q, real d)
     const sk_parts rest = sk_exp_rest(d);
     const bool near = d * d < (real)0.25;
     const real p_q = p - q;
-    return (kl_terms){
-        near ? p * (rest.even - rest.odd) : p * d - p_q,
-        near ? q * (rest.even + rest.odd) : p_q - q * d,
-        near ? q * (d + (rest.even + rest.odd)) : p_q,
-    };
+    const real forward = near ? p * (rest.even - rest.odd) : p * d - p_q;
+    const real reverse = near ? q * (rest.even + rest.odd) : p_q - q * d;
+    return (kl_terms){forward, reverse, reverse + q * d};
 }
 
 /* What the gradient of a row needs: T lse(u/T), T lse(v/T), T dl, both KL, and the factor before its bracket. */
@@ -47,16 +45,15 @@ typedef struct row_scalars {
 
 /* What the gradients of a call share: 1/T; wf and wr, and the same for the terms that detach_target drops. */
 typedef struct call_scalars {
-    real inverse_T, forward, reverse, target_forward, target_reverse;
+    real inverse_T, log2e_T, forward, reverse, target_forward, target_reverse;
 } call_scalars;
 
 static inline void gradient_of(real u, real v, row_scalars row, call_scalars call, real *grad_u, real *grad_v)
 {
-    const real p = row.factor * sk_exp(((u - row.u.high) - row.u.low) * call.inverse_T);
-    const real q = row.factor * sk_exp(((v - row.v.high) - row.v.low) * call.inverse_T);
+    const real p = row.factor * sk_exp2(((u - row.u.high) - row.u.low) * call.log2e_T);
+    const real q = row.factor * sk_exp2(((v - row.v.high) - row.v.low) * call.log2e_T);
     const real d = sk_difference(u, v, row.dl) * call.inverse_T;
-    const sk_parts rest = sk_exp_rest(d);
-    const real p_q = d * d < (real)0.25 ? q * (d + (rest.even + rest.odd)) : p - q;
+    const real p_q = d * d < (real)0.25 ? q * d * sk_expm1_ratio(d) : p - q;
     *grad_u = call.target_forward * (p * (d - row.kl_forward)) + call.reverse * p_q;
     *grad_v = -call.target_reverse * (q * (d + row.kl_reverse)) - call.forward * p_q;
 }
@@ -142,12 +139,12 @@ static real highest(const real *x, int64_t n)
 }
 
 /* Leaves e[c] = e^((x[c] - reference)/T) and the largest x; returns the sum of e. */
-static real exponentials(const real *x, int64_t n, real reference, real inverse_T, real *e, real *largest)
+static real exponentials(const real *x, int64_t n, real reference, real log2e_T, real *e, real *largest)
 {
     real sum = 0, top = -SK_REAL_MAX;
 #pragma omp simd reduction(+ : sum) reduction(max : top)
     for (int64_t c = 0; c < n; c++) {
-        e[c] = sk_exp((x[c] - reference) * inverse_T);
+        e[c] = sk_exp2((x[c] - reference) * log2e_T);
         sum += e[c];
         top = x[c] > top ? x[c] : top;
     }
@@ -155,22 +152,22 @@ static real exponentials(const real *x, int64_t n, real reference, real inverse_
     return sum;
 }
 
-/* First visit to a row. The reference need not be the maximum, only within e^64 of it: that of the first few classes
+/* First visit to a row. The reference need not be the maximum, only within 2^90 of it: that of the first few classes
  * serves, and a chunk that exceeds it is done again. Leaves the exponentials of the last chunk in e. */
 static softmax softmax_of_row(const sk_arg *x, int64_t at, int64_t C, double T, real *buffer, real *e)
 {
-    const real inverse_T = (real)(1 / T);
+    const real log2e_T = (real)(SK_LOG2E / T);
     real reference = -SK_REAL_MAX;
     double sum = 0;
     for (int64_t c0 = 0; c0 < C; c0 += SK_CHUNK) {
         const int64_t n = sk_min(SK_CHUNK, C - c0);
         const real *a = sk_load(x, at + c0 * x->stride[1], x->stride[1], n, buffer);
         if (c0 == 0) reference = highest(a, sk_min(n, 64));
-        real largest, part = exponentials(a, n, reference, inverse_T, e, &largest);
-        if ((largest - reference) * inverse_T > 64) {
+        real largest, part = exponentials(a, n, reference, log2e_T, e, &largest);
+        if ((largest - reference) * log2e_T > 90) {
             sum *= exp(((double)reference - largest) / T);
             reference = largest;
-            part = exponentials(a, n, reference, inverse_T, e, &largest);
+            part = exponentials(a, n, reference, log2e_T, e, &largest);
         }
         sum += part;
     }
@@ -202,7 +199,7 @@ static row_saved kl_of_row(row r, int64_t C, double T)
     const softmax s_u = softmax_of_row(r.u, r.at_u, C, T, chunk_u, e_u);
     const softmax s_v = softmax_of_row(r.v, r.at_v, C, T, chunk_v, e_v);
     const sk_split dl = sk_split_of(s_u.lse - s_v.lse);
-    const real inverse_T = (real)(1 / T);
+    const real inverse_T = (real)(1 / T), log2e_T = (real)(SK_LOG2E / T);
     double sums[3] = {0, 0, 0};
     for (int64_t c0 = 0; c0 < C; c0 += SK_CHUNK) {
         const int64_t n = sk_min(SK_CHUNK, C - c0);
@@ -210,13 +207,13 @@ static row_saved kl_of_row(row r, int64_t C, double T)
         const real *v = sk_load(r.v, r.at_v + c0 * r.v->stride[1], r.v->stride[1], n, chunk_v);
         real largest;
         if (C > SK_CHUNK) {
-            exponentials(u, n, s_u.reference, inverse_T, e_u, &largest);
-            exponentials(v, n, s_v.reference, inverse_T, e_v, &largest);
+            exponentials(u, n, s_u.reference, log2e_T, e_u, &largest);
+            exponentials(v, n, s_v.reference, log2e_T, e_v, &largest);
         }
         add_kl(u, v, e_u, e_v, n, s_u, s_v, dl, inverse_T, sums);
     }
     row_saved k = {s_u.lse, (s_u.lse - s_v.lse) + T * sums[2], sums[0], sums[1]};
-    if (!isfinite(sums[0] + sums[1])) careful_kl(r, C, T, &k);
+    if (!isfinite(sums[0] + sums[1])) k.dl = s_u.lse - s_v.lse, careful_kl(r, C, T, &k);
     return k;
 }
 
@@ -245,13 +242,13 @@ static void load_tile(const sk_arg *x, int64_t at, int64_t classes, int64_t widt
 }
 
 /* Leaves the exponentials of a tile in e and adds them to sum, class after class. */
-static void exponentials_of_tile(tile x, int64_t classes, int64_t width, const real *reference, real inverse_T, tile e,
+static void exponentials_of_tile(tile x, int64_t classes, int64_t width, const real *reference, real log2e_T, tile e,
                                  real *sum)
 {
     for (int64_t c = 0; c < classes; c++) {
 #pragma omp simd
         for (int64_t s = 0; s < width; s++) {
-            e[c][s] = sk_exp((x[c][s] - reference[s]) * inverse_T);
+            e[c][s] = sk_exp2((x[c][s] - reference[s]) * log2e_T);
             sum[s] += e[c][s];
         }
     }
@@ -261,7 +258,7 @@ static void exponentials_of_tile(tile x, int64_t classes, int64_t width, const r
 static void softmax_of_tiles(const sk_arg *arg, int64_t at, int64_t C, int64_t width, double T, tile x, tile e,
                              softmaxes *m)
 {
-    const real inverse_T = (real)(1 / T);
+    const real log2e_T = (real)(SK_LOG2E / T);
     for (int s = 0; s < TILE_S; s++) {
         m->reference[s] = -SK_REAL_MAX;
         m->sum[s] = 0;
@@ -275,10 +272,10 @@ static void softmax_of_tiles(const sk_arg *arg, int64_t at, int64_t C, int64_t w
 #pragma omp simd
             for (int64_t s = 0; s < width; s++) top[s] = x[c][s] > top[s] ? x[c][s] : top[s];
         }
-        exponentials_of_tile(x, classes, width, top, inverse_T, e, part);
+        exponentials_of_tile(x, classes, width, top, log2e_T, e, part);
 #pragma omp simd
         for (int64_t s = 0; s < width; s++) {
-            m->sum[s] = m->sum[s] * sk_exp((m->reference[s] - top[s]) * inverse_T) + part[s];
+            m->sum[s] = m->sum[s] * sk_exp2((m->reference[s] - top[s]) * log2e_T) + part[s];
             m->reference[s] = top[s];
         }
     }
@@ -328,14 +325,14 @@ static void kl_of_tiles(row r, int64_t C, int64_t width, double T, rows_saved *k
         dl_high[s] = dl.high;
         dl_low[s] = dl.low;
     }
-    const real inverse_T = (real)(1 / T);
+    const real inverse_T = (real)(1 / T), log2e_T = (real)(SK_LOG2E / T);
     for (int64_t c0 = 0; c0 < C; c0 += TILE_C) {
         const int64_t classes = sk_min(TILE_C, C - c0);
         if (C > TILE_C) {
             load_tile(r.u, r.at_u + c0 * r.u->stride[1], classes, width, u);
             load_tile(r.v, r.at_v + c0 * r.v->stride[1], classes, width, v);
-            exponentials_of_tile(u, classes, width, m_u.reference, inverse_T, e_u, sums[0]);
-            exponentials_of_tile(v, classes, width, m_v.reference, inverse_T, e_v, sums[0]);
+            exponentials_of_tile(u, classes, width, m_u.reference, log2e_T, e_u, sums[0]);
+            exponentials_of_tile(v, classes, width, m_v.reference, log2e_T, e_v, sums[0]);
         }
         kl_of_tile(u, v, e_u, e_v, classes, width, &m_u, &m_v, dl_high, dl_low, inverse_T, sums);
 #pragma omp simd
@@ -372,7 +369,7 @@ static void forward_positions(const forward_params *p, int64_t begin, int64_t en
 static call_scalars scalars_of_call(const backward_params *p)
 {
     const real forward = (real)p->forward_weight, reverse = (real)p->reverse_weight;
-    return (call_scalars){(real)(1 / p->temperature), forward, reverse, p->detach_target ? 0 : forward,
+    return (call_scalars){(real)(1 / p->temperature), (real)(SK_LOG2E / p->temperature), forward, reverse, p->detach_target ? 0 : forward,
                           p->detach_target ? 0 : reverse};
 }
 

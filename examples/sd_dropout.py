@@ -1,57 +1,53 @@
 """SD-Dropout: a network learns from two dropout views of its own features.
 
-Trains a small network on scikit-learn's digits, once with the loss in plain PyTorch and once with the
-fused loss, from the same seed: same parameters, same batches, same dropout masks. Only the
-function changes.
+Trains a small network on scikit-learn's digits with the loss in plain PyTorch and with the fused
+loss. Both runs start from one seed: same parameters, batches and dropout masks; only the function
+that computes the loss differs.
 
-    h = backbone(images), z = head(h), u = head(dropout(h)), v = head(dropout(h))
-    loss = CE(z, labels) + weight * T^2 * (KL(p||q) + KL(q||p)),  p = softmax(u / T), q = softmax(v / T)
+    h = backbone(images),  z = head(h),  u = head(dropout(h)),  v = head(dropout(h))
+    p = softmax(u / T),  q = softmax(v / T)
+    loss = CE(z, labels) + weight * T^2 * (KL(p||q) + KL(q||p))
 
-Lee, Park, Seo, Kang: "Self-Knowledge Distillation via Dropout", arXiv 2208.05642. `selfkd.nn.SDDropout`
-is the same head and loss as one module.
+Source: "Self-Knowledge Distillation via Dropout", arXiv 2208.05642. selfkd.nn.SDDropout is the head
+and both terms of the loss in one module.
 
-    python examples/sd_dropout.py                 # both, a table, a picture in runs/
-    python examples/sd_dropout.py --control       # and what the loss changes: the same with weight 0
+    python examples/sd_dropout.py              both, a table, and a picture in runs/
+    python examples/sd_dropout.py --control    and a run with weight 0: what the loss changes
 """
 
 from __future__ import annotations
 
 import sys
 
-import common
+import selfkd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import selfkd
+import common
 
 DROPOUT = 0.5
 TEMPERATURE = 3.0
-LOSSES = {"fused": selfkd.sd_dropout_kl, "reference": selfkd.reference.sd_dropout_kl}
+IMPLEMENTATIONS = {"fused": selfkd.sd_dropout_kl, "reference": selfkd.reference.sd_dropout_kl}
 
 
-def block(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
-    """Return convolution, normalisation and a smooth activation.
+def convolution(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
+    """Return a convolution, its normalisation and a smooth activation.
 
-    At the kink of a ReLU, the last bit of a loss would decide between two different runs.
+    Smooth, because at the kink of a ReLU the last bit of a loss decides between two different runs.
     """
-    convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-    return [convolution, nn.BatchNorm2d(outputs), nn.SiLU()]
+    conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+    return [conv, nn.BatchNorm2d(outputs), nn.SiLU()]
 
 
 class Network(nn.Module):
-    """Backbone of three convolutions, global average pooling, one linear layer."""
+    """Three convolutions, global average pooling, a linear head."""
 
-    def __init__(self, classes: int, width: int = 128) -> None:
+    def __init__(self, classes: int) -> None:
         super().__init__()
-        self.backbone = nn.Sequential(
-            *block(1, 32),
-            *block(32, 64, stride=2),
-            *block(64, width),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-        )
-        self.head = nn.Linear(width, classes)
+        layers = [*convolution(1, 32), *convolution(32, 64, stride=2), *convolution(64, 128)]
+        self.backbone = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(128, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.backbone(images))
@@ -60,43 +56,31 @@ class Network(nn.Module):
 def train(
     impl: str, *, weight: float = 1.0, steps: int = 400, seed: int = 0, device: str = "cpu"
 ) -> common.Run:
-    """Train the network with one implementation of the loss.
-
-    Parameters
-    ----------
-    impl
-        "fused" or "reference".
-    weight
-        Weight of the SD-Dropout loss; 0 trains with cross-entropy alone.
-    steps
-        Training steps of 128 images.
-    seed
-        Seed of parameters, batches and dropout masks.
-    device
-        Device to train on.
-    """
+    """Train a new network with one implementation of the loss, "fused" or "reference"."""
     torch.manual_seed(seed)
     digits = common.Digits(device)
     network = Network(digits.classes).to(device)
+    backbone, head = network.backbone, network.head
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
-    sd_dropout_kl = common.TimedLoss(LOSSES[impl])
+    sd_dropout_kl = common.TimedLoss(IMPLEMENTATIONS[impl])
     run = common.Run(impl)
     for images, labels in digits.batches(steps, 128, seed, title=impl):
-        h = network.backbone(images)
-        z, u, v = network.head(h), network.head(F.dropout(h, DROPOUT)), network.head(F.dropout(h, DROPOUT))
-        loss = F.cross_entropy(z, labels) + weight * sd_dropout_kl(u, v, temperature=TEMPERATURE)
+        h = backbone(images)
+        u, v = head(F.dropout(h, DROPOUT)), head(F.dropout(h, DROPOUT))
+        loss = F.cross_entropy(head(h), labels)
+        loss = loss + weight * sd_dropout_kl(u, v, temperature=TEMPERATURE)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         run.losses.append(loss.item())
     run.accuracy = digits.accuracy(network)
-    run.loss_seconds = sd_dropout_kl.seconds()
+    run.seconds = sd_dropout_kl.seconds
     return run
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train as the command line says and report."""
-    options = common.parse(argv, __doc__, weight=1.0, steps=400)
+    """Train as the command line says, report, return the exit code."""
+    options = common.parse(argv, __doc__, weight=1.0)
     return common.report("SD-Dropout", common.train_all(train, options), options.out)
 
 

@@ -1,0 +1,428 @@
+"""sd_dropout_kl: the cases every back end runs, and what the operator promises beside them."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import harness
+import numpy as np
+import pytest
+import selfkd
+import torch
+import torch.nn.functional as F
+from harness import Case
+from selfkd import library
+
+OP = "sd_dropout_kl"
+NAN, INF = torch.nan, torch.inf
+
+
+def pair(
+    *shape: int,
+    scale: float = 3.0,
+    level: float = 0.0,
+    shift: float = 0.0,
+    apart: float | None = None,
+) -> Any:
+    """Draws u and v: independent, or `apart` standard deviations from each other."""
+
+    def make(g: torch.Generator) -> dict[str, torch.Tensor]:
+        u = scale * torch.randn(shape, generator=g, dtype=torch.float64) + level
+        noise = torch.randn(shape, generator=g, dtype=torch.float64)
+        return {
+            "u": u,
+            "v": (scale * noise + level if apart is None else u + apart * noise) + shift,
+        }
+
+    return make
+
+
+def weighted(make: Any, boolean: bool = False) -> Any:
+    """The same with weights, a third of them 0, and NaN logits where nothing may look."""
+
+    def with_weight(g: torch.Generator) -> dict[str, torch.Tensor]:
+        tensors = make(g)
+        sizes = tensors["u"][:, 0].shape
+        weight = torch.rand(sizes, generator=g, dtype=torch.float64) + 0.1
+        skipped = torch.rand(sizes, generator=g) < 0.34
+        weight[skipped] = 0
+        if boolean:
+            tensors["u"].movedim(1, -1)[skipped] = NAN
+        return {**tensors, "weight": weight != 0 if boolean else weight}
+
+    return with_weight
+
+
+def divided(make: Any) -> Any:
+    return lambda g: {**make(g), "divisor": torch.tensor(12.5, dtype=torch.float64)}
+
+
+CASES = [
+    Case("one_class", pair(3, 1)),
+    *[Case(f"{n}_classes", pair(5, n)) for n in (2, 15, 16, 17, 31, 32, 33, 63, 65)],
+    Case("digits", pair(64, 10)),
+    Case("cifar_classes", pair(64, 100)),
+    Case("imagenet_classes", pair(16, 1000)),
+    *[Case(f"chunk_{n}", pair(3, n)) for n in (1023, 1024, 1025, 2049)],
+    Case("gpt_classes", pair(3, 32000)),
+    Case("many_classes", pair(2, 250000), big=True),
+    Case("logits_near_95", pair(9, 100, level=95)),
+    Case("logits_1e4", pair(9, 100, scale=1e4)),
+    Case("rows_1e4_apart", pair(9, 100, shift=1e4)),
+    Case("rows_1e4_apart_long", pair(2, 3000, shift=-1e4)),
+    Case("rows_1e-3_apart", pair(9, 1000, apart=1e-3), close=True),
+    Case("rows_1e-3_apart_long", pair(2, 3000, apart=1e-3), close=True),
+    Case("cold", pair(9, 50), {"temperature": 0.5}),
+    Case("hot", pair(9, 50), {"temperature": 20.0}),
+    Case("forward_only", pair(9, 50), {"reverse_weight": 0.0}),
+    Case("reverse_only", pair(9, 50), {"forward_weight": 0.0, "reverse_weight": 0.3}),
+    Case("neither", pair(9, 50), {"forward_weight": 0.0, "reverse_weight": 0.0}),
+    Case("detached", pair(9, 50), {"detach_target": True, "forward_weight": 0.7}),
+    Case("weighted", weighted(pair(33, 100))),
+    Case("masked", weighted(pair(33, 100), boolean=True)),
+    Case("divisor", divided(weighted(pair(33, 10)))),
+    Case("sum", weighted(pair(33, 10)), {"reduction": "sum"}),
+    Case("no_rows", pair(0, 10), {"reduction": "sum"}),
+]
+IMAGES = [
+    Case("voc", pair(2, 21, 16, 24)),
+    Case("voc_masked", weighted(pair(2, 21, 9, 13), boolean=True)),
+    Case("tokens", weighted(pair(3, 130, 7))),
+    Case("two_classes", pair(2, 2, 11, 13)),
+    Case("one_position", pair(2, 40, 1, 1)),
+    *[Case(f"{n}_classes", pair(1, n, 3, 43)) for n in (31, 32, 33, 100)],
+    *[Case(f"{n}_positions", pair(1, 5, n)) for n in (127, 128, 129)],
+    Case("rows_1e4_apart", pair(1, 40, 3, 5, shift=1e4)),
+    Case("rows_1e-3_apart", pair(1, 40, 3, 50, apart=1e-3), close=True),
+    Case("logits_1e4", pair(1, 40, 3, 5, scale=1e4)),
+    Case("detached", pair(2, 9, 4, 4), {"detach_target": True, "temperature": 1.0}),
+    Case("no_positions", pair(2, 9, 0, 4), {"reduction": "sum"}),
+]
+DTYPES = list(harness.DTYPES)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", harness.backends(), ids=str)
+def test_rows(backend: harness.Backend, case: Case, dtype: str, generator: torch.Generator) -> None:
+    harness.check_case(OP, case, backend, dtype, "contiguous", generator, path="classes")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", IMAGES, ids=str)
+@pytest.mark.parametrize("backend", harness.backends(), ids=str)
+def test_images(
+    backend: harness.Backend, case: Case, layout: str, dtype: str, generator: torch.Generator
+) -> None:
+    several = not case.name.startswith(("one_position", "no_positions"))
+    path = "" if not several else "positions" if layout == "contiguous" else "classes"
+    harness.check_case(OP, case, backend, dtype, layout, generator, path=path)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["every_other", "unaligned"])
+@pytest.mark.parametrize("shape", [(5, 100), (3, 1100), (2, 21, 6, 7)], ids=str)
+@pytest.mark.parametrize("backend", harness.backends(), ids=str)
+def test_strides(
+    backend: harness.Backend,
+    shape: tuple[int, ...],
+    layout: str,
+    dtype: str,
+    generator: torch.Generator,
+) -> None:
+    harness.check_case(OP, Case("strides", pair(*shape)), backend, dtype, layout, generator)
+
+
+@pytest.mark.parametrize("backend", harness.backends(), ids=str)
+@pytest.mark.parametrize("shape", [(7, 100), (2, 2500), (1, 40, 9, 11)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_rows_give_exactly_zero(
+    backend: harness.Backend, shape: tuple[int, ...], dtype: str, generator: torch.Generator
+) -> None:
+    harness.prepare(backend)
+    u = 30 * torch.randn(shape, generator=generator)
+    u[:, 1] = -INF
+    u = u.to(backend.device, harness.DTYPES[dtype])
+    loss, grads = backend.call(OP, {"u": u, "v": u.clone()}, {})
+    assert loss == 0
+    assert all((grad == 0).all() for grad in grads.values())
+
+
+@pytest.mark.parametrize("backend", harness.backends(), ids=str)
+@pytest.mark.parametrize("shape", [(8, 50), (1, 50, 8), (8, 1500)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_non_finite_rows_stay_alone(
+    backend: harness.Backend, shape: tuple[int, ...], dtype: str, generator: torch.Generator
+) -> None:
+    """Rows 1..6 are spoilt, each in its way: all follow the reference, 0 and 7 stay finite."""
+    harness.prepare(backend)
+    tensors = harness.cast(pair(*shape)(generator), OP, harness.DTYPES[dtype], backend.device)
+    rows = {
+        name: x.movedim(1, -1).reshape(8, -1) if x.ndim == 2 else x[0].T
+        for name, x in tensors.items()
+    }
+    u, v = rows["u"], rows["v"]
+    u[1, 3] = NAN
+    v[2, -1] = NAN
+    u[3, 5], v[3, 5] = -INF, -INF
+    u[4, 7] = -INF  # KL(q||p) is inf, KL(p||q) is not
+    u[5, 2] = INF
+    u[6] = -INF
+    finite = {"forward_weight": 1.0, "reverse_weight": 0.0}
+    for options in ({}, finite, {"detach_target": True, **finite}):
+        given = {**options, "reduction": "none"}
+        expected, expected_grads = harness.reference(OP, tensors, given)
+        found, grads = backend.call(OP, tensors, given)
+        harness.assert_values(found, expected, str(options))
+        kept = [0, 3, 7] + ([4] if options else [])
+        for name in ("u", "v"):
+            grad, exact = (
+                x.movedim(1, -1).reshape(8, -1)[kept] for x in (grads[name], expected_grads[name])
+            )
+            harness.assert_gradient(grad, exact, False, f"gradient of {name} {options}")
+        spoilt = [1, 2, 5, 6] + ([] if options else [4])
+        assert not found.flatten()[spoilt].isfinite().any()
+
+
+@pytest.mark.parametrize("backend", harness.backends(), ids=str)
+def test_empty_batch(backend: harness.Backend) -> None:
+    harness.prepare(backend)
+    for shape in [(0, 10), (0, 10, 4), (3, 10, 0)]:
+        u = torch.zeros(shape, device=backend.device)
+        assert backend.call(OP, {"u": u, "v": u}, {"reduction": "mean"})[0].isnan()
+        assert backend.call(OP, {"u": u, "v": u}, {"reduction": "sum"})[0] == 0
+        assert backend.call(OP, {"u": u, "v": u}, {"reduction": "none"})[0].shape == (
+            shape[0],
+            *shape[2:],
+        )
+
+
+@pytest.mark.parametrize("backend", harness.backends(), ids=str)
+def test_everything_masked(backend: harness.Backend, generator: torch.Generator) -> None:
+    harness.prepare(backend)
+    tensors = harness.cast(pair(4, 10)(generator), OP, torch.float32, backend.device)
+    tensors["weight"] = torch.zeros(4, dtype=torch.bool, device=backend.device)
+    assert backend.call(OP, tensors, {"reduction": "mean"})[0].isnan()
+    loss, grads = backend.call(OP, tensors, {"reduction": "sum"})
+    assert loss == 0
+    assert all((grad == 0).all() for grad in grads.values())
+
+
+@pytest.mark.parametrize("backend", harness.backends(), ids=str)
+def test_incoming_gradient_per_row(backend: harness.Backend, generator: torch.Generator) -> None:
+    harness.prepare(backend)
+    for shape in [(6, 40), (2, 9, 3, 5)]:
+        tensors = harness.cast(weighted(pair(*shape))(generator), OP, torch.float32, backend.device)
+        grad = torch.randn(shape[0], *shape[2:], generator=generator).to(backend.device)
+        _, expected = harness.reference(OP, tensors, {"reduction": "none"}, grad)
+        _, found = backend.call(OP, tensors, {"reduction": "none"}, grad)
+        for name in found:
+            harness.assert_gradient(found[name], expected[name], False, name)
+
+
+# ---- PyTorch: gradients of gradients, compiler, autocast, views ----
+
+needs_torch_backend = pytest.mark.skipif(
+    bool(harness.SIMT_LIBRARY), reason="the emulator has no PyTorch binding"
+)
+
+
+def leaf_pair(
+    generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float64
+) -> list[torch.Tensor]:
+    return [x.to(dtype).requires_grad_() for x in pair(*shape)(generator).values()]
+
+
+@needs_torch_backend
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradcheck(shape: tuple[int, ...], reduction: str, generator: torch.Generator) -> None:
+    weight = torch.rand(shape[0], *shape[2:], generator=generator, dtype=torch.float64)
+
+    def loss(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return selfkd.sd_dropout_kl(
+            u, v, temperature=1.5, reverse_weight=0.4, weight=weight, reduction=reduction
+        )
+
+    inputs = leaf_pair(generator, *shape)
+    assert torch.autograd.gradcheck(loss, inputs)
+    assert torch.autograd.gradgradcheck(loss, inputs)
+
+
+@needs_torch_backend
+@pytest.mark.parametrize("detach", [False, True])
+def test_double_backward_agrees_with_kernel_and_reference(
+    detach: bool, generator: torch.Generator
+) -> None:
+    u, v = leaf_pair(generator, 4, 6)
+    found, kernel = [], library.library().selfkd_call_count(b"sd_dropout_kl_backward")
+    plain = torch.autograd.grad(selfkd.sd_dropout_kl(u, v, detach_target=detach), (u, v))
+    assert library.library().selfkd_call_count(b"sd_dropout_kl_backward") == kernel + 1
+    for function in (selfkd.sd_dropout_kl, selfkd.reference.sd_dropout_kl):
+        grads = torch.autograd.grad(function(u, v, detach_target=detach), (u, v), create_graph=True)
+        second = torch.autograd.grad(sum((grad**2).sum() for grad in grads), (u, v))
+        found.append((*grads, *second))
+    assert library.library().selfkd_call_count(b"sd_dropout_kl_backward") == kernel + 1
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[0][:2], plain)
+
+
+@needs_torch_backend
+def test_one_tensor_on_both_sides_and_one_live_side(generator: torch.Generator) -> None:
+    u, v = leaf_pair(generator, 4, 6)
+    assert torch.autograd.grad(selfkd.sd_dropout_kl(u, u), u)[0].abs().max() == 0
+    for create_graph in (False, True):
+        grad = torch.autograd.grad(
+            selfkd.sd_dropout_kl(u, v.detach()), u, create_graph=create_graph
+        )[0]
+        both = torch.autograd.grad(selfkd.sd_dropout_kl(u, v), (u, v))
+        torch.testing.assert_close(grad, both[0])
+
+
+@needs_torch_backend
+@pytest.mark.parametrize("reduction", [0, 1])
+def test_opcheck(reduction: int, generator: torch.Generator) -> None:
+    u, v = leaf_pair(generator, 4, 6, dtype=torch.float32)
+    weight = torch.rand(4, generator=generator)
+    numbers = (3.0, 1.0, 1.0, False)
+    arguments = (u, v, weight, True, u, False, *numbers, reduction)
+    torch.library.opcheck(torch.ops.selfkd.sd_dropout_kl.default, arguments)
+    _, _, saved, denominator = (x.detach() for x in torch.ops.selfkd.sd_dropout_kl(*arguments))
+    grad = torch.rand(4, generator=generator) if reduction == 0 else torch.tensor(2.0)
+    backward = (grad, u.detach(), v.detach(), weight, True, saved, denominator, *numbers)
+    torch.library.opcheck(torch.ops.selfkd.sd_dropout_kl_backward.default, backward)
+
+
+@needs_torch_backend
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic: bool, generator: torch.Generator) -> None:
+    def training_loss(u: torch.Tensor, v: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * selfkd.sd_dropout_kl(u * 1.5, v, weight=weight, divisor=4.0) + u.sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(training_loss, fullgraph=True, dynamic=dynamic)
+    counts = [library.library().selfkd_call_count(b"sd_dropout_kl_backward")]
+    for n in (4, 7):
+        u, v = leaf_pair(generator, n, 6, dtype=torch.float32)
+        weight = torch.rand(n, generator=generator)
+        found, expected = compiled(u, v, weight), training_loss(u, v, weight)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(found, (u, v)), torch.autograd.grad(expected, (u, v))
+        )
+        counts.append(library.library().selfkd_call_count(b"sd_dropout_kl_backward"))
+    assert [b - a for a, b in itertools.pairwise(counts)] == [2, 2], (
+        "the compiled backward skipped the kernel"
+    )
+
+
+@needs_torch_backend
+def test_autocast_casts_the_narrower_side(generator: torch.Generator) -> None:
+    u, v = leaf_pair(generator, 4, 6, dtype=torch.float32)
+    with pytest.raises(TypeError, match="v has dtype bfloat16, expected float32 like u"):
+        selfkd.sd_dropout_kl(u, v.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = selfkd.sd_dropout_kl(u, v.bfloat16())
+    torch.testing.assert_close(loss, selfkd.sd_dropout_kl(u, v.bfloat16().float()))
+    assert torch.autograd.grad(loss, v)[0].dtype == torch.float32
+
+
+@needs_torch_backend
+def test_class_dimension(generator: torch.Generator) -> None:
+    u, v = leaf_pair(generator, 2, 5, 7, dtype=torch.float32)
+    expected = selfkd.sd_dropout_kl(u, v, reduction="none")
+    for dim in (-1, 2):
+        last = [x.movedim(1, -1).contiguous() for x in (u, v)]
+        torch.testing.assert_close(selfkd.sd_dropout_kl(*last, dim=dim, reduction="none"), expected)
+    assert library.text("selfkd_last_path").endswith("classes")
+
+
+@needs_torch_backend
+def test_trailing_dimensions_that_cannot_merge_are_copied(generator: torch.Generator) -> None:
+    u, v = leaf_pair(generator, 2, 5, 6, 7, dtype=torch.float32)
+    expected = selfkd.sd_dropout_kl(u, v)
+    cut = [torch.cat([x, x], 3)[..., :7] for x in (u, v)]
+    torch.testing.assert_close(selfkd.sd_dropout_kl(*cut), expected)
+    with pytest.raises(
+        RuntimeError, match="u has trailing dimensions whose strides cannot be merged"
+    ):
+        torch.ops.selfkd.sd_dropout_kl(*cut, u, False, u, False, 3.0, 1.0, 1.0, False, 1)
+
+
+@needs_torch_backend
+@pytest.mark.parametrize("shape", [(4, 100, 3), (300, 500), (2, 8, 300, 40)], ids=str)
+def test_threads(shape: tuple[int, ...], generator: torch.Generator) -> None:
+    tensors = harness.cast(weighted(pair(*shape))(generator), OP, torch.float32)
+    harness.check_threads(OP, tensors, {})
+
+
+@needs_torch_backend
+def test_memory_for_backward_is_at_most_32_bytes_a_row(generator: torch.Generator) -> None:
+    u, v = leaf_pair(generator, 64, 1000, dtype=torch.float32)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        selfkd.sd_dropout_kl(u, v)
+    own = {x.data_ptr(): x.nbytes for x in kept if x.data_ptr() not in (u.data_ptr(), v.data_ptr())}
+    assert sum(own.values()) <= 32 * 64 + 8
+
+
+@needs_torch_backend
+def test_sum_of_both_directions_is_the_authors_loss(generator: torch.Generator) -> None:
+    """The loss of the paper as its authors write it: batchmean of both directions, times T^2."""
+    u, v = leaf_pair(generator, 8, 10)
+    p, q = F.softmax(u / 3, 1), F.softmax(v / 3, 1)
+    both = F.kl_div(p.log(), q, reduction="batchmean") + F.kl_div(q.log(), p, reduction="batchmean")
+    torch.testing.assert_close(selfkd.sd_dropout_kl(u, v, temperature=3.0), 9 * both)
+
+
+@needs_torch_backend
+@pytest.mark.parametrize("shape", [(4, 1000), (1, 40, 3, 4)], ids=str)
+def test_float64_against_long_double(shape: tuple[int, ...], generator: torch.Generator) -> None:
+    """Rows 1e-3 apart in float64, where the reference is no judge: 1e-12 against 80-bit arithmetic."""
+    tensors = pair(*shape, apart=1e-3)(generator)
+    u, v = (x.numpy().astype(np.longdouble) / 3 for x in tensors.values())
+    log_p, log_q = (
+        x
+        - np.log(np.exp(x - x.max(1, keepdims=True)).sum(1, keepdims=True))
+        - x.max(1, keepdims=True)
+        for x in (u, v)
+    )
+    d = log_p - log_q
+    expected = 9 * ((np.exp(log_p) - np.exp(log_q)) * d).sum(1)
+    found = selfkd.sd_dropout_kl(*tensors.values(), reduction="none")
+    assert np.abs(found.numpy() / expected - 1).max() < 1e-12
+
+
+@needs_torch_backend
+def test_torch_func_is_refused_with_a_sentence(generator: torch.Generator) -> None:
+    u, v = leaf_pair(generator, 4, 6)
+    with pytest.raises(RuntimeError, match=r"torch\.func|functorch|vmap"):
+        torch.func.grad(selfkd.sd_dropout_kl)(u.detach(), v.detach())
+
+
+# ---- the module ----
+
+
+@needs_torch_backend
+def test_module_is_the_papers_objective(generator: torch.Generator) -> None:
+    head = torch.nn.Linear(16, 10)
+    module = selfkd.nn.SDDropout(head, p=0.5, temperature=3.0, kl_weight=0.7)
+    h = torch.randn(8, 16, generator=generator, requires_grad=True)
+    target = torch.tensor([0, 1, 2, 3, 4, 5, 6, -100])
+    torch.manual_seed(5)
+    logits, loss = module(h, target)
+    torch.manual_seed(5)
+    u, v = head(F.dropout(h, 0.5)), head(F.dropout(h, 0.5))
+    kl = selfkd.reference.sd_dropout_kl(u[:7], v[:7], temperature=3.0)
+    torch.testing.assert_close(loss, F.cross_entropy(head(h), target) + 0.7 * kl)
+    torch.testing.assert_close(logits, head(h))
+    loss.backward()
+    assert head.weight.grad is not None
+    assert module(h, target, return_logits=False)[0] is None
+    torch.testing.assert_close(module.eval()(h), head(h))
+    with pytest.raises(ValueError, match="target is None"):
+        module.train()(h)
+    with pytest.raises(ValueError, match="p is 1, expected a number in"):
+        selfkd.nn.SDDropout(head, p=1.0)

@@ -1,8 +1,8 @@
 """selfkd: fused self-distillation losses for PyTorch, as one plain-C library.
 
-Every operator of the library is a function here (``selfkd.sd_dropout_kl``) and, in plain PyTorch, in
-:mod:`selfkd.reference`. Modules are in :mod:`selfkd.nn`. :mod:`selfkd.c` calls the library on NumPy arrays or any other
-DLPack producer and needs no PyTorch.
+Every operator of the library is a function here (``selfkd.sd_dropout_kl``) and, in plain PyTorch,
+in :mod:`selfkd.reference`. Modules are in :mod:`selfkd.nn`. :mod:`selfkd.c` calls the library on
+NumPy arrays or any other DLPack producer and needs no PyTorch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def _load_torch_functions() -> None:
 
 def __getattr__(name: str) -> Any:
     if name in _OPERATORS or name in ("nn", "reference"):
-        raise ImportError(f"selfkd.{name} needs PyTorch 2.8 or newer: pip install torch (selfkd.c works without)")
+        raise ImportError(
+            f"selfkd.{name} needs PyTorch 2.8 or newer: pip install torch (selfkd.c works without)"
+        )
     raise AttributeError(f"module 'selfkd' has no attribute {name!r}")
 
 

@@ -35,7 +35,9 @@ def logits_view(op: str, name: str, x: torch.Tensor, dim: int) -> torch.Tensor:
 def without_gradient(op: str, name: str, x: torch.Tensor) -> None:
     """Refuse a tensor that will never get the gradient it asks for."""
     if x.requires_grad:
-        raise ValueError(f"{op}: {name} requires grad, expected a tensor without (it never gets a gradient)")
+        raise ValueError(
+            f"{op}: {name} requires grad, expected a tensor without (it never gets a gradient)"
+        )
 
 
 def weight_view(op: str, weight: torch.Tensor) -> torch.Tensor:
@@ -44,10 +46,14 @@ def weight_view(op: str, weight: torch.Tensor) -> torch.Tensor:
     return merged(weight, 1)
 
 
-def divisor_tensor(op: str, divisor: float | torch.Tensor, reduction: str, like: torch.Tensor) -> torch.Tensor:
+def divisor_tensor(
+    op: str, divisor: float | torch.Tensor, reduction: str, like: torch.Tensor
+) -> torch.Tensor:
     """The divisor as a 0-d tensor of the loss's dtype on the device of `like`."""
     if reduction != "mean":
-        raise ValueError(f'{op}: divisor is given, expected reduction "mean" with it (not "{reduction}")')
+        raise ValueError(
+            f'{op}: divisor is given, expected reduction "mean" with it (not "{reduction}")'
+        )
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if isinstance(divisor, torch.Tensor):
         without_gradient(op, "divisor", divisor)
@@ -64,7 +70,9 @@ def same_dtype(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return u, v
 
 
-def reduce_rows(rows: torch.Tensor, weight: torch.Tensor | None, reduction: str, divisor: Any) -> torch.Tensor:
+def reduce_rows(
+    rows: torch.Tensor, weight: torch.Tensor | None, reduction: str, divisor: Any
+) -> torch.Tensor:
     """Reduction of the references: `rows` are already weighted."""
     if reduction == "none":
         return rows
@@ -72,4 +80,5 @@ def reduce_rows(rows: torch.Tensor, weight: torch.Tensor | None, reduction: str,
         return rows.sum()
     if divisor is None:
         divisor = rows.new_tensor(rows.numel()) if weight is None else weight.to(rows.dtype).sum()
-    return rows.sum() / divisor
+    mean: torch.Tensor = rows.sum() / divisor
+    return mean

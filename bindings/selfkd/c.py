@@ -1,7 +1,10 @@
-"""The C functions from Python, by ctypes: on NumPy arrays or anything else with ``__dlpack__``. Needs no PyTorch.
+"""The C functions from Python, by ctypes, on NumPy arrays or anything with ``__dlpack__``.
 
-``selfkd.c.<op>(*inputs, **arguments)`` takes the arguments of the operator's contract (``ops/<op>.h``) and returns its
-outputs as a named tuple: NumPy arrays, or the arrays passed in ``out={name: array}`` (needed for CUDA inputs).
+Needs no PyTorch.
+
+``selfkd.c.<op>(*inputs, **arguments)`` takes the arguments of the operator's contract
+(``ops/<op>.h``) and returns its outputs as a named tuple: NumPy arrays, or the arrays passed in
+``out={name: array}`` (needed for CUDA inputs).
 """
 
 from __future__ import annotations
@@ -42,13 +45,17 @@ class Tensor(ctypes.Structure):
 
 
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_capsule_pointer.restype, _capsule_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+_capsule_pointer.restype, _capsule_pointer.argtypes = (
+    ctypes.c_void_p,
+    [ctypes.py_object, ctypes.c_char_p],
+)
 
 
 def describe(array: Any) -> tuple[Tensor, Any]:
     """The descriptor of a DLPack producer, and the capsule that keeps its memory alive.
 
-    The capsule is never renamed, so its producer's destructor frees it: the array is only looked at.
+    The capsule is never renamed, so its producer's destructor frees it: the array is only looked
+    at.
     """
     if hasattr(array, "detach"):  # PyTorch refuses to export what requires grad
         array = array.detach()
@@ -70,7 +77,11 @@ def arguments_struct(op: str) -> type[ctypes.Structure]:
 
 
 def run(
-    lib: ctypes.CDLL, op: str, arguments: Mapping[str, Any], stream: int | None = None, device: int | None = None
+    lib: ctypes.CDLL,
+    op: str,
+    arguments: Mapping[str, Any],
+    stream: int | None = None,
+    device: int | None = None,
 ) -> int:
     """Call ``selfkd_<op>`` of `lib` with arrays (inputs and outputs) and numbers by name; returns its status.
 
@@ -95,11 +106,22 @@ def run(
     return status
 
 
+def _array(value: Any) -> Any:
+    """A DLPack producer: `value` itself, or an array of a number or NumPy scalar."""
+    if hasattr(value, "__dlpack__"):
+        return value
+    import numpy as np
+
+    return np.array(value)
+
+
 def _dtype_name(array: Any) -> str:
     return str(array.dtype).removeprefix("torch.")
 
 
-def new_outputs(of: Contract, arguments: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def new_outputs(
+    of: Contract, arguments: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
     """The outputs of a call: those given, and new NumPy arrays for the others."""
     import numpy as np
 
@@ -120,27 +142,36 @@ def _function(op: str) -> Callable[..., Any]:
     of = contract(op)
     positional = [item.name for item in of.items if item.is_input or item.is_number]
     defaults = {item.name: item.default for item in of.items if item.is_number}
-    result = namedtuple(op, [item.name for item in of.outputs])  # type: ignore[misc] # noqa: PYI024
+    result = namedtuple(op, [item.name for item in of.outputs])  # type: ignore[misc]
 
-    def call(*values: Any, out: Mapping[str, Any] | None = None, stream: int | None = None, **named: Any) -> Any:
+    def call(
+        *values: Any, out: Mapping[str, Any] | None = None, stream: int | None = None, **named: Any
+    ) -> Any:
         arguments = defaults | dict(zip(positional, values, strict=False)) | named
         unknown = sorted(set(arguments) - set(positional))
         if unknown:
             raise TypeError(f"{op}: {unknown[0]} is no argument, expected {', '.join(positional)}")
         if isinstance(arguments.get("reduction"), str):
             arguments["reduction"] = contracts.reduction_code(op, arguments["reduction"])
+        for item in of.items:
+            if item.is_input and arguments.get(item.name) is not None:
+                arguments[item.name] = _array(arguments[item.name])
         outputs = new_outputs(of, arguments, out or {})
         library.check(run(library.library(), op, arguments | outputs, stream))
         return result(**outputs)
 
     call.__name__ = call.__qualname__ = op
-    call.__doc__ = f"Call ``selfkd_{op}``. Arguments: {', '.join(positional)}; see ``ops/`` for their meaning."
+    call.__doc__ = (
+        f"Call ``selfkd_{op}``. Arguments: {', '.join(positional)}; see ``ops/`` for their meaning."
+    )
     return call
 
 
 def __getattr__(name: str) -> Callable[..., Any]:
     if name not in operators():
-        raise AttributeError(f"module 'selfkd.c' has no attribute {name!r}; operators: {', '.join(operators())}")
+        raise AttributeError(
+            f"module 'selfkd.c' has no attribute {name!r}; operators: {', '.join(operators())}"
+        )
     function = _function(name)
     globals()[name] = function
     return function

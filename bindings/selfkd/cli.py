@@ -27,10 +27,11 @@ def _huge_pages() -> str:
 
 def info() -> int:
     """Print what this installation consists of."""
+    cores = len(os.sched_getaffinity(0))
     rows = {
         "selfkd": __version__,
         "library": f"{library.library_path()} (version {library.text('selfkd_version')})",
-        "CPU variant": f"{library.text('selfkd_isa')} on {platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "CPU variant": f"{library.text('selfkd_isa')} on {platform.machine()}, {cores} cores",
         "huge pages": _huge_pages(),
         "CUDA": library.text("selfkd_cuda"),
         "PyTorch": _torch(),
@@ -47,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="selfkd", description="Fused self-distillation losses.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("info", help="library, CPU variant, CUDA, PyTorch and operators").set_defaults(run=info)
+    commands.add_parser(
+        "info", help="library, CPU variant, CUDA, PyTorch and operators"
+    ).set_defaults(run=info)
     run = parser.parse_args(arguments).run
     return int(run())

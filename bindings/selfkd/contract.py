@@ -1,7 +1,8 @@
 """The contracts of ``ops/*.h``, read from the library, and their rules in Python.
 
-The rules are those of ``ops/core/check.c``, with the same words: here they serve fake tensors (``torch.compile``) and
-turn the RuntimeError of an operator into the ValueError or TypeError of a Python function.
+The rules are those of ``ops/core/check.c``, with the same words: here they serve fake tensors
+(``torch.compile``) and turn the RuntimeError of an operator into the ValueError or TypeError of a
+Python function.
 """
 
 from __future__ import annotations
@@ -15,10 +16,25 @@ from typing import Any
 from . import library
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-_KNOWN = {"float16", "bfloat16", "float32", "float64", "bool", "uint8", "int8", "int16", "int32", "int64"}
+_KNOWN = {
+    "float16",
+    "bfloat16",
+    "float32",
+    "float64",
+    "bool",
+    "uint8",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+}
 _KNOWN |= {"complex32", "complex64", "complex128"}
 _MAX_RANK = 8
-_NUMBERS: dict[str, Callable[[str], float | int | bool]] = {"REAL": float, "INT": int, "BOOL": lambda x: x != "0"}
+_NUMBERS: dict[str, Callable[[str], float | int | bool]] = {
+    "REAL": float,
+    "INT": int,
+    "BOOL": lambda x: x != "0",
+}
 
 
 @dataclass(frozen=True)
@@ -114,7 +130,7 @@ def _device(tensor: Any) -> str:
     device = tensor.device
     if str(device) == "cpu":  # NumPy's is a string
         return "cpu"
-    return f"{device.type}:{device.index or 0}"
+    return device.type if device.index is None else f"{device.type}:{device.index}"
 
 
 def accumulator(dtype: str) -> str:
@@ -155,13 +171,17 @@ class _Checker:
             *most, last = accepted
             words = f"{', '.join(most)} or {last}" if most else last
             words += f" like {first}" if item.rule == "SAME" else ""
-            raise TypeError(f"{self.contract.name}: {item.name} has dtype {found}, expected {words}")
+            raise TypeError(
+                f"{self.contract.name}: {item.name} has dtype {found}, expected {words}"
+            )
 
     def device(self, item: Item, tensor: Any) -> None:
         first = self.contract.first
         found, expected = _device(tensor), _device(self.tensors[first])
         if found != expected:
-            raise TypeError(f"{self.contract.name}: {item.name} is on {found}, expected {expected} like {first}")
+            raise TypeError(
+                f"{self.contract.name}: {item.name} is on {found}, expected {expected} like {first}"
+            )
 
     def shape(self, item: Item, tensor: Any) -> None:
         op, letters = self.contract.name, item.shape.removesuffix("*")
@@ -177,20 +197,28 @@ class _Checker:
             expected, least = _MAX_RANK, "at most "
         if rank != expected:
             plural = "" if rank == 1 else "s"
-            raise ValueError(f"{op}: {item.name} has {rank} dimension{plural}, expected {least}{expected}")
+            raise ValueError(
+                f"{op}: {item.name} has {rank} dimension{plural}, expected {least}{expected}"
+            )
         for k, letter in enumerate(letters):
             if letter == "C" and sizes[k] == 0:
-                raise ValueError(f"{op}: {item.name} has size 0 in dimension C, expected at least 1")
+                raise ValueError(
+                    f"{op}: {item.name} has size 0 in dimension C, expected at least 1"
+                )
             size = int(letter) if letter.isdigit() else self.sizes.setdefault(letter, sizes[k])
             if sizes[k] != size:
                 where = k if letter.isdigit() else letter
-                raise ValueError(f"{op}: {item.name} has size {sizes[k]} in dimension {where}, expected {size}")
+                raise ValueError(
+                    f"{op}: {item.name} has size {sizes[k]} in dimension {where}, expected {size}"
+                )
         if item.shape.endswith("*"):
             if self.trailing is None:
                 self.trailing = tuple(sizes[len(letters) :])
             for k, size in enumerate(self.trailing, len(letters)):
                 if sizes[k] != size:
-                    raise ValueError(f"{op}: {item.name} has size {sizes[k]} in dimension {k}, expected {size}")
+                    raise ValueError(
+                        f"{op}: {item.name} has size {sizes[k]} in dimension {k}, expected {size}"
+                    )
 
     def tensor(self, item: Item) -> None:
         tensor = self.tensors[item.name]

@@ -52,13 +52,15 @@ def open_library(path: str) -> ctypes.CDLL:
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, name, None)
         if function is None:
-            raise ImportError(f"selfkd: {path} has no {name}; it was built from another version, reinstall selfkd")
+            raise ImportError(
+                f"selfkd: {path} has no {name}; it was built from another version, reinstall selfkd"
+            )
         function.restype, function.argtypes = result, arguments
     version = library.selfkd_version().decode()
     if library.selfkd_abi() != ABI or version != __version__:
         raise ImportError(
-            f"selfkd: {path} is version {version} (ABI {library.selfkd_abi()}), this package is {__version__} "
-            f"(ABI {ABI}); reinstall selfkd"
+            f"selfkd: {path} is version {version} (ABI {library.selfkd_abi()}), this package is "
+            f"{__version__} (ABI {ABI}); reinstall selfkd"
         )
     return library
 
@@ -77,7 +79,9 @@ def text(function: str, *arguments: bytes | int) -> str:
 def check(status: int) -> None:
     """Raise what a failing call said: TypeError for status 2, ValueError for 1, else RuntimeError."""
     if status:
-        raise {1: ValueError, 2: TypeError, 3: MemoryError}.get(status, RuntimeError)(text("selfkd_message"))
+        raise {1: ValueError, 2: TypeError, 3: MemoryError}.get(status, RuntimeError)(
+            text("selfkd_message")
+        )
 
 
 def set_num_threads(n: int) -> None:

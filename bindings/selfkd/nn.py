@@ -12,13 +12,14 @@ from .sd_dropout_kl import sd_dropout_kl
 class SDDropout(nn.Module):
     """A linear head trained with SD-Dropout.
 
-    The loss is ``F.cross_entropy(head(h), target) + kl_weight * sd_dropout_kl(u, v)``, where u and v are the head's
-    logits of two dropout samples of the features h.
+    The loss is ``F.cross_entropy(head(h), target) + kl_weight * sd_dropout_kl(u, v)``, where u and
+    v are the head's logits of two dropout samples of the features h.
 
     Parameters
     ----------
     head
-        The classifier, (K features -> C classes). Registered here, so its parameters are this module's.
+        The classifier, (K features -> C classes). Registered here, so its parameters are this
+        module's.
     p
         Dropout probability of each sample, in [0, 1).
     temperature, forward_weight, reverse_weight, detach_target
@@ -26,11 +27,11 @@ class SDDropout(nn.Module):
     kl_weight
         Weight of the KL term; the paper uses 1 alone and 0.1 beside other distillation losses.
     label_smoothing, ignore_index
-        As for :func:`torch.nn.functional.cross_entropy`. Rows with target `ignore_index` count in neither term.
+        As for :func:`torch.nn.functional.cross_entropy`. Rows with target `ignore_index` count in
+        neither term.
 
-    Notes
-    -----
-    Source: arXiv 2208.05642 and its authors' code. The cross-entropy sees the features without dropout.
+    Notes ----- Source: arXiv 2208.05642 and its authors' code. The cross-entropy sees the features
+    without dropout.
     """
 
     def __init__(
@@ -51,7 +52,11 @@ class SDDropout(nn.Module):
             raise ValueError(f"SDDropout: p is {p:g}, expected a number in [0, 1)")
         self.head = head
         self.p, self.temperature, self.kl_weight = p, temperature, kl_weight
-        self.forward_weight, self.reverse_weight, self.detach_target = forward_weight, reverse_weight, detach_target
+        self.forward_weight, self.reverse_weight, self.detach_target = (
+            forward_weight,
+            reverse_weight,
+            detach_target,
+        )
         self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
 
     def forward(
@@ -72,9 +77,13 @@ class SDDropout(nn.Module):
         if not self.training:
             return logits
         if target is None:
-            raise ValueError("SDDropout: target is None, expected the class of each row in training mode")
+            raise ValueError(
+                "SDDropout: target is None, expected the class of each row in training mode"
+            )
         u, v = (self.head(F.dropout(features, self.p)) for _ in range(2))
-        loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing, ignore_index=self.ignore_index)
+        loss = F.cross_entropy(
+            logits, target, label_smoothing=self.label_smoothing, ignore_index=self.ignore_index
+        )
         kl = sd_dropout_kl(
             u,
             v,

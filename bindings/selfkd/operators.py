@@ -1,7 +1,8 @@
 """Registers what PyTorch needs of every operator: fake kernel, gradient, double backward. Names no operator.
 
-The gradient is derived from the contract of ``<op>_backward``: an argument named like an input or an output of the
-forward operator is that tensor, GRAD is the gradient of the result, and ``grad_<input>`` is what it returns.
+The gradient is derived from the contract of ``<op>_backward``: an argument named like an input or
+an output of the forward operator is that tensor, GRAD is the gradient of the result, and
+``grad_<input>`` is what it returns.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def _registry() -> torch.library.Library:
         if not library.library().selfkd_register_torch():
             raise ImportError(f"selfkd: {library.library_path()}: {library.text('selfkd_torch')}")
         library.library().selfkd_release_autograd_guard()
-        _library = torch.library.Library("selfkd", "FRAGMENT")  # noqa: TOR901 (lives as long as the process)
+        _library = torch.library.Library("selfkd", "FRAGMENT")  # type: ignore[no-untyped-call]
     return _library
 
 
@@ -73,7 +74,9 @@ class _Plan:
         self.live = [item.name.removeprefix("grad_") for item in backward.outputs]
         self.targets = [inputs[name] for name in self.live]
         self.get_tensors = itemgetter(*[inputs[name] for name in tensors])
-        self.get_kept = itemgetter(*[outputs[name] for name in kept], 0)  # one more, so that it gives a tuple
+        self.get_kept = itemgetter(
+            *[outputs[name] for name in kept], 0
+        )  # one more, so that it gives a tuple
         self.get_numbers = itemgetter(*[inputs[name] for name in numbers])
         source = [grad, *tensors, *kept, *numbers]
         self.get_backward = itemgetter(*[source.index(name) for name in backward.torch_arguments])
@@ -98,6 +101,8 @@ def _double_backward(
         if plan.reduction is not None:
             named["reduction"] = list(contracts.REDUCTIONS)[named["reduction"]]
         result = reference(**named)
+    if not result.requires_grad:  # all weights are 0
+        return [torch.zeros_like(named[name]) for name in plan.live]
     wanted = [name for name in plan.live if ctx.needs_input_grad[plan.inputs[name] + 1]]
     grads = torch.autograd.grad(result, [named[name] for name in wanted], grad, create_graph=True)
     found = dict(zip(wanted, grads, strict=True))
@@ -105,7 +110,7 @@ def _double_backward(
 
 
 def _gradient(plan: _Plan, reference: Callable[..., torch.Tensor]) -> type[torch.autograd.Function]:
-    """The autograd.Function of an operator: its backward operator, or autograd through `reference` for a graph of it."""
+    """The autograd.Function of an operator: its backward operator; for a graph, `reference`."""
     run = getattr(torch.ops.selfkd, plan.forward.name).default
     run_backward = getattr(torch.ops.selfkd, f"{plan.forward.name}_backward").default
     unused = (None,) * (len(plan.inputs) + 1)
@@ -137,7 +142,7 @@ def _gradient(plan: _Plan, reference: Callable[..., torch.Tensor]) -> type[torch
                 if grad.ndim > 2:
                     grad = grad.contiguous()  # its trailing dimensions must merge
                 found = run_backward(*plan.get_backward((grad, *ctx.saved_tensors, *ctx.numbers)))
-            result = list(unused)
+            result: list[torch.Tensor | None] = list(unused)
             for k, tensor in zip(plan.targets, found, strict=True):
                 result[k + 1] = tensor
             return tuple(result)
@@ -153,15 +158,15 @@ def register(op: str, reference: Callable[..., torch.Tensor]) -> Callable[..., t
     op
         Name of the operator; ``<op>_backward`` goes with it.
     reference
-        The same loss in differentiable PyTorch, with the operator's argument names as keywords: used for double
-        backward.
+        The same loss in differentiable PyTorch, with the operator's argument names as keywords:
+        used for double backward.
 
     Returns
     -------
     Callable
-        Takes the operator's arguments in the schema's order and returns its result: ``rows`` for reduction "none",
-        else the first output. Where the operator raises RuntimeError for an argument, this raises ValueError or
-        TypeError with the same sentence.
+        Takes the operator's arguments in the schema's order and returns its result: ``rows`` for
+        reduction "none", else the first output. Where the operator raises RuntimeError for an
+        argument, this raises ValueError or TypeError with the same sentence.
     """
     of = contract(op)
     registry = _registry()
@@ -173,17 +178,22 @@ def register(op: str, reference: Callable[..., torch.Tensor]) -> Callable[..., t
 
     def autograd(*values: Any) -> tuple[torch.Tensor, ...]:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*values):
-            return gradient.apply(True, *values)  # type: ignore[no-any-return]
+            return gradient.apply(True, *values)  # type: ignore[no-any-return, no-untyped-call]
         with _below_autograd():
             return run(*values)  # type: ignore[no-any-return]
 
-    registry.impl(op, autograd, "Autograd")
+    registry.impl(op, autograd, "Autograd")  # type: ignore[no-untyped-call]
 
     def call(*values: Any) -> torch.Tensor:
         try:
-            # In eager mode straight to the gradient's node: half the dispatch of `run`, which the compiler needs.
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling() and torch._C._any_requires_grad(*values):
-                return gradient.apply(False, *values)  # type: ignore[no-any-return]
+            # In eager mode straight to the gradient's node: half the dispatch of `run`, which
+            # the compiler needs.
+            if (
+                torch.is_grad_enabled()
+                and not torch.compiler.is_compiling()
+                and torch._C._any_requires_grad(*values)
+            ):
+                return gradient.apply(False, *values)  # type: ignore[no-any-return, no-untyped-call]
             return run(*values)[plan.result(values)]  # type: ignore[no-any-return]
         except RuntimeError:
             contracts.check(of, by_name(of, values))

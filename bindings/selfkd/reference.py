@@ -1,6 +1,7 @@
 """Every function of selfkd in plain PyTorch, under the same name and with the same signature.
 
-Differentiable any number of times and exact in float64: what the tests compare with, and what double backward uses.
+Differentiable any number of times and exact in float64: what the tests compare with, and what
+double backward uses.
 """
 
 from __future__ import annotations

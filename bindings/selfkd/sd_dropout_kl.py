@@ -70,37 +70,41 @@ def sd_dropout_kl(
 ) -> torch.Tensor:
     r"""KL divergence between two dropout samples of one head, in both directions, with gradients to both.
 
-    .. math:: T^2 \, [\, w_f \, KL(p \| q) + w_r \, KL(q \| p) \,], \quad p = softmax(u/T), \; q = softmax(v/T)
+    .. math::
+        T^2 \, [\, w_f \, KL(p \| q) + w_r \, KL(q \| p) \,], \quad
+        p = softmax(u/T), \; q = softmax(v/T)
 
     Parameters
     ----------
     u, v
-        Logits of the two samples, shape (N, C) or (N, C, ...), float16, bfloat16, float32 or float64, on one device.
-        Any strides; classes contiguous and positions contiguous are both read in place. They must share a dtype (under
-        autocast the narrower is cast to the wider).
+        Logits of the two samples, shape (N, C) or (N, C, ...), float16, bfloat16, float32 or
+        float64, on one device. Any strides; classes contiguous and positions contiguous are both
+        read in place. They must share a dtype (under autocast the narrower is cast to the wider).
     temperature
         T, finite and > 0. The paper uses 3.
     forward_weight, reverse_weight
         w_f and w_r, finite and >= 0.
     detach_target
-        Stop the gradient of each term's target: of p in KL(p||q), of q in KL(q||p). The value is the same.
+        Stop the gradient of each term's target: of p in KL(p||q), of q in KL(q||p). The value is
+        the same.
     weight
-        Weight of each position, or a bool mask: shape of the logits without classes, float32 (float64 with float64
-        logits) or bool. A position of weight 0 is skipped: value 0 and gradient 0, even where its logits are NaN.
+        Weight of each position, or a bool mask: shape of the logits without classes, float32
+        (float64 with float64 logits) or bool. A position of weight 0 is skipped: value 0 and
+        gradient 0, even where its logits are NaN.
     reduction
-        ``"mean"``: sum of the weighted values over the sum of the weights; ``"sum"``; ``"none"``: one value for each
-        position.
+        ``"mean"``: sum of the weighted values over the sum of the weights; ``"sum"``; ``"none"``:
+        one value for each position.
     divisor
-        Denominator of ``"mean"`` in place of the sum of the weights: a positive number or a 0-d tensor, such as a token
-        count over all ranks.
+        Denominator of ``"mean"`` in place of the sum of the weights: a positive number or a 0-d
+        tensor, such as a token count over all ranks.
     dim
         Dimension of the classes.
 
     Returns
     -------
     torch.Tensor
-        0-d (``"none"``: shape of the logits without classes), float32, or float64 for float64 logits. An empty batch
-        gives nan for ``"mean"`` and 0 for ``"sum"``, as in PyTorch.
+        0-d (``"none"``: shape of the logits without classes), float32, or float64 for float64
+        logits. An empty batch gives nan for ``"mean"`` and 0 for ``"sum"``, as in PyTorch.
 
     Raises
     ------
@@ -109,12 +113,11 @@ def sd_dropout_kl(
     ValueError
         A shape or number that is not accepted, or a `weight` or `divisor` that requires grad.
 
-    Notes
-    -----
-    Source: Lee, Park, Seo, Kang, "Self-Knowledge Distillation via Dropout", arXiv 2208.05642, and its authors' code
-    (yechanp/self_kd, models/methods.py). The whole loss there is ``F.cross_entropy(z, y) + weight * sd_dropout_kl(u, v)``
-    with z the logits without dropout. Rows whose logits agree
-    give exactly 0. The second derivative (``create_graph=True``) goes through :mod:`selfkd.reference`.
+    Notes ----- Source: Lee, Park, Seo, Kang, "Self-Knowledge Distillation via Dropout", arXiv
+    2208.05642, and its authors' code (yechanp/self_kd, models/methods.py). The whole loss there is
+    ``F.cross_entropy(z, y) + weight * sd_dropout_kl(u, v)`` with z the logits without dropout. Rows
+    whose logits agree give exactly 0. The second derivative (``create_graph=True``) goes through
+    :mod:`selfkd.reference`.
 
     Examples
     --------

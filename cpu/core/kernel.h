@@ -1,13 +1,16 @@
-/* What cpu/<op>.c implements and core runs. A kernel is pure: pointers, counts and strides in, results out.
+/* What cpu/<op>.c implements and core runs. A kernel is pure: pointers, counts and strides in,
+ * results out.
  *
- * Every cpu/<op>.c is compiled once per variant: SK_VARIANT is base, v3, v4 (f16, bf16 and f32 tensors, arithmetic
- * in `real` = float) or f64 (float64 tensors, `real` = double, SK_REAL_IS_DOUBLE). */
+ * Every cpu/<op>.c is compiled once per variant: SK_VARIANT is base, v3, v4 (f16, bf16 and f32
+ * tensors, arithmetic in `real` = float) or f64 (float64 tensors, `real` = double,
+ * SK_REAL_IS_DOUBLE). */
 #pragma once
 #include <stdint.h>
 
 #include "core/contract.h"
 
-/* The work of one call: `count` independent tasks of about `cost` elements. `path` names the loop that runs. */
+/* The work of one call: `count` independent tasks of about `cost` elements. `path` names the loop
+ * that runs. */
 typedef struct sk_work {
     int64_t count;
     int64_t cost;

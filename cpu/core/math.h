@@ -13,32 +13,32 @@
 #else
 #define SK_REAL_MAX FLT_MAX
 #endif
+#define SK_LOG2E 1.44269504088896340736
 
 static inline float sk_float(uint32_t bits) { float x; memcpy(&x, &bits, sizeof x); return x; }
 static inline uint32_t sk_float_bits(float x) { uint32_t bits; memcpy(&bits, &x, sizeof bits); return bits; }
 static inline double sk_double(uint64_t bits) { double x; memcpy(&x, &bits, sizeof x); return x; }
 static inline uint64_t sk_double_bits(double x) { uint64_t bits; memcpy(&bits, &x, sizeof bits); return bits; }
 
-/* e^x for x <= 88, to 1.0 ULP; exactly 0 below -87.7 (so that a class at -inf has probability 0); NaN stays NaN.
- * x = n ln 2 + f, |f| <= ln 2 / 2; e^f by Cephes' polynomial; 2^n is built in the exponent field and multiplied,
- * because adding it to the bits of e^f would turn a NaN into a number. */
-static inline real sk_exp(real x)
+/* 2^x for x < 128, to 1.1 ULP; exactly 0 below -126.5 (so that a class at -inf has probability 0); NaN stays NaN.
+ * x = n + f, |f| <= 1/2, is exact; 2^f by a minimax polynomial; 2^n is built in the exponent field and multiplied,
+ * because adding it to the bits of 2^f would turn a NaN into a number. Softmaxes take their e^(y/T) as 2^(y * sk_log2e/T). */
+static inline real sk_exp2(real x)
 {
 #ifdef SK_REAL_IS_DOUBLE
-    return exp(x);
+    return exp2(x);
 #else
-    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, kept in the low bits */
-    x = x < -88.0f ? -88.0f : x;     /* n = -127, whose exponent field is that of 0 */
-    const float t = x * 1.44269504f + shift;
-    const float n = t - shift;
-    const float f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float y = 1.9875691500e-4f;
-    y = y * f + 1.3981999507e-3f;
-    y = y * f + 8.3334519073e-3f;
-    y = y * f + 4.1665795894e-2f;
-    y = y * f + 1.6666665459e-1f;
-    y = y * f + 5.0000001201e-1f;
-    y = y * (f * f) + (f + 1.0f);
+    const float shift = 12582912.0f;   /* 1.5 * 2^23: adding it rounds to an integer, kept in the low bits */
+    x = x < -127.0f ? -127.0f : x;     /* n = -127 has the exponent field of 0 */
+    const float t = x + shift;
+    const float f = x - (t - shift);
+    float y = 1.54035126e-4f;
+    y = y * f + 1.33907355e-3f;
+    y = y * f + 9.61823749e-3f;
+    y = y * f + 5.55035743e-2f;
+    y = y * f + 2.40226498e-1f;
+    y = y * f + 6.93147188e-1f;
+    y = y * f + 1.0f;
     return y * sk_float((sk_float_bits(t) + 127) << 23);
 #endif
 }
@@ -73,14 +73,31 @@ typedef struct sk_parts {
 static inline sk_parts sk_exp_rest(real x)
 {
     const real z = x * x;
-    real even = (real)(1.0 / 40320), odd = (real)(1.0 / 5040);
 #ifdef SK_REAL_IS_DOUBLE
-    even = ((1.0 / 87178291200 * z + 1.0 / 479001600) * z + 1.0 / 3628800) * z + even;
-    odd = ((1.0 / 6227020800 * z + 1.0 / 39916800) * z + 1.0 / 362880) * z + odd;
+    double even = (1.0 / 87178291200 * z + 1.0 / 479001600) * z + 1.0 / 3628800;
+    double odd = (1.0 / 6227020800 * z + 1.0 / 39916800) * z + 1.0 / 362880;
+    even = ((even * z + 1.0 / 40320) * z + 1.0 / 720) * z + 1.0 / 24;
+    odd = (odd * z + 1.0 / 5040) * z + 1.0 / 120;
+#else
+    const float even = 1.3982e-3f * z + 4.166579e-2f, odd = (float)(1.0 / 5040) * z + (float)(1.0 / 120);
 #endif
-    even = ((even * z + (real)(1.0 / 720)) * z + (real)(1.0 / 24)) * z + (real)0.5;
-    odd = (odd * z + (real)(1.0 / 120)) * z + (real)(1.0 / 6);
-    return (sk_parts){even * z, odd * z * x};
+    return (sk_parts){(even * z + (real)0.5) * z, (odd * z + (real)(1.0 / 6)) * (z * x)};
+}
+
+/* (e^x - 1) / x for |x| <= 1/2, by a minimax polynomial, to 1e-7 (double: by its series, to 2e-16). */
+static inline real sk_expm1_ratio(real x)
+{
+#ifdef SK_REAL_IS_DOUBLE
+    const sk_parts rest = sk_exp_rest(x);
+    return x == 0 ? 1 : 1 + (rest.even + rest.odd) / x;
+#else
+    float y = 1.38888e-3f;
+    y = y * x + 8.40768e-3f;
+    y = y * x + 4.16687e-2f;
+    y = y * x + 1.6665974e-1f;
+    y = y * x + 4.9999983e-1f;
+    return y * x + 1.0f;
+#endif
 }
 
 /* A double as the sum of two reals, for subtracting it from a real without losing digits. */

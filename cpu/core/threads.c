@@ -1,4 +1,5 @@
-/* Runs independent tasks on several threads: PyTorch's when the process has them, else a small pool of our own. */
+/* Runs independent tasks on several threads: PyTorch's when the process has them, else a small pool
+ * of our own. */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <sched.h>
@@ -6,7 +7,8 @@
 
 #include "core/op.h"
 
-/* The pool: workers sleep until `ticket` changes, take pieces of the job until none is left, and report back. */
+/* The pool: workers sleep until `ticket` changes, take pieces of the job until none is left, and
+ * report back. */
 enum { POOL_MAX = 256 };
 static struct {
     pthread_mutex_t one_job, lock;
@@ -18,22 +20,29 @@ static struct {
     int64_t count, piece;
     _Atomic int64_t next;
     int busy;
-} pool = {.one_job = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER,
+} pool = {.one_job = PTHREAD_MUTEX_INITIALIZER,
+          .lock = PTHREAD_MUTEX_INITIALIZER,
+          .wake = PTHREAD_COND_INITIALIZER,
           .done = PTHREAD_COND_INITIALIZER};
 
-static _Atomic int limit = 0;       /* selfkd_set_num_threads(); 0: not called */
-static _Atomic int forked = 0;      /* in a child the workers and PyTorch's pool are gone: run on the calling thread */
+static _Atomic int limit = 0; /* selfkd_set_num_threads(); 0: not called */
+static _Atomic int forked =
+    0; /* in a child the workers and PyTorch's pool are gone: run on the calling thread */
 static _Atomic(int (*)(int64_t, int64_t, int64_t, sk_range, void *)) torch_parallel_for;
 
 static void after_fork(void) { atomic_store(&forked, 1); }
-__attribute__((constructor)) static void watch_fork(void) { pthread_atfork(NULL, NULL, after_fork); }
+__attribute__((constructor)) static void watch_fork(void) {
+    pthread_atfork(NULL, NULL, after_fork);
+}
 
 void sk_use_parallel_for(int (*parallel_for)(int64_t, int64_t, int64_t, sk_range, void *)) {
     atomic_store(&torch_parallel_for, parallel_for);
 }
 
 int selfkd_set_num_threads(int n) {
-    if (n < 1) return sk_fail(SELFKD_ERROR_VALUE, "selfkd_set_num_threads: n is %d, expected at least 1", n);
+    if (n < 1)
+        return sk_fail(SELFKD_ERROR_VALUE, "selfkd_set_num_threads: n is %d, expected at least 1",
+                       n);
     atomic_store(&limit, n);
     return SELFKD_OK;
 }
@@ -82,11 +91,13 @@ static void grow_pool(int workers) {
     pthread_attr_init(&attributes);
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
     pthread_t thread;
-    while (pool.workers < workers && pthread_create(&thread, &attributes, work, NULL) == 0) pool.workers++;
+    while (pool.workers < workers && pthread_create(&thread, &attributes, work, NULL) == 0)
+        pool.workers++;
     pthread_attr_destroy(&attributes);
 }
 
-static void run_on_pool(int64_t count, int64_t piece, int threads, sk_rows rows, const void *params) {
+static void run_on_pool(int64_t count, int64_t piece, int threads, sk_rows rows,
+                        const void *params) {
     pthread_mutex_lock(&pool.lock);
     grow_pool(threads - 1);
     pool.rows = rows;
@@ -116,7 +127,8 @@ static void run_range(int64_t begin, int64_t end, void *context) {
 
 void sk_parallel(int64_t count, int64_t grain, sk_rows rows, const void *params) {
     if (count <= 0) return;
-    int (*const torch)(int64_t, int64_t, int64_t, sk_range, void *) = atomic_load(&torch_parallel_for);
+    int (*const torch)(int64_t, int64_t, int64_t, sk_range, void *) =
+        atomic_load(&torch_parallel_for);
     const int threads = torch && !atomic_load(&limit) ? POOL_MAX : sk_num_threads();
     int64_t piece = (count + threads - 1) / threads;
     if (piece < grain) piece = grain;

@@ -1,5 +1,5 @@
-/* The CUDA runtime as the core needs it: device, errors, work space of C callers. Plain C; built without CUDA, every
- * function says so. */
+/* The CUDA runtime as the core needs it: device, errors, work space of C callers. Plain C; built
+ * without CUDA, every function says so. */
 #include <stdio.h>
 #include <string.h>
 
@@ -8,16 +8,20 @@
 #ifdef SK_WITH_CUDA
 #include <cuda_runtime_api.h>
 
-/* A library built with one major release of CUDA needs a driver that knows it: both versions belong in the message. */
+/* A library built with one major release of CUDA needs a driver that knows it: both versions belong
+ * in the message. */
 static int check_driver(void) {
     static _Atomic int good = 0;
     if (atomic_load(&good)) return SELFKD_OK;
     int driver = 0, runtime = 0;
-    if (cudaRuntimeGetVersion(&runtime) != cudaSuccess || cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)
-        return sk_fail(SELFKD_ERROR_CUDA, "selfkd: no CUDA driver was found; CPU tensors still work");
+    if (cudaRuntimeGetVersion(&runtime) != cudaSuccess ||
+        cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)
+        return sk_fail(SELFKD_ERROR_CUDA,
+                       "selfkd: no CUDA driver was found; CPU tensors still work");
     if (driver / 1000 < runtime / 1000)
         return sk_fail(SELFKD_ERROR_CUDA,
-                       "selfkd: the driver knows CUDA %d.%d, this library was built with CUDA %d.%d; update the driver or "
+                       "selfkd: the driver knows CUDA %d.%d, this library was built with CUDA "
+                       "%d.%d; update the driver or "
                        "rebuild; CPU tensors still work",
                        driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
     atomic_store(&good, 1);
@@ -26,8 +30,8 @@ static int check_driver(void) {
 
 static int check(int error, const char *what) {
     if (error == cudaSuccess) return SELFKD_OK;
-    return sk_fail(SELFKD_ERROR_CUDA, "%s: CUDA reports %s (%s)", what, cudaGetErrorString((cudaError_t)error),
-                   cudaGetErrorName((cudaError_t)error));
+    return sk_fail(SELFKD_ERROR_CUDA, "%s: CUDA reports %s (%s)", what,
+                   cudaGetErrorString((cudaError_t)error), cudaGetErrorName((cudaError_t)error));
 }
 
 int sk_cuda_enter(int32_t device, int32_t *previous) {
@@ -56,12 +60,14 @@ const char *selfkd_cuda(void) {
     cudaRuntimeGetVersion(&runtime);
     if (check_driver() || cudaGetDeviceCount(&devices) != cudaSuccess) {
         cudaGetLastError(); /* asking must not leave an error behind */
-        snprintf(text, sizeof text, "kernels for CUDA %d.%d; no usable driver here", runtime / 1000, runtime % 1000 / 10);
+        snprintf(text, sizeof text, "kernels for CUDA %d.%d; no usable driver here", runtime / 1000,
+                 runtime % 1000 / 10);
         return text;
     }
     cudaDriverGetVersion(&driver);
-    snprintf(text, sizeof text, "kernels for CUDA %d.%d; driver for CUDA %d.%d; %d device%s", runtime / 1000,
-             runtime % 1000 / 10, driver / 1000, driver % 1000 / 10, devices, devices == 1 ? "" : "s");
+    snprintf(text, sizeof text, "kernels for CUDA %d.%d; driver for CUDA %d.%d; %d device%s",
+             runtime / 1000, runtime % 1000 / 10, driver / 1000, driver % 1000 / 10, devices,
+             devices == 1 ? "" : "s");
     return text;
 }
 

@@ -1,4 +1,5 @@
-/* From a checked call to a kernel: picks device, CPU variant and threads. And the C interface over it. */
+/* From a checked call to a kernel: picks device, CPU variant and threads. And the C interface over
+ * it. */
 #include <stdio.h>
 #include <string.h>
 
@@ -26,12 +27,14 @@ static int run_cpu(const sk_call *call) {
 static int run_cuda(sk_call *call, void *stream) {
     const sk_op *const op = call->op;
     if (!op->cuda)
-        return sk_fail(SELFKD_ERROR_CUDA, "%s: this build has no CUDA kernels; rebuild with nvcc", op->name);
+        return sk_fail(SELFKD_ERROR_CUDA, "%s: this build has no CUDA kernels; rebuild with nvcc",
+                       op->name);
     int32_t previous = 0;
     int status = sk_cuda_enter(call->tensor[call->first].device.device_id, &previous);
     if (status) return status;
     snprintf(path, sizeof path, "cuda");
-    void *scratch = NULL; /* given by the binding (PyTorch's allocator), or taken here for a C caller */
+    void *scratch =
+        NULL; /* given by the binding (PyTorch's allocator), or taken here for a C caller */
     for (int i = 0; i < op->count && !status; i++) {
         sk_arg *const arg = (sk_arg *)(call->params.bytes + op->items[i].in_params);
         if (op->items[i].kind != SK_SCRATCH || arg->data) continue;
@@ -57,11 +60,12 @@ static int missing(const sk_op *op, const char *name) {
     return sk_fail(SELFKD_ERROR_VALUE, "%s: %s is NULL", op->name, name);
 }
 
-/* Copies a caller's descriptor into the call; compact strides are written out, so that the rest need not ask. */
+/* Copies a caller's descriptor into the call; compact strides are written out, so that the rest
+ * need not ask. */
 static void take(sk_call *call, int i, const selfkd_tensor *given, int64_t *compact) {
     selfkd_tensor *const t = &call->tensor[i];
     if (!given) {
-        t->ndim = -1;
+        t->ndim = SK_ABSENT;
         return;
     }
     *t = *given;
@@ -79,8 +83,8 @@ int sk_call_from_c(const sk_op *op, const void *args, void *stream) {
     uint32_t size;
     memcpy(&size, args, sizeof size);
     if (size < op->args_size)
-        return sk_fail(SELFKD_ERROR_VALUE, "%s: struct_size is %u, expected at least %u", op->name, (unsigned)size,
-                       (unsigned)op->args_size);
+        return sk_fail(SELFKD_ERROR_VALUE, "%s: struct_size is %u, expected at least %u", op->name,
+                       (unsigned)size, (unsigned)op->args_size);
     sk_call call = {.op = op};
     int64_t compact[SK_MAX_ITEMS][SK_MAX_RANK];
     for (int i = 0; i < op->count; i++) {

@@ -1,5 +1,6 @@
 /* The rules of the contracts: what is accepted, and the sentence for what is not.
- * The Python package applies the same rules with the same words (bindings/selfkd/contract.py); a test compares them. */
+ * The Python package applies the same rules with the same words (bindings/selfkd/contract.py); a
+ * test compares them. */
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -25,23 +26,32 @@ static const struct {
     const char *name;
     selfkd_dtype dtype;
 } DTYPES[SK_DT_OTHER] = {
-    [SK_DT_F16] = {"float16", {2, 16, 1}},  [SK_DT_BF16] = {"bfloat16", {4, 16, 1}},
-    [SK_DT_F32] = {"float32", {2, 32, 1}},  [SK_DT_F64] = {"float64", {2, 64, 1}},
-    [SK_DT_BOOL] = {"bool", {6, 8, 1}},     [SK_DT_I64] = {"int64", {0, 64, 1}},
+    [SK_DT_F16] = {"float16", {2, 16, 1}}, [SK_DT_BF16] = {"bfloat16", {4, 16, 1}},
+    [SK_DT_F32] = {"float32", {2, 32, 1}}, [SK_DT_F64] = {"float64", {2, 64, 1}},
+    [SK_DT_BOOL] = {"bool", {6, 8, 1}},    [SK_DT_I64] = {"int64", {0, 64, 1}},
 };
 
 enum sk_dtype sk_dtype_of(selfkd_dtype d) {
     for (int i = 0; i < SK_DT_OTHER; i++)
-        if (DTYPES[i].dtype.code == d.code && DTYPES[i].dtype.bits == d.bits && d.lanes == 1) return i;
+        if (DTYPES[i].dtype.code == d.code && DTYPES[i].dtype.bits == d.bits && d.lanes == 1)
+            return i;
     return SK_DT_OTHER;
 }
 
 selfkd_dtype sk_dtype_to(enum sk_dtype dtype) { return DTYPES[dtype].dtype; }
 int64_t sk_dtype_size(enum sk_dtype dtype) { return DTYPES[dtype].dtype.bits / 8; }
 
+/* As PyTorch and NumPy call it; valid until the next call of this thread. */
 static const char *dtype_name(selfkd_dtype d) {
-    const enum sk_dtype t = sk_dtype_of(d);
-    return t == SK_DT_OTHER ? "an unsupported dtype" : DTYPES[t].name;
+    static const char *const kind[] = {
+        [0] = "int", [1] = "uint", [2] = "float", [4] = "bfloat", [5] = "complex"};
+    static _Thread_local char name[24];
+    const enum sk_dtype known = sk_dtype_of(d);
+    if (known != SK_DT_OTHER) return DTYPES[known].name;
+    if (d.code >= sizeof kind / sizeof *kind || !kind[d.code] || d.lanes != 1)
+        return "an unsupported dtype";
+    snprintf(name, sizeof name, "%s%d", kind[d.code], d.bits);
+    return name;
 }
 
 static enum sk_dtype accumulator(const sk_call *call) {
@@ -57,24 +67,29 @@ static int check_dtype(const sk_call *call, int item) {
     switch (it->rule) {
     case SK_FLOATING:
         if (found <= SK_DT_F64) return SELFKD_OK;
-        return sk_fail(SELFKD_ERROR_TYPE, "%s: %s has dtype %s, expected float16, bfloat16, float32 or float64", op,
+        return sk_fail(SELFKD_ERROR_TYPE,
+                       "%s: %s has dtype %s, expected float16, bfloat16, float32 or float64", op,
                        it->name, has);
     case SK_SAME:
         expected = sk_dtype_of(call->tensor[call->first].dtype);
         if (found == expected) return SELFKD_OK;
-        return sk_fail(SELFKD_ERROR_TYPE, "%s: %s has dtype %s, expected %s like %s", op, it->name, has,
-                       DTYPES[expected].name, first);
+        return sk_fail(SELFKD_ERROR_TYPE, "%s: %s has dtype %s, expected %s like %s", op, it->name,
+                       has, DTYPES[expected].name, first);
     case SK_WEIGHT:
         if (found == SK_DT_BOOL) return SELFKD_OK;
         expected = accumulator(call);
         if (found == expected) return SELFKD_OK;
-        return sk_fail(SELFKD_ERROR_TYPE, "%s: %s has dtype %s, expected %s or bool", op, it->name, has,
-                       DTYPES[expected].name);
-    case SK_ACC: expected = accumulator(call); break;
-    default: break;
+        return sk_fail(SELFKD_ERROR_TYPE, "%s: %s has dtype %s, expected %s or bool", op, it->name,
+                       has, DTYPES[expected].name);
+    case SK_ACC:
+        expected = accumulator(call);
+        break;
+    default:
+        break;
     }
     if (found == expected) return SELFKD_OK;
-    return sk_fail(SELFKD_ERROR_TYPE, "%s: %s has dtype %s, expected %s", op, it->name, has, DTYPES[expected].name);
+    return sk_fail(SELFKD_ERROR_TYPE, "%s: %s has dtype %s, expected %s", op, it->name, has,
+                   DTYPES[expected].name);
 }
 
 static int check_device(const sk_call *call, int item) {
@@ -82,14 +97,19 @@ static int check_device(const sk_call *call, int item) {
     const char *const kind[] = {"device type 0", "cpu", "cuda"};
     const char *const op = call->op->name, *const name = call->op->items[item].name;
     if (d.device_type != SELFKD_CPU && d.device_type != SELFKD_CUDA)
-        return sk_fail(SELFKD_ERROR_TYPE, "%s: %s is on device type %d, expected cpu or cuda", op, name, d.device_type);
-    if (d.device_type == e.device_type && (d.device_type == SELFKD_CPU || d.device_id == e.device_id)) return SELFKD_OK;
+        return sk_fail(SELFKD_ERROR_TYPE, "%s: %s is on device type %d, expected cpu or cuda", op,
+                       name, d.device_type);
+    if (d.device_type == e.device_type &&
+        (d.device_type == SELFKD_CPU || d.device_id == e.device_id))
+        return SELFKD_OK;
     char found[32], expected[32];
     const char *const form[] = {"%s", "%s:%d"};
-    snprintf(found, sizeof found, form[d.device_type == SELFKD_CUDA], kind[d.device_type], d.device_id);
-    snprintf(expected, sizeof expected, form[e.device_type == SELFKD_CUDA], kind[e.device_type], e.device_id);
-    return sk_fail(SELFKD_ERROR_TYPE, "%s: %s is on %s, expected %s like %s", op, name, found, expected,
-                   call->op->items[call->first].name);
+    snprintf(found, sizeof found, form[d.device_type == SELFKD_CUDA], kind[d.device_type],
+             d.device_id);
+    snprintf(expected, sizeof expected, form[e.device_type == SELFKD_CUDA], kind[e.device_type],
+             e.device_id);
+    return sk_fail(SELFKD_ERROR_TYPE, "%s: %s is on %s, expected %s like %s", op, name, found,
+                   expected, call->op->items[call->first].name);
 }
 
 /* ---- shapes ---- */
@@ -134,16 +154,19 @@ static int check_sizes(sk_call *call, int item, const char *shape) {
         const int letter = shape[k] - 'A';
         if (shape[k] >= '0' && shape[k] <= '9') {
             if (t->shape[k] != shape[k] - '0')
-                return sk_fail(SELFKD_ERROR_VALUE, "%s: %s has size %lld in dimension %d, expected %d", op, name,
+                return sk_fail(SELFKD_ERROR_VALUE,
+                               "%s: %s has size %lld in dimension %d, expected %d", op, name,
                                (long long)t->shape[k], k, shape[k] - '0');
         } else if (!call->bound[letter]) {
             if (shape[k] == 'C' && t->shape[k] == 0)
-                return sk_fail(SELFKD_ERROR_VALUE, "%s: %s has size 0 in dimension C, expected at least 1", op, name);
+                return sk_fail(SELFKD_ERROR_VALUE,
+                               "%s: %s has size 0 in dimension C, expected at least 1", op, name);
             call->bound[letter] = true;
             call->params.dims.size[letter] = t->shape[k];
         } else if (t->shape[k] != call->params.dims.size[letter]) {
-            return sk_fail(SELFKD_ERROR_VALUE, "%s: %s has size %lld in dimension %c, expected %lld", op, name,
-                           (long long)t->shape[k], shape[k], (long long)call->params.dims.size[letter]);
+            return sk_fail(
+                SELFKD_ERROR_VALUE, "%s: %s has size %lld in dimension %c, expected %lld", op, name,
+                (long long)t->shape[k], shape[k], (long long)call->params.dims.size[letter]);
         }
     }
     if (!has_trailing(shape)) return SELFKD_OK;
@@ -158,7 +181,8 @@ static int check_sizes(sk_call *call, int item, const char *shape) {
     for (int k = fixed; k < t->ndim; k++) {
         const int64_t expected = call->tensor[call->trailing].shape[base + k - fixed];
         if (t->shape[k] != expected)
-            return sk_fail(SELFKD_ERROR_VALUE, "%s: %s has size %lld in dimension %d, expected %lld", op, name,
+            return sk_fail(SELFKD_ERROR_VALUE,
+                           "%s: %s has size %lld in dimension %d, expected %lld", op, name,
                            (long long)t->shape[k], k, (long long)expected);
     }
     return SELFKD_OK;
@@ -173,8 +197,9 @@ static int check_descriptor(const sk_call *call, int item) {
     int64_t count = 1;
     for (int k = 0; k < t->ndim; k++) {
         if (t->shape[k] < 0 || __builtin_mul_overflow(count, t->shape[k], &count))
-            return sk_fail(SELFKD_ERROR_VALUE, "%s: %s has size %lld in dimension %d, which is negative or too large", op,
-                           name, (long long)t->shape[k], k);
+            return sk_fail(SELFKD_ERROR_VALUE,
+                           "%s: %s has size %lld in dimension %d, which is negative or too large",
+                           op, name, (long long)t->shape[k], k);
     }
     if (count > 0 && !t->data) return sk_fail(SELFKD_ERROR_VALUE, "%s: %s has no data", op, name);
     return SELFKD_OK;
@@ -198,21 +223,26 @@ static int check_tensor(sk_call *call, int item) {
 
 static int check_number(const sk_call *call, int item) {
     const sk_item *const it = &call->op->items[item];
-    const double x = it->kind == SK_REAL ? call->number[item].real : (double)call->number[item].integer;
+    const double x =
+        it->kind == SK_REAL ? call->number[item].real : (double)call->number[item].integer;
     const char *expected = NULL;
     if (it->rule == SK_POSITIVE && !(x > 0 && isfinite(x))) expected = "a finite number > 0";
     if (it->rule == SK_NONNEGATIVE && !(x >= 0 && isfinite(x))) expected = "a finite number >= 0";
     if (it->rule == SK_REDUCTION && !(x >= SELFKD_NONE && x <= SELFKD_SUM))
         expected = "0 (none), 1 (mean) or 2 (sum)";
     if (!expected) return SELFKD_OK;
-    return sk_fail(SELFKD_ERROR_VALUE, "%s: %s is %g, expected %s", call->op->name, it->name, x, expected);
+    return sk_fail(SELFKD_ERROR_VALUE, "%s: %s is %g, expected %s", call->op->name, it->name, x,
+                   expected);
 }
 
 /* ---- a call ---- */
 
-static bool is_input(const sk_item *it) { return it->kind == SK_IN || it->kind == SK_OPT || it->kind == SK_GRAD; }
+static bool is_input(const sk_item *it) {
+    return it->kind == SK_IN || it->kind == SK_OPT || it->kind == SK_GRAD;
+}
 
-/* The contract's order, but the first FLOATING tensor comes before those that are measured by it. */
+/* The contract's order, but the first FLOATING tensor comes before those that are measured by it.
+ */
 int sk_check(sk_call *call) {
     const sk_op *const op = call->op;
     call->trailing = -1;
@@ -222,7 +252,8 @@ int sk_check(sk_call *call) {
     int status = check_tensor(call, call->first);
     for (int i = 0; i < op->count && !status; i++) {
         const sk_item *const it = &op->items[i];
-        if (is_input(it) && i != call->first && call->tensor[i].ndim >= 0) status = check_tensor(call, i);
+        if (is_input(it) && i != call->first && call->tensor[i].ndim != SK_ABSENT)
+            status = check_tensor(call, i);
         if (it->kind >= SK_REAL) {
             status = check_number(call, i);
             memcpy(call->params.bytes + it->in_params, &call->number[i], sizeof call->number[i]);
@@ -233,14 +264,17 @@ int sk_check(sk_call *call) {
     return status;
 }
 
-/* Strides of a new tensor like `t`: its own where it is dense, else compact in the same order of dimensions. */
+/* Strides of a new tensor like `t`: its own where it is dense, else compact in the same order of
+ * dimensions. */
 static void strides_like(const selfkd_tensor *t, int64_t *stride) {
     int order[SK_MAX_RANK];
     for (int k = 0; k < t->ndim; k++) {
-        int at = k; /* insertion sort by stride, largest first; stable, and size-1 dimensions keep their place */
+        int at = k; /* insertion sort by stride, largest first; stable, and size-1 dimensions keep
+                       their place */
         for (; at > 0; at--) {
             const int before = order[at - 1];
-            if (t->shape[k] == 1 || t->shape[before] == 1 || t->strides[before] >= t->strides[k]) break;
+            if (t->shape[k] == 1 || t->shape[before] == 1 || t->strides[before] >= t->strides[k])
+                break;
             order[at] = before;
         }
         order[at] = k;
@@ -288,12 +322,13 @@ void sk_output_like(const sk_call *call, int item, sk_shape *out) {
     }
 }
 
-/* Enters a tensor in the kernel's parameters: its address, dtype, and a stride for each character of its shape. */
+/* Enters a tensor in the kernel's parameters: its address, dtype, and a stride for each character
+ * of its shape. */
 int sk_bind(sk_call *call, int item) {
     const sk_item *const it = &call->op->items[item];
     const selfkd_tensor *const t = &call->tensor[item];
     sk_arg *const arg = (sk_arg *)(call->params.bytes + it->in_params);
-    if (t->ndim < 0) return SELFKD_OK;
+    if (t->ndim == SK_ABSENT) return SELFKD_OK;
     const bool output = it->kind == SK_OUT || it->kind == SK_LIKE;
     int status = output ? check_tensor(call, item) : SELFKD_OK;
     if (status) return status;
@@ -301,7 +336,8 @@ int sk_bind(sk_call *call, int item) {
     arg->dtype = (int32_t)sk_dtype_of(t->dtype);
     int fixed = t->ndim;
     if (it->kind == SK_LIKE || has_trailing(it->shape)) {
-        const int trailing = call->tensor[call->trailing].ndim - fixed_rank(call->op->items[call->trailing].shape);
+        const int trailing =
+            call->tensor[call->trailing].ndim - fixed_rank(call->op->items[call->trailing].shape);
         fixed = t->ndim - trailing;
     }
     if (it->kind == SK_GRAD && t->ndim == 0) return SELFKD_OK;
@@ -310,11 +346,13 @@ int sk_bind(sk_call *call, int item) {
     int64_t expected = -1; /* the stride that would continue the dimensions merged so far */
     for (int k = t->ndim - 1; k >= fixed; k--) {
         if (t->shape[k] == 1) continue;
-        if (expected < 0) arg->stride[fixed] = t->strides[k];
+        if (expected < 0)
+            arg->stride[fixed] = t->strides[k];
         else if (t->strides[k] != expected)
-            return sk_fail(SELFKD_ERROR_VALUE,
-                           "%s: %s has trailing dimensions whose strides cannot be merged; make it contiguous",
-                           call->op->name, it->name);
+            return sk_fail(
+                SELFKD_ERROR_VALUE,
+                "%s: %s has trailing dimensions whose strides cannot be merged; make it contiguous",
+                call->op->name, it->name);
         expected = t->strides[k] * t->shape[k];
     }
     return SELFKD_OK;

@@ -2,18 +2,17 @@
  *
  * A row is X(kind, name, ...):
  *   IN      name, shape, dtype   input tensor
- *   OPT     name, shape, dtype   input tensor that may be absent (NULL in C; `bool has_<name>` in torch.ops)
- *   GRAD    name, shape, dtype   incoming gradient: a tensor of that shape, or one 0-d value for all of it
- *   OUT     name, shape, dtype   output tensor, compact
- *   LIKE    name, input          output with the shape, dtype and strides of that input
- *   SCRATCH name, bytes          CUDA work space, one per call, on the caller's stream
- *   REAL    name, rule, default  double
- *   INT     name, rule, default  int64
- *   BOOL    name, rule, default  int64 in C, bool in torch.ops
- * Defaults are the Python functions' (a test compares); a C caller fills every field.
+ *   OPT     name, shape, dtype   input tensor that may be absent (NULL in C; `bool has_<name>` in
+ * torch.ops) GRAD    name, shape, dtype   incoming gradient: a tensor of that shape, or one 0-d
+ * value for all of it OUT     name, shape, dtype   output tensor, compact LIKE    name, input
+ * output with the shape, dtype and strides of that input SCRATCH name, bytes          CUDA work
+ * space, one per call, on the caller's stream REAL    name, rule, default  double INT     name,
+ * rule, default  int64 BOOL    name, rule, default  int64 in C, bool in torch.ops Defaults are the
+ * Python functions' (a test compares); a C caller fills every field.
  *
- * Shapes: a capital letter is a dimension (equal letters agree; C is at least 1), a digit that very size, and
- * a final '*' stands for all remaining dimensions, which the kernel sees merged into one, S. */
+ * Shapes: a capital letter is a dimension (equal letters agree; C is at least 1), a digit that very
+ * size, and a final '*' stands for all remaining dimensions, which the kernel sees merged into one,
+ * S. */
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -22,7 +21,8 @@
 
 enum sk_kind { SK_IN, SK_OPT, SK_GRAD, SK_OUT, SK_LIKE, SK_SCRATCH, SK_REAL, SK_INT, SK_BOOL };
 
-/* Dtype rules. SAME and ACC speak of the first FLOATING tensor: its dtype; float64 if it is float64, else float32. */
+/* Dtype rules. SAME and ACC speak of the first FLOATING tensor: its dtype; float64 if it is
+ * float64, else float32. */
 enum sk_dtype_rule { SK_FLOATING, SK_SAME, SK_ACC, SK_F64, SK_WEIGHT };
 
 /* Number rules. */
@@ -30,15 +30,16 @@ enum sk_number_rule { SK_ANY, SK_POSITIVE, SK_NONNEGATIVE, SK_REDUCTION };
 
 enum { SK_MAX_ITEMS = 24, SK_MAX_RANK = 8, SK_LETTERS = 26 };
 
-/* Scratch of a reduction inside a kernel: one ticket (16 bytes), then two doubles for each of up to 4096 blocks. */
+/* Scratch of a reduction inside a kernel: one ticket (16 bytes), then two doubles for each of up to
+ * 4096 blocks. */
 #define SK_REDUCE_BLOCKS 4096
 #define SK_REDUCE_BYTES (16 + 2 * 8 * SK_REDUCE_BLOCKS)
 
 /* What a kernel sees of a tensor: strides in elements, one for each character of the shape. */
 typedef struct sk_arg {
-    void *data;        /* NULL when an OPT tensor is absent */
+    void *data; /* NULL when an OPT tensor is absent */
     int64_t stride[3];
-    int32_t dtype;     /* enum sk_dtype */
+    int32_t dtype; /* enum sk_dtype */
 } sk_arg;
 
 /* Dimensions by letter; every kernel's parameter struct begins with them. */
@@ -49,13 +50,15 @@ typedef struct sk_dims {
 
 typedef struct sk_item {
     const char *name;
-    const char *shape;  /* LIKE: the input's name */
+    const char *shape; /* LIKE: the input's name */
     int32_t kind;
-    int32_t rule;       /* enum sk_dtype_rule or sk_number_rule */
-    int64_t bytes;      /* SCRATCH */
-    size_t in_args;     /* offset in the public argument struct */
-    size_t in_params;   /* offset in the kernel's parameter struct */
+    int32_t rule;     /* enum sk_dtype_rule or sk_number_rule */
+    int64_t bytes;    /* SCRATCH */
+    size_t in_args;   /* offset in the public argument struct */
+    size_t in_params; /* offset in the kernel's parameter struct */
 } sk_item;
+
+/* clang-format off */
 
 /* The struct a kernel receives: struct <op>_params. */
 #define SK_FIELD(kind, ...) SK_FIELD_##kind(__VA_ARGS__)
@@ -68,9 +71,9 @@ typedef struct sk_item {
 #define SK_FIELD_REAL(name, rule, value) double name;
 #define SK_FIELD_INT(name, rule, value) int64_t name;
 #define SK_FIELD_BOOL(name, rule, value) int64_t name;
-#define SK_PARAMS(op)              \
-    struct op##_params {           \
-        sk_dims dims;              \
+#define SK_PARAMS(op) \
+    struct op##_params { \
+        sk_dims dims; \
         op##_CONTRACT(SK_FIELD)    \
     };
 
@@ -85,11 +88,11 @@ typedef struct sk_item {
 #define SK_PUBLIC_REAL(name, rule, value) double name;
 #define SK_PUBLIC_INT(name, rule, value) int64_t name;
 #define SK_PUBLIC_BOOL(name, rule, value) int64_t name;
-#define SK_DECLARE(op)                \
+#define SK_DECLARE(op) \
     typedef struct selfkd_##op##_args { \
-        uint32_t struct_size;         \
-        op##_CONTRACT(SK_PUBLIC)      \
-    } selfkd_##op##_args;             \
+        uint32_t struct_size; \
+        op##_CONTRACT(SK_PUBLIC) \
+    } selfkd_##op##_args; \
     SELFKD_API int selfkd_##op(const selfkd_##op##_args *args, void *stream);
 
 /* One row of the table that the checks, the schema and the bindings read. The op is in scope as sk_args, sk_params. */

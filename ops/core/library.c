@@ -30,7 +30,8 @@ int64_t selfkd_call_count(const char *op) {
 static const char *const ISA[] = {[SK_ISA_BASE] = "base", [SK_ISA_V3] = "v3", [SK_ISA_V4] = "v4"};
 static _Atomic int isa = -1;
 
-/* Kernels for a level are there only in an x86-64 build (their table entries are NULL elsewhere). */
+/* Kernels for a level are there only in an x86-64 build (their table entries are NULL elsewhere).
+ */
 static bool runs(enum sk_isa level) {
     if (level != SK_ISA_BASE && !sk_ops[0]->cpu[level]) return false;
 #ifdef __x86_64__
@@ -54,9 +55,12 @@ const char *selfkd_isa(void) { return ISA[sk_current_isa()]; }
 int selfkd_set_isa(const char *name) {
     for (int i = SK_ISA_BASE; name && i <= SK_ISA_V4; i++) {
         if (strcmp(name, ISA[i]) != 0) continue;
-        if (!runs(i)) return sk_fail(SELFKD_ERROR_VALUE, "selfkd_set_isa: this machine does not run %s", name);
+        if (!runs(i))
+            return sk_fail(SELFKD_ERROR_VALUE, "selfkd_set_isa: this machine does not run %s",
+                           name);
         atomic_store_explicit(&isa, i, memory_order_relaxed);
         return SELFKD_OK;
     }
-    return sk_fail(SELFKD_ERROR_VALUE, "selfkd_set_isa: variant is %s, expected base, v3 or v4", name ? name : "NULL");
+    return sk_fail(SELFKD_ERROR_VALUE, "selfkd_set_isa: variant is %s, expected base, v3 or v4",
+                   name ? name : "NULL");
 }

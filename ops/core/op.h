@@ -8,35 +8,38 @@
 
 typedef struct sk_op {
     const char *name;
-    const char *text;    /* what selfkd_describe() returns */
+    const char *text; /* what selfkd_describe() returns */
     const sk_item *items;
     int count;
     size_t args_size;
     size_t params_size;
-    const sk_cpu_kernel *const *cpu;                   /* by enum sk_isa; NULL: not built for this machine */
-    int (*cuda)(const void *params, void *stream);     /* a cudaError_t; NULL: built without CUDA */
-    void (*torch)(uint64_t *stack, uint64_t inputs, uint64_t outputs);       /* boxed kernel */
-    void (*torch_guard)(uint64_t *stack, uint64_t inputs, uint64_t outputs); /* refuses calls in grad mode */
+    const sk_cpu_kernel *const *cpu; /* by enum sk_isa; NULL: not built for this machine */
+    int (*cuda)(const void *params, void *stream); /* a cudaError_t; NULL: built without CUDA */
+    void (*torch)(uint64_t *stack, uint64_t inputs, uint64_t outputs); /* boxed kernel */
+    void (*torch_guard)(uint64_t *stack, uint64_t inputs,
+                        uint64_t outputs); /* refuses calls in grad mode */
     _Atomic int64_t *calls;
 } sk_op;
 
-extern const sk_op *const sk_ops[]; /* NULL-terminated; generated from ops/ (cmake/operators.c.in) */
+extern const sk_op
+    *const sk_ops[]; /* NULL-terminated; generated from ops/ (cmake/operators.c.in) */
 const sk_op *sk_find(const char *name);
 
-/* One call. A binding fills tensor[] and number[] for the inputs, sk_check() accepts or refuses them, sk_output_like()
- * gives the outputs' descriptors, and sk_bind() enters each tensor in the kernel's parameters. */
-enum { SK_PARAMS_MAX = 2048 };
+/* One call. A binding fills tensor[] and number[] for the inputs, sk_check() accepts or refuses
+ * them, sk_output_like() gives the outputs' descriptors, and sk_bind() enters each tensor in the
+ * kernel's parameters. */
+enum { SK_PARAMS_MAX = 2048, SK_ABSENT = INT32_MIN };
 
 typedef struct sk_call {
     const sk_op *op;
-    selfkd_tensor tensor[SK_MAX_ITEMS]; /* data NULL and ndim -1: an OPT that is absent */
+    selfkd_tensor tensor[SK_MAX_ITEMS]; /* ndim SK_ABSENT: an OPT that is not given */
     union {
         double real;
         int64_t integer;
     } number[SK_MAX_ITEMS];
-    int first;                    /* index of the first FLOATING tensor: dtype, device and trailing dimensions */
-    int trailing;                 /* index of the first tensor with '*', or -1 */
-    bool bound[SK_LETTERS];       /* letters whose size is known */
+    int first;    /* index of the first FLOATING tensor: dtype, device and trailing dimensions */
+    int trailing; /* index of the first tensor with '*', or -1 */
+    bool bound[SK_LETTERS]; /* letters whose size is known */
     union {
         sk_dims dims;
         max_align_t align;
@@ -66,7 +69,8 @@ int64_t sk_dtype_size(enum sk_dtype dtype);
 /* Stores the sentence "<op>: ..." for selfkd_message() and returns `status`. */
 int sk_fail(int status, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
-/* Runs rows(params, begin, end) over [0, count) in pieces of at least `grain`, on PyTorch's threads or our own. */
+/* Runs rows(params, begin, end) over [0, count) in pieces of at least `grain`, on PyTorch's threads
+ * or our own. */
 typedef void (*sk_rows)(const void *params, int64_t begin, int64_t end);
 typedef void (*sk_range)(int64_t begin, int64_t end, void *context);
 void sk_parallel(int64_t count, int64_t grain, sk_rows rows, const void *params);

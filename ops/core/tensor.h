@@ -1,4 +1,5 @@
-/* The tensor descriptor users pass (the memory layout of DLPack's DLTensor) and the dtypes kernels know. */
+/* The tensor descriptor users pass (the memory layout of DLPack's DLTensor) and the dtypes kernels
+ * know. */
 #pragma once
 #include <stdint.h>
 

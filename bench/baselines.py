@@ -1,0 +1,98 @@
+"""What is timed: every operator's cases, and the code a good user would write without selfkd.
+
+A baseline uses what PyTorch offers and nothing of selfkd. Where two forms are natural both are
+timed, and the faster counts. A new operator adds its baselines, and its cases to `CASES`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import selfkd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Loss = Callable[..., Tensor]
+
+# glibc gives blocks over 32 MB back on every free, so that each step pays for fresh pages. This
+# setting keeps freed memory in the process, for every contender.
+KEEP_MEMORY = {
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:"
+    "glibc.malloc.trim_threshold=17179869184:"
+    "glibc.malloc.top_pad=268435456"
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of one operator.
+
+    Attributes
+    ----------
+    name
+        "operator shape".
+    fused, reference
+        The function timed, and the one that, in float64, says what is right.
+    baselines
+        The same function in plain PyTorch, by the name of the form.
+    inputs
+        Makes the inputs, float32; all of them get gradients.
+    bytes_moved
+        The least a fused forward and backward can read and write.
+    need
+        What the ratios must be: at least, against "eager" and "compile"; at most, against "copy".
+    environment
+        Environment variables of the process that runs the case.
+    """
+
+    name: str
+    fused: Loss
+    reference: Loss
+    baselines: Mapping[str, Loss]
+    inputs: Callable[[], list[Tensor]]
+    bytes_moved: int
+    need: Mapping[str, float] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def kl_of_log_targets(u: Tensor, v: Tensor) -> Tensor:
+    """SD-Dropout loss of logits (N, C, ...), T = 3, from log-probabilities only."""
+    log_p, log_q = F.log_softmax(u / 3, 1), F.log_softmax(v / 3, 1)
+    forward = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    reverse = F.kl_div(log_p, log_q, reduction="sum", log_target=True)
+    return 3 * 3 * (forward + reverse) / (u.numel() // u.shape[1])
+
+
+def kl_of_probabilities(u: Tensor, v: Tensor) -> Tensor:
+    """SD-Dropout loss of logits (N, C, ...), T = 3, in the form of the authors' code."""
+    forward = F.kl_div(F.log_softmax(v / 3, 1), F.softmax(u / 3, 1), reduction="sum")
+    reverse = F.kl_div(F.log_softmax(u / 3, 1), F.softmax(v / 3, 1), reduction="sum")
+    return 3 * 3 * (forward + reverse) / (u.numel() // u.shape[1])
+
+
+def sd_dropout_kl(*shape: int, **need: float) -> Case:
+    """Logits 3 * randn. Forward reads both; backward reads both and writes two gradients."""
+    return Case(
+        name=f"sd_dropout_kl {'x'.join(map(str, shape))}",
+        fused=selfkd.sd_dropout_kl,
+        reference=selfkd.reference.sd_dropout_kl,
+        baselines={"log_target": kl_of_log_targets, "probabilities": kl_of_probabilities},
+        inputs=lambda: [3 * torch.randn(shape) for _ in range(2)],
+        bytes_moved=6 * math.prod(shape) * 4,
+        need=need,
+    )
+
+
+large_vocabulary = sd_dropout_kl(512, 32000, eager=15, compile=4.5, copy=2)
+
+CASES = [
+    sd_dropout_kl(128, 100, eager=5, compile=2.5),
+    sd_dropout_kl(256, 1000, eager=10, compile=4),
+    sd_dropout_kl(1024, 1000, eager=12, compile=4),
+    replace(large_vocabulary, environment=KEEP_MEMORY),
+    replace(large_vocabulary, name=f"{large_vocabulary.name} (plain malloc)", need={}),
+    sd_dropout_kl(4, 21, 256, 256, eager=8, compile=5, copy=3),
+]

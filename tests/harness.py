@@ -1,0 +1,315 @@
+"""Every check that each operator gets. An operator's test module names its cases; the checks are here.
+
+A case is run on a back end (PyTorch on a CPU variant or on CUDA, the C interface, or the CUDA
+kernels emulated on the CPU) in a dtype and a layout, forward and backward, and compared with the
+float64 reference on the same rounded inputs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import selfkd
+import torch
+from selfkd import c, library
+from selfkd.contract import REDUCTIONS, contract
+
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
+HALF_ULP = {
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+    torch.float32: 2.0**-24,
+    torch.float64: 2.0**-53,
+}
+HALF_SMALLEST = {
+    torch.float16: 2.0**-25,
+    torch.bfloat16: 2.0**-134,
+    torch.float32: 2.0**-150,
+    torch.float64: 0.0,
+}
+VARIANTS = ("base", "v3", "v4")
+SIMT_LIBRARY = os.environ.get("SELFKD_SIMT_LIBRARY", "")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Named after its user: `make` draws the tensors in float64, `options` are the numbers of the call.
+
+    close: all log-ratios are below 1e-2: a gradient error of 1e-4 is allowed, and in float64 1e-9,
+    because the reference itself (the textbook formula) loses that much there. big: too slow for the
+    emulator.
+    """
+
+    name: str
+    make: Callable[[torch.Generator], dict[str, torch.Tensor]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    close: bool = False
+    big: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where a case runs; `call(op, tensors, options, grad)` gives result and gradients."""
+
+    name: str
+    call: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
+    device: str = "cpu"
+    variant: str = ""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def live_inputs(op: str) -> list[str]:
+    """The inputs that get gradients."""
+    return [item.name.removeprefix("grad_") for item in contract(f"{op}_backward").outputs]
+
+
+def through_torch(
+    op: str,
+    tensors: Mapping[str, torch.Tensor],
+    options: Mapping[str, Any],
+    grad: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The public function and its autograd."""
+    tensors = dict(tensors)
+    for name in live_inputs(op):
+        tensors[name] = tensors[name].detach().requires_grad_()
+    result = getattr(selfkd, op)(**tensors, **options)
+    wanted = [tensors[name] for name in live_inputs(op)]
+    grads = torch.autograd.grad(result, wanted, torch.ones_like(result) if grad is None else grad)
+    return result.detach(), dict(zip(live_inputs(op), grads, strict=True))
+
+
+def poisoned_outputs(op: str, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Outputs of a C call full of NaN: what a kernel leaves out is seen."""
+    of = contract(op)
+    checker, first = selfkd.contract.check(of, arguments), arguments[of.first]
+    acc = torch.float64 if first.dtype == torch.float64 else torch.float32
+    return {
+        item.name: torch.full_like(arguments[item.shape], torch.nan)
+        if item.kind == "LIKE"
+        else torch.full(
+            selfkd.contract.output_shape(item, checker),
+            torch.nan,
+            dtype={"ACC": acc, "F64": torch.float64}[item.rule],
+        )
+        for item in of.outputs
+    }
+
+
+def through_c(
+    lib: Any, device: int | None
+) -> Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """The C functions of a library, on host memory; `device` is what the descriptors claim."""
+
+    def call(
+        op: str,
+        tensors: Mapping[str, torch.Tensor],
+        options: Mapping[str, Any],
+        grad: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        forward, backward = contract(op), contract(f"{op}_backward")
+        numbers = {item.name: item.default for item in forward.items if item.is_number} | dict(
+            options
+        )
+        numbers["reduction"] = REDUCTIONS.get(options.get("reduction", "mean"), 1)
+        arguments: dict[str, Any] = {**numbers, **tensors}
+        outputs = poisoned_outputs(op, arguments)
+        library.check(c.run(lib, op, arguments | outputs, device=device))
+        result = outputs["rows"] if numbers["reduction"] == 0 else outputs[forward.outputs[0].name]
+        everything = (
+            arguments | outputs | {"grad": torch.ones_like(result) if grad is None else grad}
+        )
+        grads = poisoned_outputs(backward.name, everything)
+        library.check(c.run(lib, backward.name, everything | grads, device=device))
+        return result, {name: grads[f"grad_{name}"] for name in live_inputs(op)}
+
+    return call
+
+
+def backends() -> list[Any]:
+    """The emulator alone where its library is given, else CPU variants, C and CUDA."""
+    if SIMT_LIBRARY:
+        lib = library.open_library(SIMT_LIBRARY)
+        return [pytest.param(Backend("simt", through_c(lib, 2)), marks=pytest.mark.simt)]
+    found = [Backend(variant, through_torch, variant=variant) for variant in VARIANTS]
+    found.append(Backend("c", through_c(library.library(), None)))
+    cuda = Backend("cuda", through_torch, device="cuda")
+    return [*found, pytest.param(cuda, marks=pytest.mark.cuda)]
+
+
+def prepare(backend: Backend) -> None:
+    """Skip what this machine does not have, and force what the back end names."""
+    if backend.device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here: run `make gpu-check` on a machine with one")
+    if backend.variant:
+        try:
+            selfkd.set_isa(backend.variant)
+        except ValueError as error:
+            pytest.skip(f"{error}: run on a newer x86-64 CPU")
+
+
+# ---- layouts: the same values under other strides ----
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """Classes contiguous, positions strided."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def every_other(x: torch.Tensor) -> torch.Tensor:
+    """Classes at a stride of 2, in a larger block."""
+    wide = torch.full(
+        (*x.shape[:1], 2 * x.shape[1], *x.shape[2:]), torch.nan, dtype=x.dtype, device=x.device
+    )
+    wide[:, ::2] = x
+    return wide[:, ::2]
+
+
+def unaligned(x: torch.Tensor) -> torch.Tensor:
+    """One element into an allocation, so that no row begins on a vector boundary."""
+    block = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
+    view = block[1:].view(x.shape)
+    return view.copy_(x)
+
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels_last": channels_last,
+    "every_other": every_other,
+    "unaligned": unaligned,
+}
+
+
+# ---- the comparison ----
+
+
+def epsilon(dtype: torch.dtype) -> float:
+    """Rounding unit of the arithmetic for tensors of `dtype`."""
+    return 2.0**-53 if dtype == torch.float64 else 2.0**-24
+
+
+def assert_values(
+    found: torch.Tensor, expected: torch.Tensor, what: str, close: bool = False
+) -> None:
+    """3e-6 relative, 1e-12 in float64, beside the square of the rounding unit; nan and inf must agree."""
+    tolerance = (1e-9 if close else 1e-12) if found.dtype == torch.float64 else 3e-6
+    floor = 100 * epsilon(found.dtype) ** 2
+    found, expected = found.double().cpu(), expected.double().cpu()
+    finite = expected.isfinite()
+    assert torch.equal(
+        found[~finite].nan_to_num(7.0, 8.0, 9.0), expected[~finite].nan_to_num(7.0, 8.0, 9.0)
+    ), what
+    error = ((found - expected).abs() - floor)[finite] / expected.abs()[finite].clamp(min=1e-300)
+    worst = error.max().item() if error.numel() else 0.0
+    assert worst <= tolerance, f"{what}: relative error {worst:.2e} exceeds {tolerance:.0e}"
+
+
+def assert_gradient(found: torch.Tensor, expected: torch.Tensor, close: bool, what: str) -> None:
+    """Error over the row's largest gradient, beside half an ULP; a row of zeros to 8 roundings."""
+    dtype = found.dtype
+    tolerance = (1e-9 if close else 1e-12) if dtype == torch.float64 else 1e-4 if close else 1e-5
+    found, expected = found.double().cpu(), expected.double().cpu()
+    assert found.isfinite().all(), f"{what}: not finite"
+    error = (found - expected).abs() - HALF_ULP[dtype] * expected.abs() - HALF_SMALLEST[dtype]
+    largest = expected.abs().amax(1, keepdim=True)
+    scale = torch.where(largest == 0, 8 * epsilon(dtype) / tolerance, largest)
+    worst = (error / scale).max().item() if error.numel() else 0.0
+    assert worst <= tolerance, (
+        f"{what}: error {worst:.2e} of the row's largest gradient exceeds {tolerance:.0e}"
+    )
+
+
+def reference(
+    op: str,
+    tensors: Mapping[str, torch.Tensor],
+    options: Mapping[str, Any],
+    grad: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Result and gradients of the float64 reference."""
+    exact = {
+        name: x.cpu().double() if x.is_floating_point() else x.cpu() for name, x in tensors.items()
+    }
+    for name in live_inputs(op):
+        exact[name].requires_grad_()
+    result = getattr(selfkd.reference, op)(**exact, **options)
+    wanted = [exact[name] for name in live_inputs(op)]
+    out = torch.ones_like(result) if grad is None else grad.double().cpu()
+    if result.requires_grad:  # not where all weights are 0
+        return result.detach(), dict(
+            zip(live_inputs(op), torch.autograd.grad(result, wanted, out), strict=True)
+        )
+    return result, {name: torch.zeros_like(exact[name]) for name in live_inputs(op)}
+
+
+def cast(
+    tensors: Mapping[str, torch.Tensor], op: str, dtype: torch.dtype, device: str = "cpu"
+) -> dict[str, Any]:
+    """Inputs in the dtypes of the contract for logits of `dtype`."""
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    rules = {item.name: item.rule for item in contract(op).items if item.is_input}
+    to = {name: dtype if rules[name] in ("FLOATING", "SAME") else acc for name in tensors}
+    return {
+        name: x.to(device, to[name]) if x.is_floating_point() else x.to(device)
+        for name, x in tensors.items()
+    }
+
+
+def check_case(
+    op: str,
+    case: Case,
+    backend: Backend,
+    dtype: str,
+    layout: str,
+    generator: torch.Generator,
+    path: str = "",
+) -> None:
+    """Loss, every row, and all gradients of one case; and that the loop named `path` ran."""
+    prepare(backend)
+    if case.big and backend.name == "simt":
+        pytest.skip("too large for the emulator; the CPU and CUDA back ends run it")
+    tensors = cast(case.make(generator), op, DTYPES[dtype], backend.device)
+    live = live_inputs(op)
+    tensors |= {name: LAYOUTS[layout](tensors[name]) for name in live}
+    for reduction in dict.fromkeys([case.options.get("reduction", "mean"), "none"]):
+        options = {**case.options, "reduction": reduction}
+        if reduction == "none":
+            tensors = {name: x for name, x in tensors.items() if name != "divisor"}
+        expected, expected_grads = reference(op, tensors, options)
+        found, grads = backend.call(op, tensors, options)
+        assert_values(found, expected, f"{op} {reduction}", case.close)
+        for name in live:
+            assert grads[name].stride() == torch.empty_like(tensors[name]).stride()
+            assert_gradient(
+                grads[name], expected_grads[name], case.close, f"gradient of {name}, {reduction}"
+            )
+            if "weight" in tensors:
+                assert (grads[name].movedim(1, -1)[tensors["weight"] == 0] == 0).all()
+    if backend.variant and path:
+        variant = "f64" if dtype == "float64" else backend.variant
+        assert library.text("selfkd_last_path") == f"cpu {variant} {path}"
+
+
+def check_threads(op: str, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> None:
+    """The same bits for 1 and 2 threads and from run to run."""
+    before, runs = torch.get_num_threads(), []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        runs.append(through_torch(op, tensors, options))
+    torch.set_num_threads(before)
+    for result, grads in runs[1:]:
+        assert torch.equal(result, runs[0][0])
+        assert all(torch.equal(grads[name], runs[0][1][name]) for name in grads)
