@@ -1,7 +1,8 @@
 # make demo       train the example with plain PyTorch and with selfkd; a table and a picture
 # make test       run all tests
 # make bench      time selfkd against eager PyTorch and torch.compile (BENCH="--case 128x100 --json FILE")
-# make gpu-check  run the GPU tests with the Python and PyTorch already here; writes a report
+# make gpu-check  run the GPU tests with the Python and PyTorch already here; writes a report (REPORT=FILE;
+#                 SANITIZED="-k NAMES" restricts what compute-sanitizer sees)
 # make lint       check the form of Python and C
 # make clean      remove what was built (the environment in .venv stays)
 
@@ -12,30 +13,35 @@ CLANG_FORMAT ?= clang-format==14.0.6
 CXX ?= c++
 BENCH ?=
 REPORT ?= bench/results/gpu-check.txt
+SANITIZED ?=
 SHELL := bash
 .SHELLFLAGS := -o pipefail -ec
-export PATH := $(abspath $(VENV))/bin:$(PATH)
+IN := PATH="$(abspath $(VENV))/bin:$$PATH"
 
 SOURCES := $(shell find ops cpu cuda cmake bindings -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 C_FILES := $(shell find ops cpu cuda bindings tests examples -name '*.[ch]' -o -name '*.cu*' -o -name '*.cpp')
 
 .PHONY: help demo test bench gpu-check lint clean needs-python needs-compilers needs-cmocka
-help:; @sed -n 's/^# //p' Makefile
+help:; @sed -n 's/^# make/make/p' Makefile
 
-demo: $(VENV)/selfkd.stamp; python examples/sd_dropout.py
-test: $(VENV)/selfkd.stamp $(VENV)/tools.stamp | needs-cmocka; python -m pytest
-bench: $(VENV)/selfkd.stamp; python bench/run.py $(BENCH)
+demo: $(VENV)/selfkd.stamp; $(IN) python examples/sd_dropout.py
+test: $(VENV)/selfkd.stamp $(VENV)/tools.stamp | needs-cmocka; $(IN) python -m pytest
+bench: $(VENV)/selfkd.stamp; $(IN) python bench/run.py $(BENCH)
 lint: $(VENV)/selfkd.stamp $(VENV)/tools.stamp
-	ruff check && ruff format --check && mypy && clang-format --dry-run -Werror $(C_FILES)
+	export $(IN); ruff check && ruff format --check && mypy && clang-format --dry-run -Werror $(C_FILES)
 clean:; rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache $(VENV)/selfkd.stamp
 
 # The environment, step by step; a step is repeated only when something it depends on has changed.
 $(VENV)/torch.stamp: | needs-python
 	$(PYTHON) -m venv $(VENV)
-	python -m pip install '$(TORCH)'
+	$(IN) python -m pip install '$(TORCH)'
 	touch $@
-$(VENV)/tools.stamp: $(VENV)/torch.stamp; python -m pip install -q 'cmake>=3.24' '$(CLANG_FORMAT)' && touch $@
-$(VENV)/selfkd.stamp: $(VENV)/torch.stamp $(SOURCES) | needs-compilers; python -m pip install '.[test]' && touch $@
+$(VENV)/tools.stamp: $(VENV)/torch.stamp
+	$(IN) python -m pip install -q 'cmake>=3.24' '$(CLANG_FORMAT)'
+	touch $@
+$(VENV)/selfkd.stamp: $(VENV)/torch.stamp $(SOURCES) | needs-compilers
+	$(IN) python -m pip install '.[test]'
+	touch $@
 
 needs-python:
 	@$(PYTHON) -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))' 2> /dev/null || \
@@ -50,17 +56,18 @@ needs-cmocka:
 	found || { [ $$(id -u) = 0 ] && apt-get update && apt-get install -y libcmocka-dev; } || true; \
 	found || { echo 'The tests need cmocka (Debian, Ubuntu: apt-get install libcmocka-dev).'; exit 1; }
 
-# No environment, no downloads: what this machine has. compute-sanitizer does not run everywhere, hence the trial.
-GPU_PYTHON := SELFKD_LIBRARY=$(CURDIR)/build/gpu/libselfkd.so PYTHONPATH=bindings $(PYTHON)
-GPU_TESTS := -m pytest -m cuda -rf -p no:cacheprovider
+# Nothing is installed or downloaded: Python, PyTorch, CMake and nvcc are those of this machine. compute-sanitizer
+# does not run on every machine with a GPU, hence the trial; it sees every allocation when PyTorch keeps none.
+GPU_TESTS := $(PYTHON) -m pytest -m cuda -p no:cacheprovider
+SANITIZER := compute-sanitizer --error-exitcode 1
+gpu-check: export SELFKD_LIBRARY := $(CURDIR)/build/gpu/libselfkd.so
+gpu-check: export PYTHONPATH := $(CURDIR)/bindings
 gpu-check:
 	cmake -S . -B build/gpu -DSELFKD_CUDA=ON -DSELFKD_WERROR=ON -DBUILD_TESTING=OFF
 	cmake --build build/gpu --parallel
-	@mkdir -p $(dir $(REPORT))
-	{ date -u +%F; git describe --always --dirty || true; nvidia-smi -L; nvcc --version | tail -n 1; \
-	  $(GPU_PYTHON) -m selfkd info; $(GPU_PYTHON) $(GPU_TESTS); \
-	  trial='import torch; torch.ones(1).cuda()'; \
-	  if ! command -v compute-sanitizer; then echo 'compute-sanitizer: not found'; \
-	  elif ! compute-sanitizer --error-exitcode 1 $(PYTHON) -c "$$trial"; then echo 'compute-sanitizer: does not run here'; \
-	  else for tool in memcheck racecheck synccheck initcheck; do \
-	    compute-sanitizer --tool $$tool --error-exitcode 1 env $(GPU_PYTHON) $(GPU_TESTS); done; fi; } 2>&1 | tee $(REPORT)
+	mkdir -p $(dir $(REPORT))
+	{ date -u +%F; git describe --always --dirty || true; nvidia-smi -L; $(PYTHON) -m selfkd info; $(GPU_TESTS); \
+	  if ! $(SANITIZER) $(PYTHON) -c 'import torch; torch.ones(1).cuda()'; then echo 'no compute-sanitizer here'; \
+	  else for tool in memcheck racecheck synccheck; do \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool $(GPU_TESTS) $(SANITIZED); done; fi; \
+	} 2>&1 | tee $(REPORT)

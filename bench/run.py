@@ -28,10 +28,9 @@ from typing import Any
 
 import selfkd
 import torch
+from baselines import CASES, Case, Loss
 from selfkd import library
 from torch import Tensor
-
-from baselines import CASES, Case, Loss
 
 COPY_BYTES = 256 << 20
 SLOW_COPY = 18e9  # bytes/s; below it the machine is busy with something else

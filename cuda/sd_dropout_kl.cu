@@ -17,10 +17,14 @@ SK_PARAMS(sd_dropout_kl)
 SK_PARAMS(sd_dropout_kl_backward)
 }
 
-/* -inf is computed with as -1e33: 0 * y stays 0, and a KL past 1e13 can only come from such a class. */
-constexpr double kLowest = -1e33, kInfinite = 1e13;
+/* -inf is computed with as -2^110 (1e33): 0 * y stays 0, and a KL past 1e13 can only come from such a class. */
+constexpr double kLowest = -0x1p110, kInfinite = 1e13;
 
 /* ---- one pair of logits ---- */
+
+/* bfloat16 logits have so few digits that their differences from anchors, and from each other, need no care. */
+template <typename T> constexpr bool kShort = false;
+template <> constexpr bool kShort<__nv_bfloat16> = true;
 
 template <typename real> struct scale {
     real inverse; /* 1/T */
@@ -31,25 +35,39 @@ template <typename real> SK_DEVICE scale<real> scale_of(double temperature) {
     return {(real)(1 / temperature), (real)(1.4426950408889634 / temperature)};
 }
 
-/* What logits are compared against: anchors and their difference, each as a sum of two. */
-template <typename real> struct anchors {
-    real u, u_low, v, v_low, gap, gap_low;
+/* A number as the sum of two. */
+template <typename real> struct two {
+    real high, low;
 };
 
-template <typename real> struct pair {
-    real p, q, y, diff, gp, gq;
-};
-
-/* a - b = difference + the value returned, exactly (Knuth). */
-template <typename real> SK_DEVICE real difference_error(real a, real b, real difference) {
-    const real minus_b = difference - a;
-    return (a - (difference - minus_b)) - (b + minus_b);
+template <typename real> SK_DEVICE two<real> split(double x) {
+    const real high = (real)x;
+    return {high, (real)(x - high)};
 }
+
+/* a - b, exactly (Knuth). */
+template <typename real> SK_DEVICE two<real> difference(real a, real b) {
+    const real high = a - b, minus_b = high - a;
+    return {high, (a - (high - minus_b)) - (b + minus_b)};
+}
+
+template <typename real> SK_DEVICE real distance(const two<real> &x, const two<real> &y) {
+    return (x.high - y.high) + (x.low - y.low);
+}
+
+/* What logits are compared against; gap = u - v. */
+template <typename real> struct anchors {
+    two<real> u, v, gap;
+};
 
 template <typename real> SK_DEVICE anchors<real> anchors_at(real u, real v) {
-    const real gap = u - v;
-    return {u, 0, v, 0, gap, difference_error(u, v, gap)};
+    return {{u, 0}, {v, 0}, difference(u, v)};
 }
+
+template <typename real> struct pair {
+    two<real> apart; /* a - b */
+    real p, q, y, diff, gp, gq;
+};
 
 /* even = cosh(y) - 1 and odd = sinh(y) - y for |y| < 0.75, within 6e-8 (double: 1e-17) of cosh(y) - 1. */
 template <typename real> SK_DEVICE void curvature(real y, real *even, real *odd) {
@@ -70,20 +88,22 @@ template <typename real> SK_DEVICE void curvature(real y, real *even, real *odd)
     *odd = o * z * y;
 }
 
-/* kShort: a, b and the anchors have so few digits (half types) that a - h.u and b - h.v are exact as they are. */
+/* kShort: a - h.u and b - h.v are exact as they are. */
 template <bool kShort, typename real>
 SK_DEVICE pair<real> compare(real a, real b, const anchors<real> &h, const scale<real> &t) {
-    const real from_u = (a - h.u) - h.u_low, from_v = (b - h.v) - h.v_low, ab = a - b;
-    const real apart = kShort ? from_u - from_v : (ab - h.gap) + (difference_error(a, b, ab) - h.gap_low);
+    const real from_u = (a - h.u.high) - h.u.low, from_v = (b - h.v.high) - h.v.low;
     pair<real> x;
+    x.apart = difference(a, b);
+    x.y = (kShort ? from_u - from_v : distance(x.apart, h.gap)) * t.inverse;
     x.p = sk_exp2(from_u * t.log2e);
     x.q = sk_exp2(from_v * t.log2e);
-    x.y = apart * t.inverse;
     real even, odd;
     curvature(x.y, &even, &odd);
     const bool near = fabs(x.y) < (real)0.75;
-    x.diff = near ? x.q * (x.y + (even + odd)) : x.p - x.q;
-    x.gq = near ? x.q * (even + odd) : x.diff - x.q * x.y;
+    x.gq = x.q * (even + odd);
+    x.diff = near ? x.q * x.y + x.gq : x.p - x.q;
+    x.p = near ? x.q + x.diff : x.p;
+    x.gq = near ? x.gq : x.diff - x.q * x.y;
     x.gp = near ? x.p * (even - odd) : x.p * x.y - x.diff;
     return x;
 }
@@ -145,7 +165,7 @@ SK_DEVICE void visit(const rows<T> &r, sk_real<T> *hu, sk_real<T> *hv, double (&
 #pragma unroll
         for (int i = 0; i < sk_items<T>; i++) {
             if (i % kVec == 0 && !sk_any_class<kGroup, kVec>(base, i, r.C)) break;
-            add(part, compare<sizeof(T) == 2>(a[i], b[i], h, t));
+            add(part, compare<kShort<T>>(a[i], b[i], h, t));
         }
         for (int k = 0; k < SUMS; k++) sum[k] += part[k];
     }
@@ -177,7 +197,7 @@ SK_DEVICE divergence conclude(const double (&sum)[SUMS], double hu, double hv, d
     x.dl = (hu - hv) / temperature + log_ratio;
     x.forward = gp - log_gap(-sum[D] / sum[P], -log_ratio);
     x.reverse = gq - log_gap(r, log_ratio);
-    x.poor = gp > 32 * x.forward || gq > 32 * x.reverse;
+    x.poor = gp > 16 * x.forward || gq > 16 * x.reverse;
     if (x.forward > kInfinite) x.forward = INFINITY;
     if (x.reverse > kInfinite) x.reverse = INFINITY;
     return x;
@@ -202,8 +222,8 @@ template <typename T, int kGroup, int kVec> SK_DEVICE divergence diverge(const r
         const divergence x = conclude(sum, hu, hv, r.temperature);
         if (again || !x.poor) return x;
         const double u = r.temperature * x.lse, v = r.temperature * (x.lse - x.dl);
-        hu = (real)(sizeof(T) == 2 ? rint(u * 4096) / 4096 : u); /* few digits, as compare<true> asks */
-        hv = (real)(sizeof(T) == 2 ? rint(v * 4096) / 4096 : v);
+        hu = (real)(kShort<T> ? rint(u * 4096) / 4096 : u); /* few digits, as compare<true> asks */
+        hv = (real)(kShort<T> ? rint(v * 4096) / 4096 : v);
     }
 }
 
@@ -211,7 +231,7 @@ template <typename T, int kGroup, int kVec> SK_DEVICE divergence diverge(const r
 
 /* Leaves rows and saved; the last block leaves loss and denominator. */
 template <typename T, int kGroup, int kVec>
-__global__ void __launch_bounds__(SK_BLOCK) sd_dropout_kl_kernel(const struct sd_dropout_kl_params params) {
+__global__ void __launch_bounds__(SK_BLOCK, 3) sd_dropout_kl_kernel(const struct sd_dropout_kl_params params) {
     typedef sk_real<T> real;
     const struct sd_dropout_kl_params *const p = &params;
     const int64_t S = SK_DIM(p, S), count = SK_DIM(p, N) * S;
@@ -245,15 +265,9 @@ __global__ void __launch_bounds__(SK_BLOCK) sd_dropout_kl_kernel(const struct sd
     *(real *)p->denominator.data = (real)denominator;
 }
 
-/* x as the sum of two. */
-template <typename real> SK_DEVICE void split(double x, real *high, real *low) {
-    *high = (real)x;
-    *low = (real)(x - *high);
-}
-
 /* Leaves grad_u and grad_v. */
 template <typename T, int kGroup, int kVec>
-__global__ void __launch_bounds__(SK_BLOCK)
+__global__ void __launch_bounds__(SK_BLOCK, 3)
     sd_dropout_kl_backward_kernel(const struct sd_dropout_kl_backward_params params) {
     typedef sk_real<T> real;
     const struct sd_dropout_kl_backward_params *const p = &params;
@@ -270,14 +284,15 @@ __global__ void __launch_bounds__(SK_BLOCK)
         const double grad = ((const real *)p->grad.data)[n * p->grad.stride[0] + s * p->grad.stride[1]];
         const double factor = grad * w / *(const real *)p->denominator.data * p->temperature;
         const real f = (real)(factor * p->forward_weight), r = (real)(factor * p->reverse_weight);
-        const real own_f = p->detach_target ? 0 : f, own_r = p->detach_target ? 0 : r;
-        /* a KL of a direction that does not count may be infinite */
-        const real kl_f = own_f != 0 ? (real)saved[2 * p->saved.stride[0]] : 0;
-        const real kl_r = own_r != 0 ? (real)saved[3 * p->saved.stride[0]] : 0;
-        anchors<real> h;
-        split(p->temperature * saved[0], &h.u, &h.u_low);
-        split(p->temperature * (saved[0] - saved[p->saved.stride[0]]), &h.v, &h.v_low);
-        split(p->temperature * saved[p->saved.stride[0]], &h.gap, &h.gap_low);
+        const real own_f = p->detach_target ? 0 : f * t.inverse, own_r = p->detach_target ? 0 : r * t.inverse;
+        const double lse = saved[0], dl = saved[p->saved.stride[0]];
+        /* the KL of a direction that does not count may be infinite */
+        const double kl_f = own_f != 0 ? saved[2 * p->saved.stride[0]] : 0;
+        const double kl_r = own_r != 0 ? saved[3 * p->saved.stride[0]] : 0;
+        const double T_ = p->temperature;
+        const anchors<real> h = {split<real>(T_ * lse), split<real>(T_ * (lse - dl)), split<real>(T_ * dl)};
+        /* d - KL(p||q) and d + KL(q||p), times T, are distances from these: one KL may be as large as d */
+        const two<real> middle_f = split<real>(T_ * (dl + kl_f)), middle_r = split<real>(T_ * (dl - kl_r));
         for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
             real a[sk_items<T>], b[sk_items<T>];
             sk_load<T, kGroup, kVec>(u, p->u.stride[1], base, C, 0, a);
@@ -287,8 +302,8 @@ __global__ void __launch_bounds__(SK_BLOCK)
                 if (i % kVec == 0 && !sk_any_class<kGroup, kVec>(base, i, C)) break;
                 const real lowest = (real)kLowest;
                 const pair<real> x = compare<false>(sk_at_least(a[i], lowest), sk_at_least(b[i], lowest), h, t);
-                a[i] = w != 0 ? own_f * x.p * (x.y - kl_f) + r * x.diff : 0;
-                b[i] = w != 0 ? -own_r * x.q * (x.y + kl_r) - f * x.diff : 0;
+                a[i] = w != 0 ? own_f * x.p * distance(x.apart, middle_f) + r * x.diff : 0;
+                b[i] = w != 0 ? -own_r * x.q * distance(x.apart, middle_r) - f * x.diff : 0;
             }
             sk_store<T, kGroup, kVec>(grad_u, p->grad_u.stride[1], base, C, a);
             sk_store<T, kGroup, kVec>(grad_v, p->grad_v.stride[1], base, C, b);

@@ -1,7 +1,8 @@
 /* selfkd from C: the loss of two rows, its gradient, and a direct computation of both.
  *
  *   DIR=$(python -c "import selfkd, pathlib; print(pathlib.Path(selfkd.library_path()).parent)")
- *   cc -I$DIR/include examples/c_program.c -L$DIR -lselfkd -Wl,-rpath,$DIR -lm -o c_program && ./c_program */
+ *   cc -I$DIR/include examples/c_program.c -L$DIR -lselfkd -Wl,-rpath,$DIR -lm -o c_program
+ *   ./c_program */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -36,7 +37,7 @@ static void log_softmax(const float *x, double *out) {
     for (int c = 0; c < C; c++) out[c] = x[c] / T - log(sum);
 }
 
-/* The loss, and its gradient with respect to U, as the contract writes them (ops/sd_dropout_kl.h). */
+/* The loss, and its gradient with respect to U, as ops/sd_dropout_kl.h writes them. */
 static double direct(double grad_u[N][C]) {
     double loss = 0;
     for (int n = 0; n < N; n++) {
@@ -58,10 +59,13 @@ int main(void) {
     float loss, denominator, rows[N], grad = 1, grad_u[N][C], grad_v[N][C];
     double saved[4][N];
     const selfkd_tensor u = tensor(U, 32, 2, matrix), v = tensor(V, 32, 2, matrix);
-    const selfkd_tensor loss_t = tensor(&loss, 32, 0, NULL), denominator_t = tensor(&denominator, 32, 0, NULL);
-    const selfkd_tensor rows_t = tensor(rows, 32, 1, matrix), saved_t = tensor(saved, 64, 2, four_rows);
+    const selfkd_tensor loss_t = tensor(&loss, 32, 0, NULL);
+    const selfkd_tensor denominator_t = tensor(&denominator, 32, 0, NULL);
+    const selfkd_tensor rows_t = tensor(rows, 32, 1, matrix);
+    const selfkd_tensor saved_t = tensor(saved, 64, 2, four_rows);
     const selfkd_tensor grad_t = tensor(&grad, 32, 0, NULL);
-    const selfkd_tensor grad_u_t = tensor(grad_u, 32, 2, matrix), grad_v_t = tensor(grad_v, 32, 2, matrix);
+    const selfkd_tensor grad_u_t = tensor(grad_u, 32, 2, matrix);
+    const selfkd_tensor grad_v_t = tensor(grad_v, 32, 2, matrix);
 
     const selfkd_sd_dropout_kl_args forward = {
         .struct_size = sizeof forward,
@@ -98,6 +102,7 @@ int main(void) {
     double error = fabs(loss - expected) / expected;
     for (int n = 0; n < N; n++)
         for (int c = 0; c < C; c++) error = fmax(error, fabs(grad_u[n][c] - expected_u[n][c]));
-    printf("selfkd %s: loss %.7f, expected %.7f, largest error %.1e\n", selfkd_version(), loss, expected, error);
+    printf("selfkd %s: loss %.7f, expected %.7f, largest error %.1e\n", selfkd_version(), loss,
+           expected, error);
     return error <= 3e-6 ? 0 : 1;
 }

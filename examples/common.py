@@ -121,6 +121,7 @@ def parse(argv: list[str] | None, description: str, weight: float) -> argparse.N
     add("--control", action="store_true", help="train a third time, with weight 0")
     add("--steps", type=int, default=400, help="training steps, default: 400")
     add("--seed", type=int, default=0, help="of parameters, batches and dropout, default: 0")
+    add("--threads", type=int, default=1, help="CPU threads; the networks are small, default: 1")
     add("--device", default=device, help=f"default: {device}")
     add("--out", type=Path, default=Path("runs"), help="folder of picture and csv, default: runs")
     return parser.parse_args(argv)
@@ -128,13 +129,12 @@ def parse(argv: list[str] | None, description: str, weight: float) -> argparse.N
 
 def train_all(train: Callable[..., Run], options: argparse.Namespace) -> list[Run]:
     """Train with each implementation, and with weight 0 for --control, from the same seed."""
+    torch.set_num_threads(options.threads)
+    same = {"steps": options.steps, "seed": options.seed, "device": options.device}
     names = ["reference", "fused"] if options.impl == "both" else [options.impl]
-    weights = dict.fromkeys(names, options.weight)
-    runs = [
-        train(name, weight=weight, steps=options.steps, seed=options.seed, device=options.device)
-        for name, weight in [*weights.items(), *[(names[0], 0.0)] * options.control]
-    ]
+    runs = [train(name, weight=options.weight, **same) for name in names]
     if options.control:
+        runs.append(train(names[0], weight=0.0, **same))
         runs[-1].name = "weight 0"
     return runs
 

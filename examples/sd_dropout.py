@@ -19,12 +19,11 @@ from __future__ import annotations
 
 import sys
 
+import common
 import selfkd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-import common
 
 DROPOUT = 0.5
 TEMPERATURE = 3.0

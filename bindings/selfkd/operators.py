@@ -103,8 +103,15 @@ def _double_backward(
         result = reference(**named)
     if not result.requires_grad:  # all weights are 0
         return [torch.zeros_like(named[name]) for name in plan.live]
-    wanted = [name for name in plan.live if ctx.needs_input_grad[plan.inputs[name] + 1]]
-    grads = torch.autograd.grad(result, [named[name] for name in wanted], grad, create_graph=True)
+    wanted = [name for name in plan.live if named[name].requires_grad]
+    grads = torch.autograd.grad(
+        result,
+        [named[name] for name in wanted],
+        grad,
+        create_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
+    )
     found = dict(zip(wanted, grads, strict=True))
     return [found.get(name) for name in plan.live]
 

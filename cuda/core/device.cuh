@@ -97,8 +97,8 @@ SK_DEVICE double sk_max(double x, double y) { return fmax(x, y); }
 
 /* ---- rows ---- */
 
-/* Two 16-byte loads: enough in flight to cover the memory's latency, few enough to stay in registers. */
-template <typename T> constexpr int sk_items = 32 / sizeof(T);
+/* 16 bytes: a thousand threads of a multiprocessor then have 32 KB of two tensors in flight, enough for the latency. */
+template <typename T> constexpr int sk_items = 16 / sizeof(T);
 
 template <int kGroup> SK_DEVICE int sk_lane() { return threadIdx.x % kGroup; }
 

@@ -6,7 +6,7 @@
 #include "core/op.h"
 
 #ifdef SK_WITH_CUDA
-#include <cuda_runtime_api.h>
+#include <cuda_runtime.h>
 
 /* A library built with one major release of CUDA needs a driver that knows it: both versions belong
  * in the message. */
