@@ -1,315 +1,135 @@
-/* SD-Dropout on the GPU; formulas in ops/sd_dropout_kl.h.
- *
- * The forward kernel reads each pair of rows once. Against anchors hu, hv (any two logits near the rows' maxima) a
- * pair of logits a, b has
- *     p = exp((a - hu)/T)   q = exp((b - hv)/T)   y = log(p/q)   p - q   p*g(-y)   q*g(y),   g(x) = e^x - 1 - x >= 0,
- * and from the sums P, Q, D, Gp, Gq of these over the row follow
- *     lse(u/T) = hu/T + log P           KL(p||q) = Gp/P - h(-D/P)
- *     dl = (hu - hv)/T + log1p(D/Q)     KL(q||p) = Gq/Q - h(D/Q),   h(r) = r - log(1 + r) >= 0.
- * Both terms of a KL are of second order, so rows close to each other keep their digits. Where the first is much
- * larger than the difference (y = 0 lies far from the middle of the row's y), the row is read once more with
- * T*lse as anchors: then y = d, D = 0 and the sums are the two KL themselves. */
+/* SD-Dropout on the GPU: one kernel forward, one backward, each reading its logits once.
+ * Formulas in ops/sd_dropout_kl.h; how the forward kernel computes both KL in core/kl.cuh. */
 #include "core/device.cuh"
+#include "core/kl.cuh"
 #include "sd_dropout_kl.h"
 
 extern "C" {
 SK_PARAMS(sd_dropout_kl)
 SK_PARAMS(sd_dropout_kl_backward)
 }
+typedef struct sd_dropout_kl_params forward_params;
+typedef struct sd_dropout_kl_backward_params backward_params;
 
-/* -inf is computed with as -2^110 (1e33): 0 * y stays 0, and a KL past 1e13 can only come from such a class. */
-constexpr double kLowest = -0x1p110, kInfinite = 1e13;
+/* ---- forward ---- */
 
-/* ---- one pair of logits ---- */
-
-/* bfloat16 logits have so few digits that their differences from anchors, and from each other, need no care. */
-template <typename T> constexpr bool kShort = false;
-template <> constexpr bool kShort<__nv_bfloat16> = true;
-
-template <typename real> struct scale {
-    real inverse; /* 1/T */
-    real log2e;   /* log2(e)/T */
-};
-
-template <typename real> SK_DEVICE scale<real> scale_of(double temperature) {
-    return {(real)(1 / temperature), (real)(1.4426950408889634 / temperature)};
+/* w times the loss of a row. A direction that does not count may be infinite. */
+SK_DEVICE double value_of(const forward_params &p, const divergence &x, double w) {
+    const double forward = p.forward_weight != 0 ? p.forward_weight * x.forward : 0;
+    const double reverse = p.reverse_weight != 0 ? p.reverse_weight * x.reverse : 0;
+    return w * (p.temperature * p.temperature * (forward + reverse));
 }
 
-/* A number as the sum of two. */
-template <typename real> struct two {
-    real high, low;
-};
-
-template <typename real> SK_DEVICE two<real> split(double x) {
-    const real high = (real)x;
-    return {high, (real)(x - high)};
+/* Leaves loss and denominator, from the sums of rows and weights. */
+template <typename real>
+SK_DEVICE void finish(const forward_params &p, const double (&total)[2]) {
+    const real *const divisor = (const real *)p.divisor.data;
+    const bool mean = p.reduction == 1;
+    const double denominator = !mean ? 1 : divisor ? *divisor : total[1];
+    *(real *)p.loss.data = (real)(total[0] / denominator);
+    *(real *)p.denominator.data = (real)denominator;
 }
 
-/* a - b, exactly (Knuth). */
-template <typename real> SK_DEVICE two<real> difference(real a, real b) {
-    const real high = a - b, minus_b = high - a;
-    return {high, (a - (high - minus_b)) - (b + minus_b)};
-}
-
-template <typename real> SK_DEVICE real distance(const two<real> &x, const two<real> &y) {
-    return (x.high - y.high) + (x.low - y.low);
-}
-
-/* What logits are compared against; gap = u - v. */
-template <typename real> struct anchors {
-    two<real> u, v, gap;
-};
-
-template <typename real> SK_DEVICE anchors<real> anchors_at(real u, real v) {
-    return {{u, 0}, {v, 0}, difference(u, v)};
-}
-
-template <typename real> struct pair {
-    two<real> apart; /* a - b */
-    real p, q, y, diff, gp, gq;
-};
-
-/* even = cosh(y) - 1 and odd = sinh(y) - y for |y| < 0.75, within 6e-8 (double: 1e-17) of cosh(y) - 1. */
-template <typename real> SK_DEVICE void curvature(real y, real *even, real *odd) {
-    constexpr double inverse_factorial[] = {
-        1.0 / 2,          1.0 / 6,           1.0 / 24,           1.0 / 120,           1.0 / 720,
-        1.0 / 5040,       1.0 / 40320,       1.0 / 362880,       1.0 / 3628800,       1.0 / 39916800,
-        1.0 / 479001600,  1.0 / 6227020800., 1.0 / 87178291200., 1.0 / 1307674368000., 1.0 / 20922789888000.,
-        1.0 / 355687428096000.};
-    constexpr int terms = sizeof(real) == 4 ? 4 : 8;
-    const real z = y * y;
-    real e = 0, o = 0;
-#pragma unroll
-    for (int k = terms - 1; k >= 0; k--) {
-        e = e * z + (real)inverse_factorial[2 * k];
-        o = o * z + (real)inverse_factorial[2 * k + 1];
-    }
-    *even = e * z;
-    *odd = o * z * y;
-}
-
-/* kShort: a - h.u and b - h.v are exact as they are. */
-template <bool kShort, typename real>
-SK_DEVICE pair<real> compare(real a, real b, const anchors<real> &h, const scale<real> &t) {
-    const real from_u = (a - h.u.high) - h.u.low, from_v = (b - h.v.high) - h.v.low;
-    pair<real> x;
-    x.apart = difference(a, b);
-    x.y = (kShort ? from_u - from_v : distance(x.apart, h.gap)) * t.inverse;
-    x.p = sk_exp2(from_u * t.log2e);
-    x.q = sk_exp2(from_v * t.log2e);
-    real even, odd;
-    curvature(x.y, &even, &odd);
-    const bool near = fabs(x.y) < (real)0.75;
-    x.gq = x.q * (even + odd);
-    x.diff = near ? x.q * x.y + x.gq : x.p - x.q;
-    x.p = near ? x.q + x.diff : x.p;
-    x.gq = near ? x.gq : x.diff - x.q * x.y;
-    x.gp = near ? x.p * (even - odd) : x.p * x.y - x.diff;
-    return x;
-}
-
-/* ---- sums over a row ---- */
-
-enum { P, Q, D, GP, GQ, SUMS };
-
-template <typename real> SK_DEVICE void add(real (&sum)[SUMS], const pair<real> &x) {
-    sum[P] += x.p;
-    sum[Q] += x.q;
-    sum[D] += x.diff;
-    sum[GP] += x.gp;
-    sum[GQ] += x.gq;
-}
-
-/* Rewrites sums for new anchors; x compares the old ones against the new. */
-SK_DEVICE void move(double (&sum)[SUMS], const pair<double> &x) {
-    sum[GP] = x.p * sum[GP] + x.diff * sum[D] + x.gp * sum[P];
-    sum[GQ] = x.q * sum[GQ] + x.diff * sum[D] + x.gq * sum[Q];
-    sum[D] = x.p * sum[D] + x.diff * sum[Q];
-    sum[P] *= x.p;
-    sum[Q] *= x.q;
-}
-
-template <typename T> struct rows {
-    const T *u, *v;
-    int64_t u_stride, v_stride, C;
-    double temperature;
-};
-
-/* Leaves in `sum` this thread's share of the row's sums, against anchors that start at *hu, *hv and are raised to
- * this thread's maxima: not for every new maximum but by steps of 2 T, for it seldom pays to move the sums. */
+/* Leaves rows and saved; the block that ends last leaves loss and denominator. */
 template <typename T, int kGroup, int kVec>
-SK_DEVICE void visit(const rows<T> &r, sk_real<T> *hu, sk_real<T> *hv, double (&sum)[SUMS]) {
+__global__ void __launch_bounds__(SK_BLOCK, 3) sd_dropout_kl_kernel(const forward_params params) {
     typedef sk_real<T> real;
-    const scale<real> t = scale_of<real>(r.temperature);
-    const real lowest = (real)kLowest, slack = (real)(2 * r.temperature);
-    for (int k = 0; k < SUMS; k++) sum[k] = 0;
-    for (int64_t base = 0; base < r.C; base += kGroup * sk_items<T>) {
-        real a[sk_items<T>], b[sk_items<T>];
-        sk_load<T, kGroup, kVec>(r.u, r.u_stride, base, r.C, lowest, a);
-        sk_load<T, kGroup, kVec>(r.v, r.v_stride, base, r.C, lowest, b);
-        real top_u = lowest, top_v = lowest;
-#pragma unroll
-        for (int i = 0; i < sk_items<T>; i++) {
-            top_u = sk_max(top_u, a[i] = sk_at_least(a[i], lowest));
-            top_v = sk_max(top_v, b[i] = sk_at_least(b[i], lowest));
-        }
-        if (top_u > *hu + slack || top_v > *hv + slack) {
-            const double old_u = *hu, old_v = *hv;
-            *hu = sk_max(*hu, top_u);
-            *hv = sk_max(*hv, top_v);
-            if (base > 0)
-                move(sum, compare<false>(old_u, old_v, anchors_at<double>(*hu, *hv), scale_of<double>(r.temperature)));
-        }
-        const anchors<real> h = anchors_at(*hu, *hv);
-        real part[SUMS] = {};
-#pragma unroll
-        for (int i = 0; i < sk_items<T>; i++) {
-            if (i % kVec == 0 && !sk_any_class<kGroup, kVec>(base, i, r.C)) break;
-            add(part, compare<kShort<T>>(a[i], b[i], h, t));
-        }
-        for (int k = 0; k < SUMS; k++) sum[k] += part[k];
-    }
-}
-
-/* ---- from sums to divergences ---- */
-
-struct divergence {
-    double lse, dl, forward, reverse;
-    bool poor; /* a KL is a small difference of large terms */
-};
-
-/* h(r) = r - log(1 + r), given the logarithm. */
-SK_DEVICE double log_gap(double r, double log1p_r) {
-    if (!(fabs(r) < 0.1)) return r - log1p_r;
-    const double s = r / (2 + r), z = s * s; /* log(1 + r) = 2 atanh(s) */
-    double series = 0;
-#pragma unroll
-    for (int k = 15; k >= 3; k -= 2) series = series * z + 1.0 / k;
-    return s * (r - 2 * z * series);
-}
-
-SK_DEVICE divergence conclude(const double (&sum)[SUMS], double hu, double hv, double temperature) {
-    if (hu <= kLowest || hv <= kLowest) return {NAN, NAN, NAN, NAN, false}; /* all classes at -inf */
-    const double gp = sum[GP] / sum[P], gq = sum[GQ] / sum[Q], r = sum[D] / sum[Q];
-    const double log_ratio = fabs(r) < 0.5 ? log1p(r) : log(sum[P] / sum[Q]);
-    divergence x;
-    x.lse = hu / temperature + log(sum[P]);
-    x.dl = (hu - hv) / temperature + log_ratio;
-    x.forward = gp - log_gap(-sum[D] / sum[P], -log_ratio);
-    x.reverse = gq - log_gap(r, log_ratio);
-    x.poor = gp > 16 * x.forward || gq > 16 * x.reverse;
-    if (x.forward > kInfinite) x.forward = INFINITY;
-    if (x.reverse > kInfinite) x.reverse = INFINITY;
-    return x;
-}
-
-/* The same result in all threads of the group. */
-template <typename T, int kGroup, int kVec> SK_DEVICE divergence diverge(const rows<T> &r) {
-    typedef sk_real<T> real;
-    real hu = (real)kLowest, hv = (real)kLowest;
-    for (bool again = false;; again = true) {
-        double sum[SUMS];
-        visit<T, kGroup, kVec>(r, &hu, &hv, sum);
-        if (kGroup > 1) {
-            real top[2] = {hu, hv};
-            sk_group_reduce<kGroup>(top, sk_larger());
-            const anchors<double> h = anchors_at<double>(top[0], top[1]);
-            move(sum, compare<false, double>(hu, hv, h, scale_of<double>(r.temperature)));
-            sk_group_reduce<kGroup>(sum, sk_add());
-            hu = top[0];
-            hv = top[1];
-        }
-        const divergence x = conclude(sum, hu, hv, r.temperature);
-        if (again || !x.poor) return x;
-        const double u = r.temperature * x.lse, v = r.temperature * (x.lse - x.dl);
-        hu = (real)(kShort<T> ? rint(u * 4096) / 4096 : u); /* few digits, as compare<true> asks */
-        hv = (real)(kShort<T> ? rint(v * 4096) / 4096 : v);
-    }
-}
-
-/* ---- kernels ---- */
-
-/* Leaves rows and saved; the last block leaves loss and denominator. */
-template <typename T, int kGroup, int kVec>
-__global__ void __launch_bounds__(SK_BLOCK, 3) sd_dropout_kl_kernel(const struct sd_dropout_kl_params params) {
-    typedef sk_real<T> real;
-    const struct sd_dropout_kl_params *const p = &params;
+    const forward_params *const p = &params;
     const int64_t S = SK_DIM(p, S), count = SK_DIM(p, N) * S;
     double total[2] = {0, 0};
     for (int64_t row = sk_first_row<kGroup>(); row < count; row += sk_row_step<kGroup>()) {
         const int64_t n = row / S, s = row % S;
-        const real w = sk_weight<real>(p->weight, n * p->weight.stride[0] + s * p->weight.stride[1]);
+        const real w = sk_weight<real>(p->weight, n, s);
         divergence x = {0, 0, 0, 0, false};
-        if (w != 0) {
-            const T *const u = (const T *)p->u.data + n * p->u.stride[0] + s * p->u.stride[2];
-            const T *const v = (const T *)p->v.data + n * p->v.stride[0] + s * p->v.stride[2];
-            x = diverge<T, kGroup, kVec>({u, v, p->u.stride[1], p->v.stride[1], SK_DIM(p, C), p->temperature});
-        }
+        if (w != 0)
+            x = diverge<T, kGroup, kVec>({sk_row<T>(p->u, n, s), sk_row<T>(p->v, n, s),
+                                          p->u.stride[1], p->v.stride[1], SK_DIM(p, C),
+                                          p->temperature});
         if (sk_lane<kGroup>() != 0) continue;
-        const double forward = p->forward_weight != 0 ? p->forward_weight * x.forward : 0;
-        const double reverse = p->reverse_weight != 0 ? p->reverse_weight * x.reverse : 0;
-        const double value = w * (p->temperature * p->temperature * (forward + reverse));
-        ((real *)p->rows.data)[n * p->rows.stride[0] + s * p->rows.stride[1]] = (real)value;
-        double *const saved = (double *)p->saved.data + n * p->saved.stride[1] + s * p->saved.stride[2];
-        saved[0] = x.lse;
-        saved[p->saved.stride[0]] = x.dl;
-        saved[2 * p->saved.stride[0]] = x.forward;
-        saved[3 * p->saved.stride[0]] = x.reverse;
+        const double value = value_of(params, x, w);
+        *sk_cell<real>(p->rows, n, s) = (real)value;
+        *sk_cell<double>(p->saved, 0, n, s) = x.lse;
+        *sk_cell<double>(p->saved, 1, n, s) = x.dl;
+        *sk_cell<double>(p->saved, 2, n, s) = x.forward;
+        *sk_cell<double>(p->saved, 3, n, s) = x.reverse;
         total[0] += value;
         total[1] += w;
     }
-    if (!sk_grid_sum(total, p->scratch.data) || threadIdx.x != 0) return;
-    const bool mean = p->reduction == 1;
-    const double denominator = !mean ? 1 : p->divisor.data ? *(const real *)p->divisor.data : total[1];
-    *(real *)p->loss.data = (real)(total[0] / denominator);
-    *(real *)p->denominator.data = (real)denominator;
+    if (sk_grid_sum(total, p->scratch.data) && threadIdx.x == 0) finish<real>(params, total);
+}
+
+/* ---- backward ---- */
+
+/* What the gradients of a row need, besides its logits. */
+template <typename real>
+struct slope {
+    bool zero;              /* weight 0: no gradient, whatever the logits hold */
+    real f, r;              /* factors of p - q in dl/dv and dl/du */
+    real own_f, own_r;      /* factors of p * T (d - KL(p||q)) and q * T (d + KL(q||p)) */
+    anchors<real> h;        /* T lse of u and of v, T dl */
+    two<real> mid_f, mid_r; /* a - b where d = KL(p||q), d = -KL(q||p): a KL may be as large as d */
+};
+
+template <typename real>
+SK_DEVICE slope<real> slope_of(const backward_params &p, int64_t n, int64_t s) {
+    const double T = p.temperature, w = sk_weight<real>(p.weight, n, s);
+    const double factor = *sk_cell<real>(p.grad, n, s) * w / *(const real *)p.denominator.data;
+    const double f = factor * p.forward_weight, r = factor * p.reverse_weight;
+    const double own_f = p.detach_target ? 0 : f, own_r = p.detach_target ? 0 : r;
+    const double lse = *sk_cell<double>(p.saved, 0, n, s), dl = *sk_cell<double>(p.saved, 1, n, s);
+    /* a KL that does not count may be infinite */
+    const double kl_f = own_f != 0 ? *sk_cell<double>(p.saved, 2, n, s) : 0;
+    const double kl_r = own_r != 0 ? *sk_cell<double>(p.saved, 3, n, s) : 0;
+    slope<real> x;
+    x.zero = w == 0;
+    x.f = (real)(T * f);
+    x.r = (real)(T * r);
+    x.own_f = (real)own_f;
+    x.own_r = (real)own_r;
+    x.h = {split<real>(T * lse), split<real>(T * (lse - dl)), split<real>(T * dl)};
+    x.mid_f = split<real>(T * (dl + kl_f));
+    x.mid_r = split<real>(T * (dl - kl_r));
+    return x;
+}
+
+/* Replaces a pair of logits by its gradients. */
+template <typename real>
+SK_DEVICE void differentiate(const slope<real> &k, const scale<real> &t, real *a, real *b) {
+    const real lowest = (real)kLowest;
+    const pair<real> x = compare<false>(sk_at_least(*a, lowest), sk_at_least(*b, lowest), k.h, t);
+    *a = k.zero ? 0 : k.own_f * x.p * distance(x.apart, k.mid_f) + k.r * x.diff;
+    *b = k.zero ? 0 : -k.own_r * x.q * distance(x.apart, k.mid_r) - k.f * x.diff;
 }
 
 /* Leaves grad_u and grad_v. */
 template <typename T, int kGroup, int kVec>
 __global__ void __launch_bounds__(SK_BLOCK, 3)
-    sd_dropout_kl_backward_kernel(const struct sd_dropout_kl_backward_params params) {
+    sd_dropout_kl_backward_kernel(const backward_params params) {
     typedef sk_real<T> real;
-    const struct sd_dropout_kl_backward_params *const p = &params;
+    const backward_params *const p = &params;
     const int64_t S = SK_DIM(p, S), C = SK_DIM(p, C), count = SK_DIM(p, N) * S;
     const scale<real> t = scale_of<real>(p->temperature);
     for (int64_t row = sk_first_row<kGroup>(); row < count; row += sk_row_step<kGroup>()) {
         const int64_t n = row / S, s = row % S;
-        const T *const u = (const T *)p->u.data + n * p->u.stride[0] + s * p->u.stride[2];
-        const T *const v = (const T *)p->v.data + n * p->v.stride[0] + s * p->v.stride[2];
-        T *const grad_u = (T *)p->grad_u.data + n * p->grad_u.stride[0] + s * p->grad_u.stride[2];
-        T *const grad_v = (T *)p->grad_v.data + n * p->grad_v.stride[0] + s * p->grad_v.stride[2];
-        const double *const saved = (const double *)p->saved.data + n * p->saved.stride[1] + s * p->saved.stride[2];
-        const real w = sk_weight<real>(p->weight, n * p->weight.stride[0] + s * p->weight.stride[1]);
-        const double grad = ((const real *)p->grad.data)[n * p->grad.stride[0] + s * p->grad.stride[1]];
-        const double factor = grad * w / *(const real *)p->denominator.data * p->temperature;
-        const real f = (real)(factor * p->forward_weight), r = (real)(factor * p->reverse_weight);
-        const real own_f = p->detach_target ? 0 : f * t.inverse, own_r = p->detach_target ? 0 : r * t.inverse;
-        const double lse = saved[0], dl = saved[p->saved.stride[0]];
-        /* the KL of a direction that does not count may be infinite */
-        const double kl_f = own_f != 0 ? saved[2 * p->saved.stride[0]] : 0;
-        const double kl_r = own_r != 0 ? saved[3 * p->saved.stride[0]] : 0;
-        const double T_ = p->temperature;
-        const anchors<real> h = {split<real>(T_ * lse), split<real>(T_ * (lse - dl)), split<real>(T_ * dl)};
-        /* d - KL(p||q) and d + KL(q||p), times T, are distances from these: one KL may be as large as d */
-        const two<real> middle_f = split<real>(T_ * (dl + kl_f)), middle_r = split<real>(T_ * (dl - kl_r));
+        const slope<real> k = slope_of<real>(params, n, s);
         for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
             real a[sk_items<T>], b[sk_items<T>];
-            sk_load<T, kGroup, kVec>(u, p->u.stride[1], base, C, 0, a);
-            sk_load<T, kGroup, kVec>(v, p->v.stride[1], base, C, 0, b);
+            sk_load<T, kGroup, kVec>(sk_row<T>(p->u, n, s), p->u.stride[1], base, C, 0, a);
+            sk_load<T, kGroup, kVec>(sk_row<T>(p->v, n, s), p->v.stride[1], base, C, 0, b);
 #pragma unroll
             for (int i = 0; i < sk_items<T>; i++) {
                 if (i % kVec == 0 && !sk_any_class<kGroup, kVec>(base, i, C)) break;
-                const real lowest = (real)kLowest;
-                const pair<real> x = compare<false>(sk_at_least(a[i], lowest), sk_at_least(b[i], lowest), h, t);
-                a[i] = w != 0 ? own_f * x.p * distance(x.apart, middle_f) + r * x.diff : 0;
-                b[i] = w != 0 ? -own_r * x.q * distance(x.apart, middle_r) - f * x.diff : 0;
+                differentiate(k, t, &a[i], &b[i]);
             }
+            T *const grad_u = sk_row<T>(p->grad_u, n, s), *const grad_v =
+                                                              sk_row<T>(p->grad_v, n, s);
             sk_store<T, kGroup, kVec>(grad_u, p->grad_u.stride[1], base, C, a);
             sk_store<T, kGroup, kVec>(grad_v, p->grad_v.stride[1], base, C, b);
         }
     }
 }
+
+/* ---- launches ---- */
 
 extern "C" int sk_cuda_sd_dropout_kl(const struct sd_dropout_kl_params *params, void *stream) {
     const int zeroed = cudaMemsetAsync(params->scratch.data, 0, 16, (cudaStream_t)stream);
@@ -323,11 +143,12 @@ extern "C" int sk_cuda_sd_dropout_kl(const struct sd_dropout_kl_params *params, 
     return cudaGetLastError();
 }
 
-extern "C" int sk_cuda_sd_dropout_kl_backward(const struct sd_dropout_kl_backward_params *params, void *stream) {
+extern "C" int sk_cuda_sd_dropout_kl_backward(const struct sd_dropout_kl_backward_params *params,
+                                              void *stream) {
     const int64_t count = SK_DIM(params, N) * SK_DIM(params, S);
     SK_SWITCH_FLOATING(params->u.dtype, T, {
-        const sk_layout layout =
-            sk_layout_of(params->dims, sizeof(T), {&params->u, &params->v, &params->grad_u, &params->grad_v});
+        const sk_layout layout = sk_layout_of(
+            params->dims, sizeof(T), {&params->u, &params->v, &params->grad_u, &params->grad_v});
         const auto kernel = SK_KERNEL(sd_dropout_kl_backward_kernel, T, layout);
         SK_LAUNCH(kernel, sk_grid(count, layout), SK_BLOCK, 0, stream, *params);
     })

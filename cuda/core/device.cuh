@@ -1,7 +1,9 @@
-/* How kernels talk to the hardware: launches, rows of memory, reductions, dtypes. Kernels use nothing else.
+/* How kernels talk to the hardware: launches, rows of memory, reductions, dtypes. Kernels use
+ * nothing else.
  *
- * A row of C classes is read by a group of kGroup threads: 1 (neighbouring threads have neighbouring rows), 32 (a
- * warp) or SK_BLOCK (a block). In one step each thread of the group takes sk_items<T> elements. */
+ * A row of C classes is read by a group of kGroup threads: 1 (neighbouring threads have
+ * neighbouring rows), 32 (a warp) or SK_BLOCK (a block). In one step each thread of the group takes
+ * sk_items<T> elements. */
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -18,7 +20,8 @@
 
 enum { SK_WARP = 32, SK_BLOCK = 256 };
 
-/* ---- launch and shared memory: all that differs where g++ compiles the kernels for tests/simt ---- */
+/* ---- launch and shared memory: all that differs where g++ compiles the kernels for tests/simt
+ * ---- */
 
 #ifdef __CUDACC__
 #define SK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
@@ -36,17 +39,39 @@ enum { SK_WARP = 32, SK_BLOCK = 256 };
 
 /* ---- dtypes: T is how a tensor is stored, sk_real<T> what is computed with ---- */
 
-template <typename T> struct sk_real_of { typedef float type; };
-template <> struct sk_real_of<double> { typedef double type; };
-template <typename T> using sk_real = typename sk_real_of<T>::type;
+template <typename T>
+struct sk_real_of {
+    typedef float type;
+};
+template <>
+struct sk_real_of<double> {
+    typedef double type;
+};
+template <typename T>
+using sk_real = typename sk_real_of<T>::type;
 
 /* Runs the statement with `T` as the storage type of a FLOATING tensor. */
-#define SK_SWITCH_FLOATING(dtype, T, ...)                           \
-    switch (dtype) {                                                \
-    case SK_DT_F16: { typedef __half T; __VA_ARGS__; break; }         \
-    case SK_DT_BF16: { typedef __nv_bfloat16 T; __VA_ARGS__; break; } \
-    case SK_DT_F32: { typedef float T; __VA_ARGS__; break; }          \
-    default: { typedef double T; __VA_ARGS__; }                       \
+#define SK_SWITCH_FLOATING(dtype, T, ...) \
+    switch (dtype) {                      \
+    case SK_DT_F16: {                     \
+        typedef __half T;                 \
+        __VA_ARGS__;                      \
+        break;                            \
+    }                                     \
+    case SK_DT_BF16: {                    \
+        typedef __nv_bfloat16 T;          \
+        __VA_ARGS__;                      \
+        break;                            \
+    }                                     \
+    case SK_DT_F32: {                     \
+        typedef float T;                  \
+        __VA_ARGS__;                      \
+        break;                            \
+    }                                     \
+    default: {                            \
+        typedef double T;                 \
+        __VA_ARGS__;                      \
+    }                                     \
     }
 
 SK_DEVICE float sk_widen(__half x) { return __half2float(x); }
@@ -59,11 +84,28 @@ SK_DEVICE void sk_narrow(float x, __nv_bfloat16 *to) { *to = __float2bfloat16_rn
 SK_DEVICE void sk_narrow(float x, float *to) { *to = x; }
 SK_DEVICE void sk_narrow(double x, double *to) { *to = x; }
 
+/* ---- where things are ---- */
+
+/* A row of an "NC*" tensor; a cell of an "N*" tensor; a cell of the k-th "N*" tensor of a "4N*". */
+template <typename T>
+SK_DEVICE T *sk_row(const sk_arg &x, int64_t n, int64_t s) {
+    return (T *)x.data + n * x.stride[0] + s * x.stride[2];
+}
+template <typename T>
+SK_DEVICE T *sk_cell(const sk_arg &x, int64_t n, int64_t s) {
+    return (T *)x.data + n * x.stride[0] + s * x.stride[1];
+}
+template <typename T>
+SK_DEVICE T *sk_cell(const sk_arg &x, int k, int64_t n, int64_t s) {
+    return (T *)x.data + k * x.stride[0] + n * x.stride[1] + s * x.stride[2];
+}
+
 /* A weight is BOOL or ACC, and absent means 1. */
-template <typename real> SK_DEVICE real sk_weight(const sk_arg &weight, int64_t at) {
+template <typename real>
+SK_DEVICE real sk_weight(const sk_arg &weight, int64_t n, int64_t s) {
     if (!weight.data) return 1;
-    if (weight.dtype == SK_DT_BOOL) return ((const uint8_t *)weight.data)[at] != 0;
-    return ((const real *)weight.data)[at];
+    if (weight.dtype == SK_DT_BOOL) return *sk_cell<uint8_t>(weight, n, s) != 0;
+    return *sk_cell<real>(weight, n, s);
 }
 
 /* ---- arithmetic ---- */
@@ -97,24 +139,35 @@ SK_DEVICE double sk_max(double x, double y) { return fmax(x, y); }
 
 /* ---- rows ---- */
 
-/* 16 bytes: a thousand threads of a multiprocessor then have 32 KB of two tensors in flight, enough for the latency. */
-template <typename T> constexpr int sk_items = 16 / sizeof(T);
+/* 16 bytes: a thousand threads of a multiprocessor then have 32 KB of two tensors in flight, enough
+ * for the latency. */
+template <typename T>
+constexpr int sk_items = 16 / sizeof(T);
 
-template <int kGroup> SK_DEVICE int sk_lane() { return threadIdx.x % kGroup; }
+template <int kGroup>
+SK_DEVICE int sk_lane() {
+    return threadIdx.x % kGroup;
+}
 
 /* The rows of this group are sk_first_row, + sk_row_step, ... */
-template <int kGroup> SK_DEVICE int64_t sk_first_row() {
+template <int kGroup>
+SK_DEVICE int64_t sk_first_row() {
     return (int64_t)blockIdx.x * (SK_BLOCK / kGroup) + threadIdx.x / kGroup;
 }
-template <int kGroup> SK_DEVICE int64_t sk_row_step() { return (int64_t)gridDim.x * (SK_BLOCK / kGroup); }
+template <int kGroup>
+SK_DEVICE int64_t sk_row_step() {
+    return (int64_t)gridDim.x * (SK_BLOCK / kGroup);
+}
 
 /* In the step at `base`, the class of item i. kVec neighbouring items are neighbours in memory. */
-template <int kGroup, int kVec> SK_DEVICE int64_t sk_class(int64_t base, int i) {
+template <int kGroup, int kVec>
+SK_DEVICE int64_t sk_class(int64_t base, int i) {
     return base + (int64_t)(i / kVec) * kGroup * kVec + sk_lane<kGroup>() * kVec + i % kVec;
 }
 
 /* Whether any thread of the group has a class for item i: the same answer in all of them. */
-template <int kGroup, int kVec> SK_DEVICE bool sk_any_class(int64_t base, int i, int64_t C) {
+template <int kGroup, int kVec>
+SK_DEVICE bool sk_any_class(int64_t base, int i, int64_t C) {
     return base + (int64_t)(i / kVec) * kGroup * kVec < C;
 }
 
@@ -140,7 +193,8 @@ SK_DEVICE void sk_load(const T *row, int64_t stride, int64_t base, int64_t C, sk
 }
 
 template <typename T, int kGroup, int kVec>
-SK_DEVICE void sk_store(T *row, int64_t stride, int64_t base, int64_t C, const sk_real<T> (&from)[sk_items<T>]) {
+SK_DEVICE void sk_store(T *row, int64_t stride, int64_t base, int64_t C,
+                        const sk_real<T> (&from)[sk_items<T>]) {
     T x[kVec];
 #pragma unroll
     for (int i = 0; i < sk_items<T>; i += kVec) {
@@ -161,10 +215,16 @@ SK_DEVICE void sk_store(T *row, int64_t stride, int64_t base, int64_t C, const s
 /* ---- reductions: fixed order, and every thread of the group gets the same bits ---- */
 
 struct sk_add {
-    template <typename T> __device__ T operator()(T x, T y) const { return x + y; }
+    template <typename T>
+    __device__ T operator()(T x, T y) const {
+        return x + y;
+    }
 };
 struct sk_larger {
-    template <typename T> __device__ T operator()(T x, T y) const { return sk_max(x, y); }
+    template <typename T>
+    __device__ T operator()(T x, T y) const {
+        return sk_max(x, y);
+    }
 };
 
 template <int kGroup, typename T, int kCount, typename Op>
@@ -184,8 +244,8 @@ SK_DEVICE void sk_group_reduce(T (&x)[kCount], Op op) {
     __syncthreads(); /* the next reduction writes `warps` again */
 }
 
-/* Sums x over all threads of the grid. True, with the sums in x, in the block that finishes last; the others leave
- * their part in scratch: a zeroed ticket, then two doubles for each block. */
+/* Sums x over all threads of the grid. True, with the sums in x, in the block that finishes last;
+ * the others leave their part in scratch: a zeroed ticket, then two doubles for each block. */
 SK_DEVICE bool sk_grid_sum(double (&x)[2], void *scratch) {
     unsigned *const ticket = (unsigned *)scratch;
     volatile double *const parts = (volatile double *)((char *)scratch + 16);
@@ -215,7 +275,8 @@ struct sk_layout {
 };
 
 /* The layout that suits all of the "NC*" tensors of a call. */
-static inline sk_layout sk_layout_of(const sk_dims &dims, int64_t element, std::initializer_list<const sk_arg *> args) {
+static inline sk_layout sk_layout_of(const sk_dims &dims, int64_t element,
+                                     std::initializer_list<const sk_arg *> args) {
     const int64_t N = dims.size['N' - 'A'], C = dims.size['C' - 'A'], S = dims.size['S' - 'A'];
     const int64_t wide = 16 / element;
     bool adjacent_rows = true, wide_rows = C % wide == 0;
@@ -237,9 +298,8 @@ static inline unsigned sk_grid(int64_t rows, sk_layout layout) {
 }
 
 /* The instance kernel<T, kGroup, kVec> for a layout. */
-#define SK_KERNEL(kernel, T, layout)                                                              \
-    ((layout).group == 1         ? kernel<T, 1, 1>                                                \
-     : (layout).group == SK_WARP ? ((layout).vector ? kernel<T, SK_WARP, 16 / sizeof(T)>          \
-                                                    : kernel<T, SK_WARP, 1>)                      \
-                                 : ((layout).vector ? kernel<T, SK_BLOCK, 16 / sizeof(T)>         \
-                                                    : kernel<T, SK_BLOCK, 1>))
+#define SK_KERNEL(kernel, T, layout)                                                      \
+    ((layout).group == 1 ? kernel<T, 1, 1>                                                \
+     : (layout).group == SK_WARP                                                          \
+         ? ((layout).vector ? kernel<T, SK_WARP, 16 / sizeof(T)> : kernel<T, SK_WARP, 1>) \
+         : ((layout).vector ? kernel<T, SK_BLOCK, 16 / sizeof(T)> : kernel<T, SK_BLOCK, 1>))

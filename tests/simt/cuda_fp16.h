@@ -8,12 +8,14 @@ struct __half {
 };
 
 inline float __half2float(__half x) {
-    const uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16, exponent = x.bits >> 10 & 31, mantissa = x.bits & 1023;
+    const uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16, exponent = x.bits >> 10 & 31,
+                   mantissa = x.bits & 1023;
     if (exponent == 0) {
         const float small = (float)mantissa * 0x1p-24f;
         return sign ? -small : small;
     }
-    const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13;
+    const uint32_t bits =
+        sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13;
     float y;
     memcpy(&y, &bits, sizeof y);
     return y;

@@ -1,8 +1,9 @@
-/* CUDA on the CPU, for tests: compiles the .cu files with g++, unchanged. "Device memory" is host memory; each thread
- * of a block is a fiber (simt.cpp), and a barrier or warp operation switches fibers. What the hardware leaves undefined
- * aborts with a sentence: threads missing at a barrier, lanes missing in a mask, reads from lanes that do not take part.
- * Shared memory starts as 0xff bytes and is allocated at its exact size, so that AddressSanitizer sees one element past
- * it. Blocks and threads run in an order drawn from SELFKD_SIMT_SEED (default 1).
+/* CUDA on the CPU, for tests: compiles the .cu files with g++, unchanged. "Device memory" is host
+ * memory; each thread of a block is a fiber (simt.cpp), and a barrier or warp operation switches
+ * fibers. What the hardware leaves undefined aborts with a sentence: threads missing at a barrier,
+ * lanes missing in a mask, reads from lanes that do not take part. Shared memory starts as 0xff
+ * bytes and is allocated at its exact size, so that AddressSanitizer sees one element past it.
+ * Blocks and threads run in an order drawn from SELFKD_SIMT_SEED (default 1).
  *
  * Usable from C for the runtime functions that the library's core calls. */
 #pragma once
@@ -80,9 +81,12 @@ static const int warpSize = 32;
 
 /* ---- launch and shared memory, as cuda/core/device.cuh asks for them ---- */
 
-void simt_run(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const void *), const void *kernel);
-template <typename F> void simt_launch(dim3 grid, dim3 block, size_t shared_bytes, void *, const F &kernel) {
-    simt_run(grid, block, shared_bytes, [](const void *f) { (*(const F *)f)(); }, &kernel);
+void simt_run(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const void *),
+              const void *kernel);
+template <typename F>
+void simt_launch(dim3 grid, dim3 block, size_t shared_bytes, void *, const F &kernel) {
+    simt_run(
+        grid, block, shared_bytes, [](const void *f) { (*(const F *)f)(); }, &kernel);
 }
 void *simt_shared(const void *key, size_t bytes); /* this block's array for a declaration */
 void *simt_shared_dynamic(void);
@@ -98,19 +102,28 @@ struct simt_site {
 enum simt_operation { SIMT_SHUFFLE, SIMT_BALLOT, SIMT_SYNCWARP };
 
 void simt_barrier(simt_site site);
-/* Waits for the lanes in `mask`, then gives a SHUFFLE the value of lane `source`, a BALLOT the lanes of value != 0. */
-uint64_t simt_warp(simt_operation operation, unsigned mask, uint64_t value, int source, simt_site site);
+/* Waits for the lanes in `mask`, then gives a SHUFFLE the value of lane `source`, a BALLOT the
+ * lanes of value != 0. */
+uint64_t simt_warp(simt_operation operation, unsigned mask, uint64_t value, int source,
+                   simt_site site);
 int simt_lane(void);
 
 inline void __syncthreads(SIMT_SITE) { simt_barrier(site); }
-inline void __syncwarp(unsigned mask = 0xffffffffu, SIMT_SITE) { simt_warp(SIMT_SYNCWARP, mask, 0, 0, site); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, SIMT_SITE) {
+    simt_warp(SIMT_SYNCWARP, mask, 0, 0, site);
+}
 inline unsigned __ballot_sync(unsigned mask, int predicate, SIMT_SITE) {
     return (unsigned)simt_warp(SIMT_BALLOT, mask, predicate != 0, 0, site);
 }
-inline int __any_sync(unsigned mask, int predicate, SIMT_SITE) { return __ballot_sync(mask, predicate, site) != 0; }
-inline int __all_sync(unsigned mask, int predicate, SIMT_SITE) { return __ballot_sync(mask, predicate, site) == mask; }
+inline int __any_sync(unsigned mask, int predicate, SIMT_SITE) {
+    return __ballot_sync(mask, predicate, site) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate, SIMT_SITE) {
+    return __ballot_sync(mask, predicate, site) == mask;
+}
 
-template <typename T> T simt_shuffle(unsigned mask, T value, int source, simt_site site) {
+template <typename T>
+T simt_shuffle(unsigned mask, T value, int source, simt_site site) {
     static_assert(sizeof(T) <= 8, "shuffles move at most 8 bytes");
     uint64_t bits = 0;
     memcpy(&bits, &value, sizeof value);
@@ -119,18 +132,22 @@ template <typename T> T simt_shuffle(unsigned mask, T value, int source, simt_si
     return value;
 }
 /* A source outside the segment of `width` lanes gives a lane its own value back. */
-template <typename T> T __shfl_sync(unsigned mask, T value, int source, int width = 32, SIMT_SITE) {
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32, SIMT_SITE) {
     return simt_shuffle(mask, value, (simt_lane() & -width) | (source & (width - 1)), site);
 }
-template <typename T> T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, SIMT_SITE) {
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, SIMT_SITE) {
     const int lane = simt_lane(), source = lane - (int)delta;
     return simt_shuffle(mask, value, source < (lane & -width) ? lane : source, site);
 }
-template <typename T> T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, SIMT_SITE) {
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, SIMT_SITE) {
     const int lane = simt_lane(), source = lane + (int)delta;
     return simt_shuffle(mask, value, source > (lane | (width - 1)) ? lane : source, site);
 }
-template <typename T> T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, SIMT_SITE) {
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, SIMT_SITE) {
     const int lane = simt_lane(), source = lane ^ lanes;
     return simt_shuffle(mask, value, source > (lane | (width - 1)) ? lane : source, site);
 }
@@ -138,7 +155,8 @@ template <typename T> T __shfl_xor_sync(unsigned mask, T value, int lanes, int w
 /* ---- what does not: one fiber runs at a time ---- */
 
 inline void __threadfence() {}
-template <typename T> T atomicAdd(T *at, T value) {
+template <typename T>
+T atomicAdd(T *at, T value) {
     const T old = *at;
     *at = old + value;
     return old;

@@ -1,6 +1,7 @@
-/* The fibers behind cuda_runtime.h. Blocks run one after the other, in a shuffled order; within a block a scheduler on
- * the caller's stack resumes a random runnable fiber, which runs until it waits or its kernel returns. Fibers outlive
- * blocks and launches: their loop calls one kernel after another on the same stack. */
+/* The fibers behind cuda_runtime.h. Blocks run one after the other, in a shuffled order; within a
+ * block a scheduler on the caller's stack resumes a random runnable fiber, which runs until it
+ * waits or its kernel returns. Fibers outlive blocks and launches: their loop calls one kernel
+ * after another on the same stack. */
 #include "cuda_runtime.h"
 
 #include <pthread.h>
@@ -37,7 +38,7 @@ simt_place simt_here;
 
 static pthread_mutex_t launching = PTHREAD_MUTEX_INITIALIZER;
 static fiber fibers[MAX_THREADS];
-static int thread_count, running, at_barrier;
+static int thread_count, running, at_barrier, first_at_barrier;
 static int runnable[MAX_THREADS], runnable_count;
 static void (*call_kernel)(const void *);
 static const void *kernel;
@@ -61,29 +62,32 @@ static uint64_t seed_from_environment() {
     va_start(arguments, format);
     fprintf(stderr, "simt: ");
     vfprintf(stderr, format, arguments);
-    fprintf(stderr, " (block %u,%u,%u; SELFKD_SIMT_SEED=%llu)\n", simt_here.block.x, simt_here.block.y,
-            simt_here.block.z, (unsigned long long)seed);
+    fprintf(stderr, " (block %u,%u,%u; SELFKD_SIMT_SEED=%llu)\n", simt_here.block.x,
+            simt_here.block.y, simt_here.block.z, (unsigned long long)seed);
     va_end(arguments);
     abort();
 }
 
-/* No fiber can run, yet not all have returned: says what one waits for and what the one it waits for does. */
+/* No fiber can run, yet not all have returned: says what one waits for and what the one it waits
+ * for does. */
 [[noreturn]] static void fail_stuck() {
-    static const char *const doing[] = {"runs", "waits at __syncthreads", "waits at a warp operation", "has returned"};
+    static const char *const doing[] = {"runs", "waits at __syncthreads",
+                                        "waits at a warp operation", "has returned"};
     for (int i = 0; i < thread_count; i++) {
         const fiber *const f = &fibers[i];
         if (f->state == EXITED) continue;
         for (int k = 0; k < thread_count; k++) {
             const fiber *const other = &fibers[k];
-            const bool awaited = f->state == AT_BARRIER ? other->state != AT_BARRIER
-                                                        : i / WARP == k / WARP && (f->mask >> k % WARP & 1) &&
-                                                              (other->state != AT_WARP || other->mask != f->mask);
+            const bool awaited = f->state == AT_BARRIER
+                                     ? other->state != AT_BARRIER
+                                     : i / WARP == k / WARP && (f->mask >> k % WARP & 1) &&
+                                           (other->state != AT_WARP || other->mask != f->mask);
             if (awaited)
-                fail("thread %d %s at %s:%d for thread %d, which %s", i, doing[f->state], f->site.file, f->site.line,
-                     k, doing[other->state]);
+                fail("thread %d %s at %s:%d for thread %d, which %s", i, doing[f->state],
+                     f->site.file, f->site.line, k, doing[other->state]);
         }
-        fail("thread %d %s at %s:%d with mask %08x, which names lanes beyond the block", i, doing[f->state],
-             f->site.file, f->site.line, f->mask);
+        fail("thread %d %s at %s:%d with mask %08x, which names lanes beyond the block", i,
+             doing[f->state], f->site.file, f->site.line, f->mask);
     }
     abort();
 }
@@ -99,7 +103,8 @@ asm(".text\n.globl simt_switch\n.hidden simt_switch\n.type simt_switch, @functio
     "pop %r15\npop %r14\npop %r13\npop %r12\npop %rbx\npop %rbp\nret\n"
     ".size simt_switch, .-simt_switch\n");
 static void *first_frame(char *stack_end, void (*entry)()) {
-    void **const frame = (void **)stack_end - 8; /* six registers, the address to return to, a gap for alignment */
+    void **const frame =
+        (void **)stack_end - 8; /* six registers, the address to return to, a gap for alignment */
     memset(frame, 0, 8 * sizeof *frame);
     memcpy(&frame[6], &entry, sizeof entry);
     return frame;
@@ -107,13 +112,17 @@ static void *first_frame(char *stack_end, void (*entry)()) {
 #elif defined __aarch64__
 asm(".text\n.globl simt_switch\n.hidden simt_switch\n.type simt_switch, %function\nsimt_switch:\n"
     "sub sp, sp, #160\n"
-    "stp x19, x20, [sp]\nstp x21, x22, [sp, #16]\nstp x23, x24, [sp, #32]\nstp x25, x26, [sp, #48]\n"
+    "stp x19, x20, [sp]\nstp x21, x22, [sp, #16]\nstp x23, x24, [sp, #32]\nstp x25, x26, [sp, "
+    "#48]\n"
     "stp x27, x28, [sp, #64]\nstp x29, x30, [sp, #80]\n"
-    "stp d8, d9, [sp, #96]\nstp d10, d11, [sp, #112]\nstp d12, d13, [sp, #128]\nstp d14, d15, [sp, #144]\n"
+    "stp d8, d9, [sp, #96]\nstp d10, d11, [sp, #112]\nstp d12, d13, [sp, #128]\nstp d14, d15, [sp, "
+    "#144]\n"
     "mov x9, sp\nstr x9, [x0]\nmov sp, x1\n"
-    "ldp x19, x20, [sp]\nldp x21, x22, [sp, #16]\nldp x23, x24, [sp, #32]\nldp x25, x26, [sp, #48]\n"
+    "ldp x19, x20, [sp]\nldp x21, x22, [sp, #16]\nldp x23, x24, [sp, #32]\nldp x25, x26, [sp, "
+    "#48]\n"
     "ldp x27, x28, [sp, #64]\nldp x29, x30, [sp, #80]\n"
-    "ldp d8, d9, [sp, #96]\nldp d10, d11, [sp, #112]\nldp d12, d13, [sp, #128]\nldp d14, d15, [sp, #144]\n"
+    "ldp d8, d9, [sp, #96]\nldp d10, d11, [sp, #112]\nldp d12, d13, [sp, #128]\nldp d14, d15, [sp, "
+    "#144]\n"
     "add sp, sp, #160\nret\n.size simt_switch, .-simt_switch\n");
 static void *first_frame(char *stack_end, void (*entry)()) {
     void **const frame = (void **)stack_end - 20;
@@ -151,7 +160,8 @@ static void fiber_main() {
 }
 
 static void make_fiber(fiber *f) {
-    char *const memory = (char *)mmap(NULL, GUARD + STACK, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    char *const memory =
+        (char *)mmap(NULL, GUARD + STACK, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED || mprotect(memory + GUARD, STACK, PROT_READ | PROT_WRITE) != 0)
         fail("no memory for a fiber's stack");
     f->stack = memory + GUARD;
@@ -167,12 +177,12 @@ static void make_runnable(int index) {
 
 void simt_barrier(simt_site site) {
     fiber *const f = &fibers[running];
-    for (int i = 0; i < thread_count && at_barrier > 0; i++)
-        if (fibers[i].state == AT_BARRIER && fibers[i].site.line != site.line)
-            fail("diverged: thread %d is at __syncthreads %s:%d, thread %d at %s:%d", running, site.file, site.line, i,
-                 fibers[i].site.file, fibers[i].site.line);
-        else if (fibers[i].state == AT_BARRIER)
-            break;
+    const fiber *const first = &fibers[first_at_barrier];
+    if (at_barrier == 0)
+        first_at_barrier = running;
+    else if (first->site.line != site.line || strcmp(first->site.file, site.file) != 0)
+        fail("diverged: thread %d is at __syncthreads %s:%d, thread %d at %s:%d", running,
+             site.file, site.line, first_at_barrier, first->site.file, first->site.line);
     f->state = AT_BARRIER;
     f->site = site;
     if (++at_barrier == thread_count) {
@@ -194,18 +204,21 @@ static void complete(fiber *warp, const fiber *last) {
     for (int lane = 0; lane < WARP; lane++) {
         if (!(last->mask >> lane & 1)) continue;
         fiber *const f = &warp[lane];
-        if (f->operation == SIMT_SHUFFLE && (f->source < 0 || f->source >= WARP || !(f->mask >> f->source & 1)))
-            fail("lane %d shuffles from lane %d, which is not in mask %08x, at %s:%d", lane, f->source, f->mask,
-                 f->site.file, f->site.line);
+        if (f->operation == SIMT_SHUFFLE &&
+            (f->source < 0 || f->source >= WARP || !(f->mask >> f->source & 1)))
+            fail("lane %d shuffles from lane %d, which is not in mask %08x, at %s:%d", lane,
+                 f->source, f->mask, f->site.file, f->site.line);
         f->value = f->operation == SIMT_SHUFFLE ? values[f->source] : ballot;
         make_runnable((int)(f - fibers));
     }
 }
 
-uint64_t simt_warp(simt_operation operation, unsigned mask, uint64_t value, int source, simt_site site) {
+uint64_t simt_warp(simt_operation operation, unsigned mask, uint64_t value, int source,
+                   simt_site site) {
     fiber *const f = &fibers[running], *const warp = &fibers[running / WARP * WARP];
     if (!(mask >> simt_lane() & 1))
-        fail("lane %d is not in its own mask %08x at %s:%d", simt_lane(), mask, site.file, site.line);
+        fail("lane %d is not in its own mask %08x at %s:%d", simt_lane(), mask, site.file,
+             site.line);
     f->state = AT_WARP;
     f->site = site;
     f->operation = operation;
@@ -215,10 +228,12 @@ uint64_t simt_warp(simt_operation operation, unsigned mask, uint64_t value, int 
     bool all = true;
     for (int lane = 0; lane < WARP; lane++) {
         if (!(mask >> lane & 1)) continue;
-        const bool here = &warp[lane] < fibers + thread_count && warp[lane].state == AT_WARP && warp[lane].mask == mask;
+        const bool here = &warp[lane] < fibers + thread_count && warp[lane].state == AT_WARP &&
+                          warp[lane].mask == mask;
         if (here && warp[lane].operation != operation)
-            fail("diverged: lanes %d and %d meet in different operations at %s:%d and %s:%d", simt_lane(), lane,
-                 site.file, site.line, warp[lane].site.file, warp[lane].site.line);
+            fail("diverged: lanes %d and %d meet in different operations at %s:%d and %s:%d",
+                 simt_lane(), lane, site.file, site.line, warp[lane].site.file,
+                 warp[lane].site.line);
         all = all && here;
     }
     if (all) complete(warp, f);
@@ -241,7 +256,8 @@ void *simt_shared(const void *key, size_t bytes) {
         if (arrays[i].key == key) return arrays[i].data;
     size_t total = bytes;
     for (int i = 0; i < array_count; i++) total += arrays[i].bytes;
-    if (array_count == 64 || total > MAX_SHARED) fail("more than %d bytes of shared memory in a block", MAX_SHARED);
+    if (array_count == 64 || total > MAX_SHARED)
+        fail("more than %d bytes of shared memory in a block", MAX_SHARED);
     void *const data = malloc(bytes);
     if (!data) fail("no memory");
     memset(data, 0xff, bytes);
@@ -283,8 +299,10 @@ static void place_threads(dim3 block) {
     }
 }
 
-void simt_run(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const void *), const void *body) {
-    const uint64_t blocks = (uint64_t)grid.x * grid.y * grid.z, threads = (uint64_t)block.x * block.y * block.z;
+void simt_run(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const void *),
+              const void *body) {
+    const uint64_t blocks = (uint64_t)grid.x * grid.y * grid.z,
+                   threads = (uint64_t)block.x * block.y * block.z;
     if (blocks == 0 || threads == 0 || threads > MAX_THREADS || shared_bytes > MAX_SHARED) {
         last_error = cudaErrorInvalidConfiguration;
         return;
@@ -308,7 +326,8 @@ void simt_run(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const voi
     }
     for (uint64_t i = 0; i < blocks; i++) {
         const uint64_t b = order[i];
-        simt_here.block = {(unsigned)(b % grid.x), (unsigned)(b / grid.x % grid.y), (unsigned)(b / grid.x / grid.y)};
+        simt_here.block = {(unsigned)(b % grid.x), (unsigned)(b / grid.x % grid.y),
+                           (unsigned)(b / grid.x / grid.y)};
         run_block();
     }
     free(order);
@@ -335,17 +354,27 @@ cudaError_t cudaGetDevice(int *device) {
     *device = 0;
     return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : (last_error = cudaErrorInvalidDevice); }
+cudaError_t cudaSetDevice(int device) {
+    return device == 0 ? cudaSuccess : (last_error = cudaErrorInvalidDevice);
+}
 cudaError_t cudaGetDeviceCount(int *count) {
     *count = 1;
     return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, int) {
     switch (attribute) {
-    case cudaDevAttrMultiProcessorCount: *value = 132; return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor: *value = 9; return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = MAX_SHARED; return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+        *value = 132;
+        return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+        *value = 9;
+        return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+        *value = 0;
+        return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+        *value = MAX_SHARED;
+        return cudaSuccess;
     }
     return last_error = cudaErrorInvalidValue;
 }
@@ -368,11 +397,16 @@ cudaError_t cudaGetLastError() {
 }
 const char *cudaGetErrorName(cudaError_t error) {
     switch (error) {
-    case cudaSuccess: return "cudaSuccess";
-    case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
-    case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
-    case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
-    case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
+    case cudaSuccess:
+        return "cudaSuccess";
+    case cudaErrorInvalidValue:
+        return "cudaErrorInvalidValue";
+    case cudaErrorMemoryAllocation:
+        return "cudaErrorMemoryAllocation";
+    case cudaErrorInvalidConfiguration:
+        return "cudaErrorInvalidConfiguration";
+    case cudaErrorInvalidDevice:
+        return "cudaErrorInvalidDevice";
     }
     return "unrecognized error code";
 }

@@ -1,0 +1,257 @@
+/* Both KL divergences between two rows of logits, from one reading of the rows.
+ *
+ * Against anchors hu, hv (any two logits near the rows' maxima) a pair of logits a, b has
+ *     p = exp((a - hu)/T)   q = exp((b - hv)/T)   y = log(p/q)
+ * and five terms: p, q, p - q, p*g(-y), q*g(y), where g(x) = e^x - 1 - x >= 0. From their sums
+ * P, Q, D, Gp, Gq over the row follow
+ *     lse(u/T) = hu/T + log P           KL(p||q) = Gp/P - h(-D/P)
+ *     dl = (hu - hv)/T + log1p(D/Q)     KL(q||p) = Gq/Q - h(D/Q)
+ * where h(r) = r - log(1 + r) >= 0. Both terms of a KL are of second order, so rows close to each
+ * other keep their digits. Where the first term is much larger than the KL (y = 0 lies far from the
+ * middle of the row's y), the row is read once more with T*lse as anchors: then y = log p - log q,
+ * D = 0, and the sums are the two KL themselves. */
+#pragma once
+#include "core/device.cuh"
+
+/* -inf is computed with as -2^110 (1e33): 0 * y stays 0, and a KL past 1e13 can only come from such
+ * a class. */
+constexpr double kLowest = -0x1p110, kInfinite = 1e13;
+
+/* ---- one pair of logits ---- */
+
+/* bfloat16 logits have so few digits that their differences from anchors, and from each other, need
+ * no care. */
+template <typename T>
+constexpr bool kShort = false;
+template <>
+constexpr bool kShort<__nv_bfloat16> = true;
+
+template <typename real>
+struct scale {
+    real inverse; /* 1/T */
+    real log2e;   /* log2(e)/T */
+};
+
+template <typename real>
+SK_DEVICE scale<real> scale_of(double temperature) {
+    return {(real)(1 / temperature), (real)(1.4426950408889634 / temperature)};
+}
+
+/* A number as the sum of two. */
+template <typename real>
+struct two {
+    real high, low;
+};
+
+template <typename real>
+SK_DEVICE two<real> split(double x) {
+    const real high = (real)x;
+    return {high, (real)(x - high)};
+}
+
+/* a - b, exactly (Knuth). */
+template <typename real>
+SK_DEVICE two<real> difference(real a, real b) {
+    const real high = a - b, minus_b = high - a;
+    return {high, (a - (high - minus_b)) - (b + minus_b)};
+}
+
+template <typename real>
+SK_DEVICE real distance(const two<real> &x, const two<real> &y) {
+    return (x.high - y.high) + (x.low - y.low);
+}
+
+/* What logits are compared against; gap = u - v. */
+template <typename real>
+struct anchors {
+    two<real> u, v, gap;
+};
+
+template <typename real>
+SK_DEVICE anchors<real> anchors_at(real u, real v) {
+    return {{u, 0}, {v, 0}, difference(u, v)};
+}
+
+template <typename real>
+struct pair {
+    two<real> apart; /* a - b */
+    real p, q, y;
+    real diff, gp, gq; /* p - q, p*g(-y), q*g(y) */
+};
+
+/* even = cosh(y) - 1 and odd = sinh(y) - y for |y| < 0.75, within 6e-8 (double: 1e-17) of cosh(y)
+ * - 1. */
+template <typename real>
+SK_DEVICE void curvature(real y, real *even, real *odd) {
+    constexpr double inverse_factorial[] = {1.0 / 2,
+                                            1.0 / 6,
+                                            1.0 / 24,
+                                            1.0 / 120,
+                                            1.0 / 720,
+                                            1.0 / 5040,
+                                            1.0 / 40320,
+                                            1.0 / 362880,
+                                            1.0 / 3628800,
+                                            1.0 / 39916800,
+                                            1.0 / 479001600,
+                                            1.0 / 6227020800.,
+                                            1.0 / 87178291200.,
+                                            1.0 / 1307674368000.,
+                                            1.0 / 20922789888000.,
+                                            1.0 / 355687428096000.};
+    constexpr int terms = sizeof(real) == 4 ? 4 : 8;
+    const real z = y * y;
+    real e = 0, o = 0;
+#pragma unroll
+    for (int k = terms - 1; k >= 0; k--) {
+        e = e * z + (real)inverse_factorial[2 * k];
+        o = o * z + (real)inverse_factorial[2 * k + 1];
+    }
+    *even = e * z;
+    *odd = o * z * y;
+}
+
+/* kShort: a - h.u and b - h.v are exact as they are. */
+template <bool kShort, typename real>
+SK_DEVICE pair<real> compare(real a, real b, const anchors<real> &h, const scale<real> &t) {
+    const real from_u = (a - h.u.high) - h.u.low, from_v = (b - h.v.high) - h.v.low;
+    pair<real> x;
+    x.apart = difference(a, b);
+    x.y = (kShort ? from_u - from_v : distance(x.apart, h.gap)) * t.inverse;
+    x.p = sk_exp2(from_u * t.log2e);
+    x.q = sk_exp2(from_v * t.log2e);
+    real even, odd;
+    curvature(x.y, &even, &odd);
+    const bool near = fabs(x.y) < (real)0.75;
+    x.gq = x.q * (even + odd);
+    x.diff = near ? x.q * x.y + x.gq : x.p - x.q;
+    x.p = near ? x.q + x.diff : x.p;
+    x.gq = near ? x.gq : x.diff - x.q * x.y;
+    x.gp = near ? x.p * (even - odd) : x.p * x.y - x.diff;
+    return x;
+}
+
+/* ---- sums over a row ---- */
+
+enum { P, Q, D, GP, GQ, SUMS };
+
+template <typename real>
+SK_DEVICE void add(real (&sum)[SUMS], const pair<real> &x) {
+    sum[P] += x.p;
+    sum[Q] += x.q;
+    sum[D] += x.diff;
+    sum[GP] += x.gp;
+    sum[GQ] += x.gq;
+}
+
+/* Rewrites sums for new anchors; x compares the old ones against the new. */
+SK_DEVICE void move(double (&sum)[SUMS], const pair<double> &x) {
+    sum[GP] = x.p * sum[GP] + x.diff * sum[D] + x.gp * sum[P];
+    sum[GQ] = x.q * sum[GQ] + x.diff * sum[D] + x.gq * sum[Q];
+    sum[D] = x.p * sum[D] + x.diff * sum[Q];
+    sum[P] *= x.p;
+    sum[Q] *= x.q;
+}
+
+template <typename T>
+struct rows {
+    const T *u, *v;
+    int64_t u_stride, v_stride, C;
+    double temperature;
+};
+
+/* Leaves in `sum` this thread's share of the row's sums, against anchors that start at *hu, *hv and
+ * are raised to this thread's maxima: not for every new maximum but by steps of 2 T, for it seldom
+ * pays to move the sums. */
+template <typename T, int kGroup, int kVec>
+SK_DEVICE void visit(const rows<T> &r, sk_real<T> *hu, sk_real<T> *hv, double (&sum)[SUMS]) {
+    typedef sk_real<T> real;
+    const scale<real> t = scale_of<real>(r.temperature);
+    const real lowest = (real)kLowest, slack = (real)(2 * r.temperature);
+    for (int k = 0; k < SUMS; k++) sum[k] = 0;
+    for (int64_t base = 0; base < r.C; base += kGroup * sk_items<T>) {
+        real a[sk_items<T>], b[sk_items<T>];
+        sk_load<T, kGroup, kVec>(r.u, r.u_stride, base, r.C, lowest, a);
+        sk_load<T, kGroup, kVec>(r.v, r.v_stride, base, r.C, lowest, b);
+        real top_u = lowest, top_v = lowest;
+#pragma unroll
+        for (int i = 0; i < sk_items<T>; i++) {
+            top_u = sk_max(top_u, a[i] = sk_at_least(a[i], lowest));
+            top_v = sk_max(top_v, b[i] = sk_at_least(b[i], lowest));
+        }
+        if (top_u > *hu + slack || top_v > *hv + slack) {
+            const double old_u = *hu, old_v = *hv;
+            *hu = sk_max(*hu, top_u);
+            *hv = sk_max(*hv, top_v);
+            if (base > 0)
+                move(sum, compare<false>(old_u, old_v, anchors_at<double>(*hu, *hv),
+                                         scale_of<double>(r.temperature)));
+        }
+        const anchors<real> h = anchors_at(*hu, *hv);
+        real part[SUMS] = {};
+#pragma unroll
+        for (int i = 0; i < sk_items<T>; i++) {
+            if (i % kVec == 0 && !sk_any_class<kGroup, kVec>(base, i, r.C)) break;
+            add(part, compare<kShort<T>>(a[i], b[i], h, t));
+        }
+        for (int k = 0; k < SUMS; k++) sum[k] += part[k];
+    }
+}
+
+/* ---- from sums to divergences ---- */
+
+struct divergence {
+    double lse, dl, forward, reverse;
+    bool poor; /* a KL is a small difference of large terms */
+};
+
+/* h(r) = r - log(1 + r), given the logarithm. */
+SK_DEVICE double log_gap(double r, double log1p_r) {
+    if (!(fabs(r) < 0.1)) return r - log1p_r;
+    const double s = r / (2 + r), z = s * s; /* log(1 + r) = 2 atanh(s) */
+    double series = 0;
+#pragma unroll
+    for (int k = 15; k >= 3; k -= 2) series = series * z + 1.0 / k;
+    return s * (r - 2 * z * series);
+}
+
+SK_DEVICE divergence conclude(const double (&sum)[SUMS], double hu, double hv, double temperature) {
+    if (hu <= kLowest || hv <= kLowest)
+        return {NAN, NAN, NAN, NAN, false}; /* all classes at -inf */
+    const double gp = sum[GP] / sum[P], gq = sum[GQ] / sum[Q], r = sum[D] / sum[Q];
+    const double log_ratio = fabs(r) < 0.5 ? log1p(r) : log(sum[P] / sum[Q]);
+    divergence x;
+    x.lse = hu / temperature + log(sum[P]);
+    x.dl = (hu - hv) / temperature + log_ratio;
+    x.forward = gp - log_gap(-sum[D] / sum[P], -log_ratio);
+    x.reverse = gq - log_gap(r, log_ratio);
+    x.poor = gp > 16 * x.forward || gq > 16 * x.reverse;
+    if (x.forward > kInfinite) x.forward = INFINITY;
+    if (x.reverse > kInfinite) x.reverse = INFINITY;
+    return x;
+}
+
+/* The same result in all threads of the group. */
+template <typename T, int kGroup, int kVec>
+SK_DEVICE divergence diverge(const rows<T> &r) {
+    typedef sk_real<T> real;
+    real hu = (real)kLowest, hv = (real)kLowest;
+    for (bool again = false;; again = true) {
+        double sum[SUMS];
+        visit<T, kGroup, kVec>(r, &hu, &hv, sum);
+        if (kGroup > 1) {
+            real top[2] = {hu, hv};
+            sk_group_reduce<kGroup>(top, sk_larger());
+            const anchors<double> h = anchors_at<double>(top[0], top[1]);
+            move(sum, compare<false, double>(hu, hv, h, scale_of<double>(r.temperature)));
+            sk_group_reduce<kGroup>(sum, sk_add());
+            hu = top[0];
+            hv = top[1];
+        }
+        const divergence x = conclude(sum, hu, hv, r.temperature);
+        if (again || !x.poor) return x;
+        const double u = r.temperature * x.lse, v = r.temperature * (x.lse - x.dl);
+        hu = (real)(kShort<T> ? rint(u * 4096) / 4096 : u); /* few digits, as compare<true> asks */
+        hv = (real)(kShort<T> ? rint(v * 4096) / 4096 : v);
+    }
+}
