@@ -96,7 +96,7 @@ SK_DEVICE slope<real> slope_of(const backward_params &p, int64_t n, int64_t s) {
 template <typename real>
 SK_DEVICE void differentiate(const slope<real> &k, const scale<real> &t, real *a, real *b) {
     const real lowest = (real)kLowest;
-    const pair<real> x = compare<false>(sk_at_least(*a, lowest), sk_at_least(*b, lowest), k.h, t);
+    const pair<real> x = compare(sk_at_least(*a, lowest), sk_at_least(*b, lowest), k.h, t);
     *a = k.zero ? 0 : k.own_f * x.p * distance(x.apart, k.mid_f) + k.r * x.diff;
     *b = k.zero ? 0 : -k.own_r * x.q * distance(x.apart, k.mid_r) - k.f * x.diff;
 }
@@ -116,8 +116,7 @@ __global__ void __launch_bounds__(SK_BLOCK, 3)
             real a[sk_items<T>], b[sk_items<T>];
             sk_load<T, kGroup, kVec>(sk_row<T>(p->u, n, s), p->u.stride[1], base, C, 0, a);
             sk_load<T, kGroup, kVec>(sk_row<T>(p->v, n, s), p->v.stride[1], base, C, 0, b);
-#pragma unroll
-            for (int i = 0; i < sk_items<T>; i++) {
+            SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
                 if (i % kVec == 0 && !sk_any_class<kGroup, kVec>(base, i, C)) break;
                 differentiate(k, t, &a[i], &b[i]);
             }

@@ -68,7 +68,7 @@ CASES = [
     Case("gpt_classes", pair(3, 32000)),
     Case("many_classes", pair(2, 250000), big=True),
     Case("logits_near_95", pair(9, 100, level=95)),
-    Case("logits_1e4", pair(9, 100, scale=1e4), exact=1e-8, one_hot=True),
+    Case("logits_1e4", pair(9, 100, scale=1e4), exact=1e-7, one_hot=True),
     Case("rows_1e4_apart", pair(9, 100, shift=1e4), exact=1e-11),
     Case("rows_1e4_apart_long", pair(2, 3000, shift=-1e4), exact=1e-11),
     Case("rows_1e-3_apart", pair(9, 1000, apart=1e-3), close=True, exact=1e-9),
@@ -95,12 +95,11 @@ IMAGES = [
     *[Case(f"{n}_positions", pair(1, 5, n)) for n in (127, 128, 129)],
     Case("rows_1e4_apart", pair(1, 40, 3, 5, shift=1e4), exact=1e-11),
     Case("rows_1e-3_apart", pair(1, 40, 3, 50, apart=1e-3), close=True, exact=1e-9),
-    Case("logits_1e4", pair(1, 40, 3, 5, scale=1e4), exact=1e-8, one_hot=True),
+    Case("logits_1e4", pair(1, 40, 3, 5, scale=1e4), exact=1e-7, one_hot=True),
     Case("detached", pair(2, 9, 4, 4), {"detach_target": True, "temperature": 1.0}),
     Case("no_positions", pair(2, 9, 0, 4), {"reduction": "sum"}),
 ]
 DTYPES = list(harness.DTYPES)
-ANY = Case("any", pair(1, 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -182,7 +181,7 @@ def test_non_finite_rows_stay_alone(
             grad, exact = (
                 x.movedim(1, -1).reshape(8, -1)[kept] for x in (grads[name], expected_grads[name])
             )
-            harness.assert_gradient(grad, exact, f"gradient of {name} {options}", ANY)
+            harness.assert_gradient(grad, exact, f"gradient of {name} {options}")
         spoilt = [1, 2, 5, 6] + ([] if options else [4])
         assert not found.flatten()[spoilt].isfinite().any()
 
@@ -220,7 +219,7 @@ def test_incoming_gradient_per_row(backend: harness.Backend, generator: torch.Ge
         _, expected = harness.reference(OP, tensors, {"reduction": "none"}, grad)
         _, found = backend.call(OP, tensors, {"reduction": "none"}, grad)
         for name in found:
-            harness.assert_gradient(found[name], expected[name], name, ANY)
+            harness.assert_gradient(found[name], expected[name], name)
 
 
 # ---- PyTorch: gradients of gradients, compiler, autocast, views ----

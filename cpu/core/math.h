@@ -1,5 +1,6 @@
-/* Elementary functions that the compiler can put into vector loops: no calls, no branches, no tables.
- * Errors are the worst found over the whole range stated, with and without fused multiply-add. */
+/* Elementary functions that the compiler can put into vector loops: no calls, no branches, no
+ * tables. Errors are the worst found over the whole range stated, with and without fused
+ * multiply-add. */
 #pragma once
 #include <float.h>
 #include <math.h>
@@ -15,38 +16,53 @@
 #endif
 #define SK_LOG2E 1.44269504088896340736
 
-static inline float sk_float(uint32_t bits) { float x; memcpy(&x, &bits, sizeof x); return x; }
-static inline uint32_t sk_float_bits(float x) { uint32_t bits; memcpy(&bits, &x, sizeof bits); return bits; }
-static inline double sk_double(uint64_t bits) { double x; memcpy(&x, &bits, sizeof x); return x; }
-static inline uint64_t sk_double_bits(double x) { uint64_t bits; memcpy(&bits, &x, sizeof bits); return bits; }
+static inline float sk_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+static inline uint32_t sk_float_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+static inline double sk_double(uint64_t bits) {
+    double x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+static inline uint64_t sk_double_bits(double x) {
+    uint64_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
 
-/* 2^x for x < 128, to 1.1 ULP; exactly 0 below -126.5 (so that a class at -inf has probability 0); NaN stays NaN.
- * x = n + f, |f| <= 1/2, is exact; 2^f by a minimax polynomial; 2^n is built in the exponent field and multiplied,
- * because adding it to the bits of 2^f would turn a NaN into a number. Softmaxes take their e^(y/T) as 2^(y * sk_log2e/T). */
-static inline real sk_exp2(real x)
-{
+/* 2^x for x < 128, to 1.5 ULP; exactly 0 below -126.5 (so that a class at -inf has probability 0);
+ * NaN stays NaN. x = n + f, |f| <= 1/2, is exact; 2^f by a minimax polynomial; 2^n is built in the
+ * exponent field and multiplied, because adding it to the bits of 2^f would turn a NaN into a
+ * number. e^(x/T) is 2^(x * SK_LOG2E/T). */
+static inline real sk_exp2(real x) {
 #ifdef SK_REAL_IS_DOUBLE
     return exp2(x);
 #else
-    const float shift = 12582912.0f;   /* 1.5 * 2^23: adding it rounds to an integer, kept in the low bits */
-    x = x < -127.0f ? -127.0f : x;     /* n = -127 has the exponent field of 0 */
+    const float shift =
+        12582912.0f + 127.0f;      /* 1.5 * 2^23: leaves n + 127 in the low bits of the sum */
+    x = x < -127.0f ? -127.0f : x; /* n + 127 = 0 makes a factor of 0 */
     const float t = x + shift;
     const float f = x - (t - shift);
-    float y = 1.54035126e-4f;
-    y = y * f + 1.33907355e-3f;
-    y = y * f + 9.61823749e-3f;
-    y = y * f + 5.55035743e-2f;
-    y = y * f + 2.40226498e-1f;
-    y = y * f + 6.93147188e-1f;
+    float y = 1.326472731e-3f;
+    y = y * f + 9.671512991e-3f;
+    y = y * f + 5.550733581e-2f;
+    y = y * f + 2.402224243e-1f;
+    y = y * f + 6.931470037e-1f;
     y = y * f + 1.0f;
-    return y * sk_float((sk_float_bits(t) + 127) << 23);
+    return y * sk_float(sk_float_bits(t) << 23);
 #endif
 }
 
-/* log x for a normal x > 0, to 1.0 ULP; NaN for 0, negative numbers and NaN. fdlibm's method: x = 2^k (1 + f),
- * sqrt(1/2) <= 1 + f < sqrt(2), a polynomial in s = f / (2 + f). */
-static inline double sk_log(double x)
-{
+/* log x for a normal x > 0, to 1.0 ULP; NaN for 0, negative numbers and NaN. fdlibm's method: x =
+ * 2^k (1 + f), sqrt(1/2) <= 1 + f < sqrt(2), a polynomial in s = f / (2 + f). */
+static inline double sk_log(double x) {
     const uint64_t root = 0x3fe6a09e667f3bcd, one = 0x3ff0000000000000, two52 = 0x4330000000000000;
     const uint64_t exponent = (sk_double_bits(x) - root + one) >> 52; /* k + 1023 */
     const double k = sk_double(exponent | two52) - (4503599627370496.0 + 1023.0);
@@ -64,14 +80,14 @@ static inline double sk_log(double x)
     return x > 0 ? y : (double)NAN;
 }
 
-/* e^x - 1 - x = even(x^2) + odd(x), |x| <= 1/2, by its series; even - odd is then e^-x - 1 + x. The terms left out
- * are below 5e-8 of the result (double: 3e-16). */
+/* e^x - 1 - x = x^2 (even + odd) for |x| <= 1/2, even and odd being even and odd functions of x;
+ * then x^2 (even - odd) is e^-x - 1 + x. By series, the last even coefficients minimax, to 5e-8
+ * (double: to 3e-16). */
 typedef struct sk_parts {
     real even, odd;
 } sk_parts;
 
-static inline sk_parts sk_exp_rest(real x)
-{
+static inline sk_parts sk_exp_rest(real x) {
     const real z = x * x;
 #ifdef SK_REAL_IS_DOUBLE
     double even = (1.0 / 87178291200 * z + 1.0 / 479001600) * z + 1.0 / 3628800;
@@ -79,24 +95,23 @@ static inline sk_parts sk_exp_rest(real x)
     even = ((even * z + 1.0 / 40320) * z + 1.0 / 720) * z + 1.0 / 24;
     odd = (odd * z + 1.0 / 5040) * z + 1.0 / 120;
 #else
-    const float even = 1.3982e-3f * z + 4.166579e-2f, odd = (float)(1.0 / 5040) * z + (float)(1.0 / 120);
+    const float even = 1.3982e-3f * z + 4.166579e-2f, odd = 1.984127e-4f * z + 8.333334e-3f;
 #endif
-    return (sk_parts){(even * z + (real)0.5) * z, (odd * z + (real)(1.0 / 6)) * (z * x)};
+    return (sk_parts){even * z + (real)0.5, (odd * z + (real)(1.0 / 6)) * x};
 }
 
-/* (e^x - 1) / x for |x| <= 1/2, by a minimax polynomial, to 1e-7 (double: by its series, to 2e-16). */
-static inline real sk_expm1_ratio(real x)
-{
+/* e^x - 1 for |x| <= 1/2, by a minimax polynomial, to 1e-7 (double: to 3e-16). */
+static inline real sk_expm1(real x) {
 #ifdef SK_REAL_IS_DOUBLE
     const sk_parts rest = sk_exp_rest(x);
-    return x == 0 ? 1 : 1 + (rest.even + rest.odd) / x;
+    return (rest.even + rest.odd) * x * x + x;
 #else
-    float y = 1.38888e-3f;
-    y = y * x + 8.40768e-3f;
-    y = y * x + 4.16687e-2f;
-    y = y * x + 1.6665974e-1f;
-    y = y * x + 4.9999983e-1f;
-    return y * x + 1.0f;
+    float y = 1.38888194e-3f;
+    y = y * x + 8.40768311e-3f;
+    y = y * x + 4.16687019e-2f;
+    y = y * x + 1.66659743e-1f;
+    y = y * x + 4.99999821e-1f;
+    return (y * x + 1.0f) * x;
 #endif
 }
 
@@ -105,18 +120,16 @@ typedef struct sk_split {
     real high, low;
 } sk_split;
 
-static inline sk_split sk_split_of(double x)
-{
+static inline sk_split sk_split_of(double x) {
     const real high = (real)x;
     return (sk_split){high, (real)(x - high)};
 }
 
-/* a - b - k, rounded about once however large a, b and k are (Knuth's two-sum); -k where a == b, infinities included,
- * so that equal logits give exactly 0 when k is 0. */
-static inline real sk_difference(real a, real b, sk_split k)
-{
-    const real x = a == b ? 0 : a, y = a == b ? 0 : b;
-    const real sum = x - y, minus_y = sum - x;
-    const real error = (x - (sum - minus_y)) - (y + minus_y);
-    return (sum - k.high) + (error - k.low);
+/* a - b - k, rounded about once however large a, b and k are (Knuth's two-sum); -k where a == b,
+ * infinities included, so that equal logits give exactly 0 when k is 0. */
+static inline real sk_difference(real a, real b, sk_split k) {
+    const real sum = a - b, minus_b = sum - a;
+    const real error = (a - (sum - minus_b)) - (b + minus_b);
+    const real x = (sum - k.high) + (error - k.low);
+    return a == b ? -k.high : x;
 }

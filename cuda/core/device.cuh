@@ -26,11 +26,13 @@ enum { SK_WARP = 32, SK_BLOCK = 256 };
 #ifdef __CUDACC__
 #define SK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
     (kernel)<<<(grid), (block), (shared_bytes), (cudaStream_t)(stream)>>>(__VA_ARGS__)
+#define SK_UNROLL _Pragma("unroll")
 #define SK_SHARED(type, name, count) __shared__ type name[count]
 #define SK_SHARED_DYNAMIC(type, name) extern __shared__ type name[]
 #else
 #define SK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
     simt_launch((grid), (block), (shared_bytes), (stream), [=] { (kernel)(__VA_ARGS__); })
+#define SK_UNROLL
 #define SK_SHARED(type, name, count) \
     static char name##_key;          \
     type *const name = (type *)simt_shared(&name##_key, sizeof(type) * (count))
@@ -175,8 +177,7 @@ SK_DEVICE bool sk_any_class(int64_t base, int i, int64_t C) {
 template <typename T, int kGroup, int kVec>
 SK_DEVICE void sk_load(const T *row, int64_t stride, int64_t base, int64_t C, sk_real<T> absent,
                        sk_real<T> (&to)[sk_items<T>]) {
-#pragma unroll
-    for (int i = 0; i < sk_items<T>; i += kVec) {
+    SK_UNROLL for (int i = 0; i < sk_items<T>; i += kVec) {
         const int64_t c = sk_class<kGroup, kVec>(base, i);
         const bool present = c < C;
         if constexpr (kVec == 1) {
@@ -186,8 +187,7 @@ SK_DEVICE void sk_load(const T *row, int64_t stride, int64_t base, int64_t C, sk
             if (present) bits = *(const uint4 *)(row + c);
             T x[kVec];
             memcpy(x, &bits, sizeof x);
-#pragma unroll
-            for (int k = 0; k < kVec; k++) to[i + k] = present ? sk_widen(x[k]) : absent;
+            SK_UNROLL for (int k = 0; k < kVec; k++) to[i + k] = present ? sk_widen(x[k]) : absent;
         }
     }
 }
@@ -196,12 +196,10 @@ template <typename T, int kGroup, int kVec>
 SK_DEVICE void sk_store(T *row, int64_t stride, int64_t base, int64_t C,
                         const sk_real<T> (&from)[sk_items<T>]) {
     T x[kVec];
-#pragma unroll
-    for (int i = 0; i < sk_items<T>; i += kVec) {
+    SK_UNROLL for (int i = 0; i < sk_items<T>; i += kVec) {
         const int64_t c = sk_class<kGroup, kVec>(base, i);
         if (c >= C) continue;
-#pragma unroll
-        for (int k = 0; k < kVec; k++) sk_narrow(from[i + k], &x[k]);
+        SK_UNROLL for (int k = 0; k < kVec; k++) sk_narrow(from[i + k], &x[k]);
         if constexpr (kVec == 1) {
             row[c * stride] = x[0];
         } else {
@@ -229,9 +227,9 @@ struct sk_larger {
 
 template <int kGroup, typename T, int kCount, typename Op>
 SK_DEVICE void sk_group_reduce(T (&x)[kCount], Op op) {
-#pragma unroll
-    for (int step = (kGroup < SK_WARP ? kGroup : SK_WARP) / 2; step; step /= 2)
+    SK_UNROLL for (int step = (kGroup < SK_WARP ? kGroup : SK_WARP) / 2; step; step /= 2) {
         for (int k = 0; k < kCount; k++) x[k] = op(x[k], __shfl_xor_sync(0xffffffffu, x[k], step));
+    }
     if (kGroup <= SK_WARP) return;
     SK_SHARED(T, warps, SK_BLOCK / SK_WARP * kCount);
     if (threadIdx.x % SK_WARP == 0)

@@ -8,9 +8,11 @@
  *     dl = (hu - hv)/T + log1p(D/Q)     KL(q||p) = Gq/Q - h(D/Q)
  * where h(r) = r - log(1 + r) >= 0. Both terms of a KL are of second order, so rows close to each
  * other keep their digits. Where the first term is much larger than the KL (y = 0 lies far from the
- * middle of the row's y), the row is read once more with T*lse as anchors: then y = log p - log q,
- * D = 0, and the sums are the two KL themselves. */
+ * middle of the row's y) or the KL is very large, the row is read once more, in double and with
+ * T*lse as anchors: then y = log p - log q, D = 0, and the sums are the two KL themselves. */
 #pragma once
+#include <type_traits>
+
 #include "core/device.cuh"
 
 /* -inf is computed with as -2^110 (1e33): 0 * y stays 0, and a KL past 1e13 can only come from such
@@ -18,13 +20,6 @@
 constexpr double kLowest = -0x1p110, kInfinite = 1e13;
 
 /* ---- one pair of logits ---- */
-
-/* bfloat16 logits have so few digits that their differences from anchors, and from each other, need
- * no care. */
-template <typename T>
-constexpr bool kShort = false;
-template <>
-constexpr bool kShort<__nv_bfloat16> = true;
 
 template <typename real>
 struct scale {
@@ -79,31 +74,21 @@ struct pair {
     real diff, gp, gq; /* p - q, p*g(-y), q*g(y) */
 };
 
-/* even = cosh(y) - 1 and odd = sinh(y) - y for |y| < 0.75, within 6e-8 (double: 1e-17) of cosh(y)
- * - 1. */
+/* even = cosh(y) - 1 and odd = sinh(y) - y for |y| < 0.75, by their series; the terms left out are
+ * below 6e-8 (double: 1e-17) of even. */
 template <typename real>
 SK_DEVICE void curvature(real y, real *even, real *odd) {
-    constexpr double inverse_factorial[] = {1.0 / 2,
-                                            1.0 / 6,
-                                            1.0 / 24,
-                                            1.0 / 120,
-                                            1.0 / 720,
-                                            1.0 / 5040,
-                                            1.0 / 40320,
-                                            1.0 / 362880,
-                                            1.0 / 3628800,
-                                            1.0 / 39916800,
-                                            1.0 / 479001600,
-                                            1.0 / 6227020800.,
-                                            1.0 / 87178291200.,
-                                            1.0 / 1307674368000.,
-                                            1.0 / 20922789888000.,
-                                            1.0 / 355687428096000.};
+    // clang-format off
+    constexpr double inverse_factorial[] = {
+        1. / 2,          1. / 6,           1. / 24,           1. / 120,
+        1. / 720,        1. / 5040,        1. / 40320,        1. / 362880,
+        1. / 3628800,    1. / 39916800,    1. / 479001600,    1. / 6227020800,
+        1. / 87178291200, 1. / 1307674368000, 1. / 20922789888000, 1. / 355687428096000};
+    // clang-format on
     constexpr int terms = sizeof(real) == 4 ? 4 : 8;
     const real z = y * y;
     real e = 0, o = 0;
-#pragma unroll
-    for (int k = terms - 1; k >= 0; k--) {
+    SK_UNROLL for (int k = terms - 1; k >= 0; k--) {
         e = e * z + (real)inverse_factorial[2 * k];
         o = o * z + (real)inverse_factorial[2 * k + 1];
     }
@@ -111,8 +96,10 @@ SK_DEVICE void curvature(real y, real *even, real *odd) {
     *odd = o * z * y;
 }
 
-/* kShort: a - h.u and b - h.v are exact as they are. */
-template <bool kShort, typename real>
+/* kShort: a - h.u, b - h.v and a - b are exact as they are.
+ * Near y = 0, p follows from q: an error of the exponential then changes all five terms alike,
+ * which the KL hardly feel. */
+template <bool kShort = false, typename real>
 SK_DEVICE pair<real> compare(real a, real b, const anchors<real> &h, const scale<real> &t) {
     const real from_u = (a - h.u.high) - h.u.low, from_v = (b - h.v.high) - h.v.low;
     pair<real> x;
@@ -161,38 +148,37 @@ struct rows {
 };
 
 /* Leaves in `sum` this thread's share of the row's sums, against anchors that start at *hu, *hv and
- * are raised to this thread's maxima: not for every new maximum but by steps of 2 T, for it seldom
- * pays to move the sums. */
-template <typename T, int kGroup, int kVec>
-SK_DEVICE void visit(const rows<T> &r, sk_real<T> *hu, sk_real<T> *hv, double (&sum)[SUMS]) {
-    typedef sk_real<T> real;
+ * are raised to this thread's maxima, but not by less than 2 T: moving the sums costs a hundred
+ * instructions, and weights of e^2 do no harm. Half the digits of a long sum would be lost in
+ * float: each step's sums are added up in double. */
+template <typename T, typename real, int kGroup, int kVec>
+SK_DEVICE void visit(const rows<T> &r, real *hu, real *hv, double (&sum)[SUMS]) {
+    /* bfloat16 logits and maxima have few enough digits */
+    constexpr bool is_short = std::is_same<T, __nv_bfloat16>::value && sizeof(real) == 4;
     const scale<real> t = scale_of<real>(r.temperature);
-    const real lowest = (real)kLowest, slack = (real)(2 * r.temperature);
+    const sk_real<T> lowest = (sk_real<T>)kLowest;
+    const real slack = (real)(2 * r.temperature);
     for (int k = 0; k < SUMS; k++) sum[k] = 0;
     for (int64_t base = 0; base < r.C; base += kGroup * sk_items<T>) {
-        real a[sk_items<T>], b[sk_items<T>];
+        sk_real<T> a[sk_items<T>], b[sk_items<T>], top_u = lowest, top_v = lowest;
         sk_load<T, kGroup, kVec>(r.u, r.u_stride, base, r.C, lowest, a);
         sk_load<T, kGroup, kVec>(r.v, r.v_stride, base, r.C, lowest, b);
-        real top_u = lowest, top_v = lowest;
-#pragma unroll
-        for (int i = 0; i < sk_items<T>; i++) {
+        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
             top_u = sk_max(top_u, a[i] = sk_at_least(a[i], lowest));
             top_v = sk_max(top_v, b[i] = sk_at_least(b[i], lowest));
         }
         if (top_u > *hu + slack || top_v > *hv + slack) {
             const double old_u = *hu, old_v = *hv;
-            *hu = sk_max(*hu, top_u);
-            *hv = sk_max(*hv, top_v);
-            if (base > 0)
-                move(sum, compare<false>(old_u, old_v, anchors_at<double>(*hu, *hv),
-                                         scale_of<double>(r.temperature)));
+            *hu = sk_max(*hu, (real)top_u);
+            *hv = sk_max(*hv, (real)top_v);
+            const anchors<double> h = anchors_at<double>(*hu, *hv);
+            if (base > 0) move(sum, compare(old_u, old_v, h, scale_of<double>(r.temperature)));
         }
         const anchors<real> h = anchors_at(*hu, *hv);
         real part[SUMS] = {};
-#pragma unroll
-        for (int i = 0; i < sk_items<T>; i++) {
+        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
             if (i % kVec == 0 && !sk_any_class<kGroup, kVec>(base, i, r.C)) break;
-            add(part, compare<kShort<T>>(a[i], b[i], h, t));
+            add(part, compare<is_short>((real)a[i], (real)b[i], h, t));
         }
         for (int k = 0; k < SUMS; k++) sum[k] += part[k];
     }
@@ -202,7 +188,7 @@ SK_DEVICE void visit(const rows<T> &r, sk_real<T> *hu, sk_real<T> *hv, double (&
 
 struct divergence {
     double lse, dl, forward, reverse;
-    bool poor; /* a KL is a small difference of large terms */
+    bool poor; /* a KL is a small difference of large terms, or large itself: it lost digits */
 };
 
 /* h(r) = r - log(1 + r), given the logarithm. */
@@ -210,8 +196,7 @@ SK_DEVICE double log_gap(double r, double log1p_r) {
     if (!(fabs(r) < 0.1)) return r - log1p_r;
     const double s = r / (2 + r), z = s * s; /* log(1 + r) = 2 atanh(s) */
     double series = 0;
-#pragma unroll
-    for (int k = 15; k >= 3; k -= 2) series = series * z + 1.0 / k;
+    SK_UNROLL for (int k = 15; k >= 3; k -= 2) series = series * z + 1.0 / k;
     return s * (r - 2 * z * series);
 }
 
@@ -225,33 +210,34 @@ SK_DEVICE divergence conclude(const double (&sum)[SUMS], double hu, double hv, d
     x.dl = (hu - hv) / temperature + log_ratio;
     x.forward = gp - log_gap(-sum[D] / sum[P], -log_ratio);
     x.reverse = gq - log_gap(r, log_ratio);
-    x.poor = gp > 16 * x.forward || gq > 16 * x.reverse;
+    /* float sums are good to 1e-7 of their terms, the gradient's d - KL to 1e-7 of the KL */
+    x.poor = gp > 16 * x.forward || gq > 16 * x.reverse || x.forward > 32 || x.reverse > 32;
     if (x.forward > kInfinite) x.forward = INFINITY;
     if (x.reverse > kInfinite) x.reverse = INFINITY;
     return x;
 }
 
+/* One reading of the rows, in `real` and from the given anchors. */
+template <typename T, typename real, int kGroup, int kVec>
+SK_DEVICE divergence measure(const rows<T> &r, real hu, real hv) {
+    double sum[SUMS];
+    visit<T, real, kGroup, kVec>(r, &hu, &hv, sum);
+    real top[2] = {hu, hv};
+    if (kGroup > 1) {
+        sk_group_reduce<kGroup>(top, sk_larger());
+        const anchors<double> h = anchors_at<double>(top[0], top[1]);
+        move(sum, compare<false, double>(hu, hv, h, scale_of<double>(r.temperature)));
+        sk_group_reduce<kGroup>(sum, sk_add());
+    }
+    return conclude(sum, top[0], top[1], r.temperature);
+}
+
 /* The same result in all threads of the group. */
 template <typename T, int kGroup, int kVec>
 SK_DEVICE divergence diverge(const rows<T> &r) {
-    typedef sk_real<T> real;
-    real hu = (real)kLowest, hv = (real)kLowest;
-    for (bool again = false;; again = true) {
-        double sum[SUMS];
-        visit<T, kGroup, kVec>(r, &hu, &hv, sum);
-        if (kGroup > 1) {
-            real top[2] = {hu, hv};
-            sk_group_reduce<kGroup>(top, sk_larger());
-            const anchors<double> h = anchors_at<double>(top[0], top[1]);
-            move(sum, compare<false, double>(hu, hv, h, scale_of<double>(r.temperature)));
-            sk_group_reduce<kGroup>(sum, sk_add());
-            hu = top[0];
-            hv = top[1];
-        }
-        const divergence x = conclude(sum, hu, hv, r.temperature);
-        if (again || !x.poor) return x;
-        const double u = r.temperature * x.lse, v = r.temperature * (x.lse - x.dl);
-        hu = (real)(kShort<T> ? rint(u * 4096) / 4096 : u); /* few digits, as compare<true> asks */
-        hv = (real)(kShort<T> ? rint(v * 4096) / 4096 : v);
-    }
+    const sk_real<T> lowest = (sk_real<T>)kLowest;
+    const divergence x = measure<T, sk_real<T>, kGroup, kVec>(r, lowest, lowest);
+    if (!x.poor) return x;
+    const double lse_u = r.temperature * x.lse, lse_v = r.temperature * (x.lse - x.dl);
+    return measure<T, double, kGroup, kVec>(r, lse_u, lse_v);
 }

@@ -1,4 +1,4 @@
-"""The emulator must let a correct kernel pass and stop each of the wrong ones (tests/simt/mutants.cu)."""
+"""The emulator must pass a correct kernel and stop each of the wrong ones (mutants.cu)."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ MUTANTS = {
 def mutants(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("simt") / "mutants"
     sources = ["-x", "c++", "tests/simt/mutants.cu", "tests/simt/simt.cpp"]
-    options = ["-std=c++17", "-g", "-O1", "-Wall", "-Wno-unknown-pragmas", *SANITIZE, *INCLUDE]
+    options = ["-std=c++17", "-g", "-O1", "-Wall", "-Werror", *SANITIZE, *INCLUDE]
     subprocess.run(["g++", *options, *sources, "-o", str(program)], cwd=ROOT, check=True)
     return program
 
