@@ -23,10 +23,12 @@ typedef uint64_t StableIValue;
     X(AOTITorchError, aoti_torch_get_device_type, (AtenTensorHandle, int32_t *), cpu, 2.3) \
     X(AOTITorchError, aoti_torch_get_device_index, (AtenTensorHandle, int32_t *), cpu, 2.3) \
     X(AOTITorchError, aoti_torch_empty_strided, \
-      (int64_t, const int64_t *, const int64_t *, int32_t, int32_t, int32_t, AtenTensorHandle *), cpu, 2.1)    \
+      (int64_t, const int64_t *, const int64_t *, int32_t, int32_t, int32_t, \
+       AtenTensorHandle *), cpu, 2.1)    \
     X(AOTITorchError, aoti_torch_delete_tensor_object, (AtenTensorHandle), cpu, 2.1) \
     X(bool, aoti_torch_grad_mode_is_enabled, (void), cpu, 2.1) \
-    X(void, aoti_torch_check, (bool, const char *, const char *, uint32_t, const char *), cpu, 2.6) \
+    X(void, aoti_torch_check, \
+      (bool, const char *, const char *, uint32_t, const char *), cpu, 2.6) \
     X(AOTITorchError, aoti_torch_library_init_fragment, \
       (const char *, const char *, uint32_t, TorchLibraryHandle *), cpu, 2.7) \
     X(AOTITorchError, aoti_torch_library_init_impl, \
@@ -53,8 +55,8 @@ typedef uint64_t StableIValue;
  * c10::ScalarType 0 to 15, and the ScalarType of each enum sk_dtype. */
 /* clang-format off */
 #define SK_TORCH_SCALARS \
-    {{1, 8}, {0, 8}, {0, 16}, {0, 32}, {0, 64}, {2, 16}, {2, 32}, {2, 64}, {5, 32}, {5, 64}, {5, 128}, {6, 8},     \
-     {255, 0}, {255, 0}, {255, 0}, {4, 16}}
+    {{1, 8}, {0, 8}, {0, 16}, {0, 32}, {0, 64}, {2, 16}, {2, 32}, {2, 64}, {5, 32}, {5, 64}, \
+     {5, 128}, {6, 8}, {255, 0}, {255, 0}, {255, 0}, {4, 16}}
 /* clang-format on */
 #define SK_TORCH_DTYPES \
     { 5, 15, 6, 7, 11, 4 } /* Half, BFloat16, Float, Double, Bool, Long */

@@ -1,6 +1,6 @@
-# The CUDA back end: on when nvcc is found. cudart is linked statically and gcc does the linking, so that the library
-# needs neither libcudart nor libstdc++. Architectures: CMAKE_CUDA_ARCHITECTURES if given, else those of the GPUs
-# present, else 80 and 90; and PTX for newer ones.
+# The CUDA back end: on when nvcc is found. cudart is linked statically and gcc does the linking, so
+# that the library needs neither libcudart nor libstdc++. Architectures: CMAKE_CUDA_ARCHITECTURES if
+# given, else those of the GPUs present, else 80 and 90; and PTX for newer ones.
 if(NOT SELFKD_CUDA)
   message(STATUS "CUDA: off")
   return()
@@ -14,8 +14,9 @@ if(SELFKD_CUDA STREQUAL "AUTO")
   endif()
 endif()
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader OUTPUT_VARIABLE found ERROR_QUIET
-                  RESULT_VARIABLE failed OUTPUT_STRIP_TRAILING_WHITESPACE)
+  execute_process(
+    COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
+    OUTPUT_VARIABLE found ERROR_QUIET RESULT_VARIABLE failed OUTPUT_STRIP_TRAILING_WHITESPACE)
   if(NOT failed AND found MATCHES "^[0-9.\n]+$")
     string(REPLACE "." "" found "${found}")
     string(REPLACE "\n" ";" found "${found}")
@@ -33,7 +34,8 @@ list(TRANSFORM SK_STEMS REPLACE "(.+)" "cuda/\\1.cu" OUTPUT_VARIABLE cuda_kernel
 add_library(kernels_cuda OBJECT ${cuda_kernels})
 set_target_properties(kernels_cuda PROPERTIES CUDA_STANDARD 17 CUDA_VISIBILITY_PRESET hidden)
 target_include_directories(kernels_cuda PRIVATE ${CMAKE_SOURCE_DIR} ops cuda)
-target_compile_options(kernels_cuda PRIVATE "SHELL:-Xcompiler -fno-exceptions,-fno-rtti,-fno-threadsafe-statics")
+target_compile_options(
+  kernels_cuda PRIVATE "SHELL:-Xcompiler -fno-exceptions,-fno-rtti,-fno-threadsafe-statics")
 target_link_libraries(selfkd PRIVATE kernels_cuda CUDA::cudart_static)
 target_compile_definitions(selfkd PRIVATE SK_WITH_CUDA)
 set_target_properties(selfkd PROPERTIES LINKER_LANGUAGE C)

@@ -12,11 +12,13 @@
  *
  * saved holds, for each row, lse(u/T), log-ratio dl = lse(u/T) - lse(v/T), KL(p||q), KL(q||p).
  *
- * Source: Lee, Park, Seo, Kang: "Self-Knowledge Distillation via Dropout", arXiv 2208.05642; the loss as in the authors'
- * code, yechanp/self_kd, models/methods.py (there wf = wr = 1, T = 3, nothing detached). The gradients are our own. */
+ * Source: Lee, Park, Seo, Kang: "Self-Knowledge Distillation via Dropout", arXiv 2208.05642; the
+ * loss as in the authors' code, yechanp/self_kd, models/methods.py (there wf = wr = 1, T = 3,
+ * nothing detached). The gradients are our own. */
 #pragma once
 #include "core/contract.h"
 
+/* clang-format off */
 #define sd_dropout_kl_CONTRACT(X)                         \
     X(IN,      u,              "NC*", FLOATING)           \
     X(IN,      v,              "NC*", SAME)               \

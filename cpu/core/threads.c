@@ -15,7 +15,7 @@ static struct {
     pthread_cond_t wake, done;
     int workers;
     uint64_t ticket;
-    sk_rows rows;
+    sk_part rows;
     const void *params;
     int64_t count, piece;
     _Atomic int64_t next;
@@ -57,7 +57,7 @@ int sk_num_threads(void) {
     return sched_getaffinity(0, sizeof cores, &cores) == 0 ? CPU_COUNT(&cores) : 1;
 }
 
-static void take_pieces(sk_rows rows, const void *params, int64_t count, int64_t piece) {
+static void take_pieces(sk_part rows, const void *params, int64_t count, int64_t piece) {
     for (;;) {
         const int64_t begin = atomic_fetch_add(&pool.next, piece);
         if (begin >= count) return;
@@ -74,7 +74,7 @@ static void *work(void *unused) {
         seen = pool.ticket;
         if (!pool.rows) continue; /* woke after the job had ended */
         pool.busy++;
-        const sk_rows rows = pool.rows;
+        const sk_part rows = pool.rows;
         const void *const params = pool.params;
         const int64_t count = pool.count, piece = pool.piece;
         pthread_mutex_unlock(&pool.lock);
@@ -96,7 +96,7 @@ static void grow_pool(int workers) {
     pthread_attr_destroy(&attributes);
 }
 
-static void run_on_pool(int64_t count, int64_t piece, int threads, sk_rows rows,
+static void run_on_pool(int64_t count, int64_t piece, int threads, sk_part rows,
                         const void *params) {
     pthread_mutex_lock(&pool.lock);
     grow_pool(threads - 1);
@@ -116,7 +116,7 @@ static void run_on_pool(int64_t count, int64_t piece, int threads, sk_rows rows,
 }
 
 typedef struct range {
-    sk_rows rows;
+    sk_part rows;
     const void *params;
 } range;
 
@@ -125,7 +125,7 @@ static void run_range(int64_t begin, int64_t end, void *context) {
     r->rows(r->params, begin, end);
 }
 
-void sk_parallel(int64_t count, int64_t grain, sk_rows rows, const void *params) {
+void sk_parallel(int64_t count, int64_t grain, sk_part rows, const void *params) {
     if (count <= 0) return;
     int (*const torch)(int64_t, int64_t, int64_t, sk_range, void *) =
         atomic_load(&torch_parallel_for);

@@ -149,8 +149,8 @@ struct rows {
 
 /* Leaves in `sum` this thread's share of the row's sums, against anchors that start at *hu, *hv and
  * are raised to this thread's maxima, but not by less than 2 T: moving the sums costs a hundred
- * instructions, and weights of e^2 do no harm. Half the digits of a long sum would be lost in
- * float: each step's sums are added up in double. */
+ * instructions, and weights of e^2 do no harm. The float sums of a step are added up in double, for
+ * a thread may take thousands of steps. */
 template <typename T, typename real, int kGroup, int kVec>
 SK_DEVICE void visit(const rows<T> &r, real *hu, real *hv, double (&sum)[SUMS]) {
     /* bfloat16 logits and maxima have few enough digits */

@@ -95,18 +95,22 @@ typedef struct sk_item {
     } selfkd_##op##_args; \
     SELFKD_API int selfkd_##op(const selfkd_##op##_args *args, void *stream);
 
-/* One row of the table that the checks, the schema and the bindings read. The op is in scope as sk_args, sk_params. */
+/* One row of the table that the checks, the schema and the bindings read. The op is in scope as
+ * sk_args, sk_params. */
 #define SK_ITEM(kind, ...) SK_ITEM_##kind(__VA_ARGS__)
 #define SK_ITEM_TENSOR(k, n, s, r) \
-    {.name = #n, .shape = s, .kind = k, .rule = r, .in_args = offsetof(sk_args, n), .in_params = offsetof(sk_params, n)},
+    {.name = #n, .shape = s, .kind = k, .rule = r, \
+     .in_args = offsetof(sk_args, n), .in_params = offsetof(sk_params, n)},
 #define SK_ITEM_NUMBER(k, n, r) \
-    {.name = #n, .kind = k, .rule = r, .in_args = offsetof(sk_args, n), .in_params = offsetof(sk_params, n)},
+    {.name = #n, .kind = k, .rule = r, \
+     .in_args = offsetof(sk_args, n), .in_params = offsetof(sk_params, n)},
 #define SK_ITEM_IN(name, shape, dtype) SK_ITEM_TENSOR(SK_IN, name, shape, SK_##dtype)
 #define SK_ITEM_OPT(name, shape, dtype) SK_ITEM_TENSOR(SK_OPT, name, shape, SK_##dtype)
 #define SK_ITEM_GRAD(name, shape, dtype) SK_ITEM_TENSOR(SK_GRAD, name, shape, SK_##dtype)
 #define SK_ITEM_OUT(name, shape, dtype) SK_ITEM_TENSOR(SK_OUT, name, shape, SK_##dtype)
 #define SK_ITEM_LIKE(name, input) SK_ITEM_TENSOR(SK_LIKE, name, #input, SK_SAME)
-#define SK_ITEM_SCRATCH(n, b) {.name = #n, .kind = SK_SCRATCH, .bytes = b, .in_params = offsetof(sk_params, n)},
+#define SK_ITEM_SCRATCH(n, b) \
+    {.name = #n, .kind = SK_SCRATCH, .bytes = b, .in_params = offsetof(sk_params, n)},
 #define SK_ITEM_REAL(name, rule, value) SK_ITEM_NUMBER(SK_REAL, name, SK_##rule)
 #define SK_ITEM_INT(name, rule, value) SK_ITEM_NUMBER(SK_INT, name, SK_##rule)
 #define SK_ITEM_BOOL(name, rule, value) SK_ITEM_NUMBER(SK_BOOL, name, SK_##rule)

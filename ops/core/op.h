@@ -71,9 +71,9 @@ int sk_fail(int status, const char *format, ...) __attribute__((format(printf, 2
 
 /* Runs rows(params, begin, end) over [0, count) in pieces of at least `grain`, on PyTorch's threads
  * or our own. */
-typedef void (*sk_rows)(const void *params, int64_t begin, int64_t end);
+typedef void (*sk_part)(const void *params, int64_t begin, int64_t end);
 typedef void (*sk_range)(int64_t begin, int64_t end, void *context);
-void sk_parallel(int64_t count, int64_t grain, sk_rows rows, const void *params);
+void sk_parallel(int64_t count, int64_t grain, sk_part rows, const void *params);
 void sk_use_parallel_for(int (*parallel_for)(int64_t, int64_t, int64_t, sk_range, void *));
 int sk_num_threads(void);
 
