@@ -24,7 +24,7 @@ SK_DEVICE double value_of(const forward_params &p, const divergence &x, double w
 template <typename real>
 SK_DEVICE void finish(const forward_params &p, const double (&total)[2]) {
     const real *const divisor = (const real *)p.divisor.data;
-    const bool mean = p.reduction == 1;
+    const bool mean = p.reduction == SELFKD_MEAN;
     const double denominator = !mean ? 1 : divisor ? *divisor : total[1];
     *(real *)p.loss.data = (real)(total[0] / denominator);
     *(real *)p.denominator.data = (real)denominator;

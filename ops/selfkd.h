@@ -25,8 +25,6 @@ enum selfkd_status {
     SELFKD_ERROR_CUDA = 4,   /* CUDA is missing, too old, or reported an error */
 };
 
-enum selfkd_reduction { SELFKD_NONE = 0, SELFKD_MEAN = 1, SELFKD_SUM = 2 };
-
 /* The version of the library, "major.minor.patch", and its SELFKD_ABI. */
 SELFKD_API const char *selfkd_version(void);
 SELFKD_API int selfkd_abi(void);

@@ -30,7 +30,9 @@ class SDDropout(nn.Module):
         As for :func:`torch.nn.functional.cross_entropy`. Rows with target `ignore_index` count in
         neither term.
 
-    Notes ----- Source: arXiv 2208.05642 and its authors' code. The cross-entropy sees the features
+    Notes
+    -----
+    Source: arXiv 2208.05642 and its authors' code. The cross-entropy sees the features
     without dropout.
     """
 

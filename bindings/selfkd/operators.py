@@ -42,20 +42,33 @@ def by_name(of: Contract, values: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def _register_fake(of: Contract) -> None:
-    def fake(*values: Any) -> tuple[torch.Tensor, ...]:
+    def fake(*values: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
         named = by_name(of, values)
         checker = contracts.check(of, named)
         first = named[of.first]
         acc = torch.float64 if first.dtype == torch.float64 else torch.float32
         dtypes = {"ACC": acc, "F64": torch.float64, "SAME": first.dtype}
-        return tuple(
+        results = tuple(
             torch.empty_like(named[item.shape])
             if item.kind == "LIKE"
             else first.new_empty(contracts.output_shape(item, checker), dtype=dtypes[item.rule])
             for item in of.outputs
         )
+        return results if len(results) > 1 else results[0]
 
     torch.library.register_fake(f"selfkd::{of.name}", fake, lib=_registry())
+
+
+def _as_tuple(results: Any) -> tuple[torch.Tensor, ...]:
+    """What an operator returned; PyTorch gives a single result without its tuple."""
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _tuple_getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """operator.itemgetter that gives a tuple for any number of positions."""
+    if len(positions) > 1:
+        return itemgetter(*positions)
+    return lambda values: tuple(values[k] for k in positions)
 
 
 class _Plan:
@@ -73,19 +86,19 @@ class _Plan:
         self.inputs, self.tensors = inputs, tensors
         self.live = [item.name.removeprefix("grad_") for item in backward.outputs]
         self.targets = [inputs[name] for name in self.live]
-        self.get_tensors = itemgetter(*[inputs[name] for name in tensors])
-        self.get_kept = itemgetter(
-            *[outputs[name] for name in kept], 0
-        )  # one more, so that it gives a tuple
-        self.get_numbers = itemgetter(*[inputs[name] for name in numbers])
+        self.get_tensors = _tuple_getter([inputs[name] for name in tensors])
+        self.get_kept = _tuple_getter([outputs[name] for name in kept])
+        self.get_numbers = _tuple_getter([inputs[name] for name in numbers])
+        # Backward has (grad, saved tensors, numbers) at hand, in this order; `restore` gives the
+        # forward arguments back from the last two.
         source = [grad, *tensors, *kept, *numbers]
-        self.get_backward = itemgetter(*[source.index(name) for name in backward.torch_arguments])
+        self.get_backward = _tuple_getter([source.index(name) for name in backward.torch_arguments])
         self.restore = [(source.index(name) - 1, name) for name in inputs]
         self.rows = outputs.get("rows", 0)
         self.reduction = inputs.get("reduction")
 
     def result(self, values: Sequence[Any]) -> int:
-        """Position of the output that carries the gradient: rows where nothing is reduced, else the first."""
+        """Position of the output with the gradient: rows where nothing is reduced, else the first."""
         return self.rows if self.reduction is not None and values[self.reduction] == 0 else 0
 
 
@@ -127,16 +140,16 @@ def _gradient(plan: _Plan, reference: Callable[..., torch.Tensor]) -> type[torch
         def forward(ctx: Any, whole: bool, *values: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
             """All outputs of the operator if `whole`, else the result alone."""
             with _below_autograd():
-                outputs = run(*values)
+                outputs = _as_tuple(run(*values))
             result = plan.result(values)
             ctx.result = result if whole else 0
             ctx.numbers = plan.get_numbers(values)
-            ctx.save_for_backward(*plan.get_tensors(values), *plan.get_kept(outputs)[:-1])
+            ctx.save_for_backward(*plan.get_tensors(values), *plan.get_kept(outputs))
             ctx.set_materialize_grads(False)
             if not whole:
-                return outputs[result]  # type: ignore[no-any-return]
+                return outputs[result]
             ctx.mark_non_differentiable(*outputs[:result], *outputs[result + 1 :])
-            return outputs  # type: ignore[no-any-return]
+            return outputs if len(outputs) > 1 else outputs[0]
 
         @staticmethod
         def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -144,11 +157,12 @@ def _gradient(plan: _Plan, reference: Callable[..., torch.Tensor]) -> type[torch
             if grad is None:
                 return unused
             if torch.is_grad_enabled():
-                found = _double_backward(plan, reference, ctx, grad)
+                found: Sequence[torch.Tensor | None] = _double_backward(plan, reference, ctx, grad)
             else:
                 if grad.ndim > 2:
                     grad = grad.contiguous()  # its trailing dimensions must merge
-                found = run_backward(*plan.get_backward((grad, *ctx.saved_tensors, *ctx.numbers)))
+                values = (grad, *ctx.saved_tensors, *ctx.numbers)
+                found = _as_tuple(run_backward(*plan.get_backward(values)))
             result: list[torch.Tensor | None] = list(unused)
             for k, tensor in zip(plan.targets, found, strict=True):
                 result[k + 1] = tensor
@@ -201,7 +215,7 @@ def register(op: str, reference: Callable[..., torch.Tensor]) -> Callable[..., t
                 and torch._C._any_requires_grad(*values)
             ):
                 return gradient.apply(False, *values)  # type: ignore[no-any-return, no-untyped-call]
-            return run(*values)[plan.result(values)]  # type: ignore[no-any-return]
+            return _as_tuple(run(*values))[plan.result(values)]
         except RuntimeError:
             contracts.check(of, by_name(of, values))
             raise

@@ -113,7 +113,9 @@ def sd_dropout_kl(
     ValueError
         A shape or number that is not accepted, or a `weight` or `divisor` that requires grad.
 
-    Notes ----- Source: Lee, Park, Seo, Kang, "Self-Knowledge Distillation via Dropout", arXiv
+    Notes
+    -----
+    Source: Lee, Park, Seo, Kang, "Self-Knowledge Distillation via Dropout", arXiv
     2208.05642, and its authors' code (yechanp/self_kd, models/methods.py). The whole loss there is
     ``F.cross_entropy(z, y) + weight * sd_dropout_kl(u, v)`` with z the logits without dropout. Rows
     whose logits agree give exactly 0. The second derivative (``create_graph=True``) goes through

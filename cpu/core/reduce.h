@@ -3,8 +3,6 @@
 #pragma once
 #include "cpu/core/chunk.h"
 
-enum { SK_NONE, SK_MEAN, SK_SUM }; /* values of `reduction` */
-
 enum { SK_BLOCK = 4096 }; /* elements summed between two additions to the total */
 
 /* The sum of N x S elements, in double. */
@@ -33,9 +31,9 @@ static inline void sk_reduce_rows(const sk_arg *rows, const sk_arg *weight, cons
                                   int64_t reduction, int64_t N, int64_t S, const sk_arg *loss,
                                   const sk_arg *denominator) {
     double count = 1;
-    if (reduction == SK_MEAN && divisor->data)
+    if (reduction == SELFKD_MEAN && divisor->data)
         count = sk_load_one(divisor, 0);
-    else if (reduction == SK_MEAN)
+    else if (reduction == SELFKD_MEAN)
         count = weight->data ? sk_sum(weight, N, S) : (double)N * (double)S;
     *(real *)loss->data = (real)(sk_sum(rows, N, S) / count);
     *(real *)denominator->data = (real)count;

@@ -267,6 +267,11 @@ int sk_check(sk_call *call) {
 /* Strides of a new tensor like `t`: its own where it is dense, else compact in the same order of
  * dimensions. */
 static void strides_like(const selfkd_tensor *t, int64_t *stride) {
+    for (int k = 0; k < t->ndim; k++) {
+        if (t->shape[k] > 0) continue;
+        memcpy(stride, t->strides, (size_t)t->ndim * sizeof *stride); /* empty: as PyTorch does */
+        return;
+    }
     int order[SK_MAX_RANK];
     for (int k = 0; k < t->ndim; k++) {
         int at = k; /* insertion sort by stride, largest first; stable, and size-1 dimensions keep

@@ -1,18 +1,26 @@
+/* clang-format off */
 /* The contract machinery: an operator is one X-list (see ops/<op>.h); everything else is derived.
  *
  * A row is X(kind, name, ...):
  *   IN      name, shape, dtype   input tensor
- *   OPT     name, shape, dtype   input tensor that may be absent (NULL in C; `bool has_<name>` in
- * torch.ops) GRAD    name, shape, dtype   incoming gradient: a tensor of that shape, or one 0-d
- * value for all of it OUT     name, shape, dtype   output tensor, compact LIKE    name, input
- * output with the shape, dtype and strides of that input SCRATCH name, bytes          CUDA work
- * space, one per call, on the caller's stream REAL    name, rule, default  double INT     name,
- * rule, default  int64 BOOL    name, rule, default  int64 in C, bool in torch.ops Defaults are the
- * Python functions' (a test compares); a C caller fills every field.
+ *   OPT     name, shape, dtype   input tensor that may be absent: NULL in C, a flag in torch.ops
+ *   GRAD    name, shape, dtype   incoming gradient: that shape, or one 0-d value for all of it
+ *   OUT     name, shape, dtype   output tensor, compact
+ *   LIKE    name, input          output with the shape, dtype and strides of that input
+ *   SCRATCH name, bytes          CUDA work space, one per call, on the caller's stream, not zeroed
+ *   REAL    name, rule, default  double
+ *   INT     name, rule, default  int64
+ *   BOOL    name, rule, default  int64 in C, bool in torch.ops
+ * Defaults are the Python functions' (a test compares); a C caller fills every field.
  *
  * Shapes: a capital letter is a dimension (equal letters agree; C is at least 1), a digit that very
  * size, and a final '*' stands for all remaining dimensions, which the kernel sees merged into one,
- * S. */
+ * S (of size 1 where there are none).
+ *
+ * Dtypes: FLOATING float16, bfloat16, float32 or float64; the first FLOATING tensor gives the call
+ * its device and what the others are measured by: SAME its dtype, ACC float32 (float64 with
+ * float64), WEIGHT ACC or bool. F64 is always float64. */
+/* clang-format on */
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -21,11 +29,8 @@
 
 enum sk_kind { SK_IN, SK_OPT, SK_GRAD, SK_OUT, SK_LIKE, SK_SCRATCH, SK_REAL, SK_INT, SK_BOOL };
 
-/* Dtype rules. SAME and ACC speak of the first FLOATING tensor: its dtype; float64 if it is
- * float64, else float32. */
 enum sk_dtype_rule { SK_FLOATING, SK_SAME, SK_ACC, SK_F64, SK_WEIGHT };
 
-/* Number rules. */
 enum sk_number_rule { SK_ANY, SK_POSITIVE, SK_NONNEGATIVE, SK_REDUCTION };
 
 enum { SK_MAX_ITEMS = 24, SK_MAX_RANK = 8, SK_LETTERS = 26 };
