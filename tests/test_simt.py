@@ -44,7 +44,7 @@ def test_every_case_in_the_emulator(built: Path) -> None:
         "-x",
         "-p",
         "no:cacheprovider",
-        str(ROOT / "tests"),
+        os.environ.get("SELFKD_SIMT_TESTS", str(ROOT / "tests")),
     ]
     done = subprocess.run(
         command,
