@@ -38,7 +38,6 @@ def test_every_case_in_the_emulator(built: Path) -> None:
         sys.executable,
         "-m",
         "pytest",
-        "-q",
         "-m",
         "simt",
         "-x",
