@@ -16,13 +16,17 @@ typedef struct sd_dropout_kl_backward_params backward_params;
 
 enum { U, V };
 
-/* What the elements of a call share: 1/T, and e^(x/T) is 2^(x log2e_T). */
+/* What the elements of a call share: 1/T; e^(x/T) is 2^(x log2e_T); and the T that log2e_T, being
+ * rounded, stands for. */
 typedef struct units {
-    double T;
+    double T, rounded_T;
     real inverse_T, log2e_T;
 } units;
 
-static units units_of(double T) { return (units){T, (real)(1 / T), (real)(SK_LOG2E / T)}; }
+static units units_of(double T) {
+    const real log2e_T = (real)(SK_LOG2E / T);
+    return (units){T, SK_LOG2E / log2e_T, (real)(1 / T), log2e_T};
+}
 
 static double sum_of_lanes(const double *x) {
     double sum = 0;
@@ -42,7 +46,7 @@ static bool is_ordinary(double kl_forward, double kl_reverse) {
 /* ---- First visit: softmax ---- */
 
 /* Per lane, the same in all lanes of one row: the largest logit so far; the sum of e^((x -
- * largest)/T); in the end lse(x/T). */
+ * largest)/T); in the end T lse(x/T). */
 typedef struct softmax {
     real largest[SK_LANES];
     double sum[SK_LANES], lse[SK_LANES];
@@ -104,9 +108,9 @@ static void add_to_softmax(const sk_rows *r, real log2e_T, bool first, const rea
 }
 
 static void finish_softmax(const sk_rows *r, const units *unit, softmax *m) {
-    const double inverse_T = 1 / unit->T;
+    const double T = unit->rounded_T;
     if (!r->positions) {
-        const double sum = sum_of_lanes(m->sum), lse = m->largest[0] * inverse_T + sk_log(sum);
+        const double sum = sum_of_lanes(m->sum), lse = m->largest[0] + T * sk_log(sum);
         for (int k = 0; k < SK_LANES; k++) {
             m->sum[k] = sum;
             m->lse[k] = lse;
@@ -114,7 +118,7 @@ static void finish_softmax(const sk_rows *r, const units *unit, softmax *m) {
         return;
     }
 #pragma omp simd
-    for (int k = 0; k < SK_LANES; k++) m->lse[k] = m->largest[k] * inverse_T + sk_log(m->sum[k]);
+    for (int k = 0; k < SK_LANES; k++) m->lse[k] = m->largest[k] + T * sk_log(m->sum[k]);
 }
 
 /* ---- Second visit: both KL ---- */
@@ -134,7 +138,7 @@ static void add_to_divergence(const sk_rows *r, const units *unit, bool first, c
     real forward[SK_LANES] = {0}, reverse[SK_LANES] = {0}, excess[SK_LANES] = {0};
     real dl_high[SK_LANES], dl_low[SK_LANES], ratio[SK_LANES];
     for (int k = 0; k < SK_LANES; k++) {
-        const sk_split dl = sk_split_of((m_u->lse[k] - m_v->lse[k]) * unit->T);
+        const sk_split dl = sk_split_of(m_u->lse[k] - m_v->lse[k]);
         dl_high[k] = dl.high;
         dl_low[k] = dl.low;
         ratio[k] = (real)(m_u->sum[k] / m_v->sum[k]);
@@ -146,7 +150,7 @@ static void add_to_divergence(const sk_rows *r, const units *unit, bool first, c
             const real p = e_u[at + k], q = e_v[at + k] * ratio[k], p_q = p - q;
             const sk_split dl = {dl_high[k], dl_low[k]};
             const real d = sk_difference(u[at + k], v[at + k], dl) * unit->inverse_T, dd = d * d;
-            const bool near = dd < (real)0.25;
+            const bool near = dd < 1;
             const sk_parts series = sk_exp_rest(d);
             const real to_forward = near ? p * dd * (series.even - series.odd) : p * d - p_q;
             const real to_reverse = near ? q * dd * (series.even + series.odd) : p_q - q * d;
@@ -243,15 +247,21 @@ static void diverge(const forward_params *p, const sk_rows *r, const units *unit
 static saved_row row_of(const forward_params *p, const sk_rows *r, int64_t i,
                         softmax m[2][SK_GROUPS], const divergence *sums) {
     const int64_t g = sk_group(r, i), k = sk_lane(r, i);
-    const double lse_u = m[U][g].lse[k], dl = lse_u - m[V][g].lse[k], factor = 1 / m[U][g].sum[k];
+    const double factor = 1 / m[U][g].sum[k], inverse_T = 1 / p->temperature;
+    const double lse_u = m[U][g].lse[k] * inverse_T;
+    const double dl = (m[U][g].lse[k] - m[V][g].lse[k]) * inverse_T;
     double forward = sums[g].forward[k], reverse = sums[g].reverse[k], excess = sums[g].excess[k];
     if (!r->positions) {
         forward = sum_of_lanes(sums[g].forward);
         reverse = sum_of_lanes(sums[g].reverse);
         excess = sum_of_lanes(sums[g].excess);
     }
-    /* The sum of p - q would be 0, were it not for the rounding error of dl. */
-    saved_row row = {lse_u, dl + factor * excess, factor * forward, factor * reverse};
+    /* The sum of p - q would be 0, were it not for the rounding error of dl: it is that very error,
+     * of which both KL hold half the square too much. */
+    excess *= factor;
+    forward = factor * forward - excess * excess / 2;
+    reverse = factor * reverse - excess * excess / 2;
+    saved_row row = {lse_u, dl + excess, forward < 0 ? 0 : forward, reverse < 0 ? 0 : reverse};
     if (!is_ordinary(row.forward, row.reverse)) {
         row.dl = dl;
         careful_divergence(p, r, i, &row);
@@ -383,9 +393,12 @@ static void load_lanes(const backward_params *p, const sk_rows *r, const units *
     sk_load_scalars(r, &p->grad, grad);
     sk_load_scalars(r, &p->weight, weight);
     for (int64_t i = 0; i < r->width; i++) {
-        factor[i] = weight[i] != 0 ? per_row * grad[i] * weight[i] : 0;
-        const saved_row row = factor[i] != 0 ? load_row(p, r, i) : (saved_row){0, 0, 0, 0};
-        set_lane(unit, row, factor[i], m[sk_group(r, i)], sk_lane(r, i));
+        const saved_row row = weight[i] != 0 ? load_row(p, r, i) : (saved_row){0, 0, 0, 0};
+        /* No gradient: none comes in, or the row has no loss, for its weight or because p = q. */
+        const bool none = grad[i] == 0 || (row.forward == 0 && row.reverse == 0);
+        factor[i] = none ? 0 : per_row * grad[i] * weight[i];
+        set_lane(unit, none ? (saved_row){0, 0, 0, 0} : row, factor[i], m[sk_group(r, i)],
+                 sk_lane(r, i));
     }
     for (int64_t g = 0; g < r->groups; g++) {
         const int64_t used = r->positions ? sk_min(SK_LANES, r->width - g * SK_LANES) : 1;
@@ -422,7 +435,7 @@ static void backward_task(const backward_params *p, const sk_rows *r, const unit
     }
     for (int64_t i = 0; i < r->width; i++) {
         const int64_t g = sk_group(r, i), k = sk_lane(r, i);
-        if (!is_ordinary(m[g][KL_FORWARD][k], m[g][KL_REVERSE][k]))
+        if (factor[i] != 0 && !is_ordinary(m[g][KL_FORWARD][k], m[g][KL_REVERSE][k]))
             careful_gradient(p, r, i, factor[i], w);
     }
 }
@@ -430,7 +443,7 @@ static void backward_task(const backward_params *p, const sk_rows *r, const unit
 /* ---- The kernels ---- */
 
 static sk_rows forward_all(const forward_params *p) {
-    return sk_rows_of(&p->u, &p->v, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
+    return sk_rows_of(&p->u, &p->v, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S), 32);
 }
 
 static sk_work forward_work(const void *params) {
@@ -455,7 +468,7 @@ static void forward_finish(const void *params) {
 }
 
 static sk_rows backward_all(const backward_params *p) {
-    return sk_rows_of(&p->u, &p->v, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
+    return sk_rows_of(&p->u, &p->v, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S), 8);
 }
 
 static sk_work backward_work(const void *params) {

@@ -117,17 +117,17 @@ static inline void sk_put(const sk_arg *t, int64_t at, int64_t stride, int64_t n
  *
  * A tensor of shape (N, C, S) holds N x S rows of C classes. A task is a few of them, and one set
  * of loops serves two layouts, which differ in what the SK_LANES lanes of a vector are. "positions"
- * (images): each lane is a position, with a row of its own; tiles of SK_TILE_C classes x SK_TILE_S
+ * (images): each lane is a position, with a row of its own; tiles of a few classes and many
  * positions are copied to the stack, because a class stride such as 256 KB would map every class to
  * the same cache sets. "classes" (anything else): all lanes share one row, lane k taking classes k,
  * k + SK_LANES, ...; tiles of SK_ROW_C classes are read and written in place where that can be, and
  * a task takes several short rows so that their latencies overlap. */
 enum {
     SK_TILE = 16384 / sizeof(real),
-    SK_TILE_C = 32,
-    SK_TILE_S = SK_TILE / SK_TILE_C,
-    SK_GROUPS = SK_TILE_S / SK_LANES,
-    SK_ROW_C = 1024
+    SK_ROW_C = 1024,
+    SK_ROWS = 8,
+    SK_TILE_S = 512,
+    SK_GROUPS = SK_TILE_S / SK_LANES
 };
 
 /* Rows [n, s], [n, s + 1], ... (`width` of them) in `groups` groups of lanes; a tile holds `step`
@@ -137,21 +137,21 @@ typedef struct sk_rows {
     bool positions;
 } sk_rows;
 
-/* The rows of a call that reads u and v; width is that of its largest task. */
-static inline sk_rows sk_rows_of(const sk_arg *u, const sk_arg *v, int64_t N, int64_t C,
-                                 int64_t S) {
+/* The rows of a call that reads u and v; width is that of its largest task. Tiles of positions hold
+ * tile_c classes: the fewer, the longer the runs of memory; the more, the more often a tile has all
+ * classes and can be used twice. */
+static inline sk_rows sk_rows_of(const sk_arg *u, const sk_arg *v, int64_t N, int64_t C, int64_t S,
+                                 int64_t tile_c) {
     const bool strided = u->stride[1] != 1 && v->stride[1] != 1;
     const int64_t row = sk_groups(sk_min(C, SK_ROW_C)) * SK_LANES;
     sk_rows r = {.N = N,
                  .C = C,
                  .S = S,
                  .positions = S > 1 && strided && u->stride[2] == 1 && v->stride[2] == 1};
-    r.width = r.positions    ? sk_min(SK_TILE_S, S)
-              : C > SK_ROW_C ? 1
-                             : sk_min(SK_TILE / row, SK_GROUPS);
-    r.step = r.positions ? SK_TILE_C : SK_ROW_C;
-    r.pitch = r.positions ? SK_TILE_S : SK_LANES;
+    r.step = r.positions ? tile_c : SK_ROW_C;
+    r.pitch = r.positions ? sk_min(SK_TILE / tile_c, SK_TILE_S) : SK_LANES;
     r.gap = r.positions ? SK_LANES : row;
+    r.width = r.positions ? sk_min(r.pitch, S) : C > SK_ROW_C ? 1 : sk_min(SK_TILE / row, SK_ROWS);
     return r;
 }
 
