@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import math
 import os
@@ -95,6 +96,7 @@ def take_samples(
     calls = {name: math.ceil(SAMPLE_SECONDS / seconds(run, 2)) for name, run in passes.items()}
     samples: dict[str, list[float]] = {name: [] for name in [*passes, "copy"]}
     turns = list(passes)
+    gc.disable()  # as timeit does: a collection would be charged to whoever runs when it is due
     for _ in range(repeat):
         for name in turns:
             samples[name].append(seconds(passes[name], calls[name]))
