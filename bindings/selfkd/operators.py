@@ -83,7 +83,7 @@ class _Plan:
         kept = [item.name for item in backward.items if item.kind == "IN" and item.name in outputs]
         numbers = [name for name in inputs if name not in tensors]
         grad = next(item.name for item in backward.items if item.kind == "GRAD")
-        self.inputs, self.tensors = inputs, tensors
+        self.inputs = inputs
         self.live = [item.name.removeprefix("grad_") for item in backward.outputs]
         self.targets = [inputs[name] for name in self.live]
         self.get_tensors = _tuple_getter([inputs[name] for name in tensors])
