@@ -1,11 +1,12 @@
-/* SD-Dropout on the CPU: see ops/sd_dropout_kl.h for the formula, cpu/core/chunk.h for rows, groups
- * of lanes and tiles.
+/* SD-Dropout on the CPU: see ops/sd_dropout_kl.h for the formula, cpu/core/kl.h for the numerics,
+ * cpu/core/chunk.h for rows, groups of lanes, tiles and runs.
  *
- * Forward visits the logits twice (sums of exponentials; both KL and a correction of dl), backward
- * once. */
+ * Forward visits the logits twice (largest logits; sums that both KL follow from), backward once.
+ */
 #include "sd_dropout_kl.h"
 #include "cpu/core/chunk.h"
 #include "cpu/core/kernel.h"
+#include "cpu/core/kl.h"
 #include "cpu/core/math.h"
 #include "cpu/core/reduce.h"
 
@@ -16,162 +17,26 @@ typedef struct sd_dropout_kl_backward_params backward_params;
 
 enum { U, V };
 
-/* What the elements of a call share: 1/T; e^(x/T) is 2^(x log2e_T); and the T that log2e_T, being
- * rounded, stands for. */
-typedef struct units {
-    double T, rounded_T;
-    real inverse_T, log2e_T;
-} units;
-
-static units units_of(double T) {
-    const real log2e_T = (real)(SK_LOG2E / T);
-    return (units){T, SK_LOG2E / log2e_T, (real)(1 / T), log2e_T};
-}
-
-static double sum_of_lanes(const double *x) {
-    double sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int k = 0; k < SK_LANES; k++) sum += x[k];
-    return sum;
-}
+/* Per row, as saved for backward. */
+typedef struct results {
+    SK_ALIGNED double lse[SK_PITCH], dl[SK_PITCH], forward[SK_PITCH], reverse[SK_PITCH];
+} results;
 
 /* Rows with a KL beyond this are computed in double (careful_*): in float, d would be too coarse
  * for d - KL. */
 enum { FAR = 64 };
 
-static bool is_ordinary(double kl_forward, double kl_reverse) {
-    return kl_forward < FAR && kl_reverse < FAR;
+static inline bool is_ordinary(double forward, double reverse) {
+    return forward < FAR && reverse < FAR;
 }
 
-/* ---- First visit: softmax ---- */
+/* ---- A row in double, class by class ---- */
 
-/* Per lane, the same in all lanes of one row: the largest logit so far; the sum of e^((x -
- * largest)/T); in the end T lse(x/T). */
-typedef struct softmax {
-    real largest[SK_LANES];
-    double sum[SK_LANES], lse[SK_LANES];
-} softmax;
-
-/* Raises top to the largest of x, within each lane or, where the lanes are one row, over all. Four
- * vectors at a time, for a chain of one maximum after the other would take longer than all the
- * exponentials. */
-static void raise(const sk_rows *r, const real *x, int64_t depth, real *top) {
-    for (int64_t i = 0; i < depth; i += 4) {
-        const real *a = x + i * r->pitch, *b = x + sk_min(i + 1, depth - 1) * r->pitch;
-        const real *c = x + sk_min(i + 2, depth - 1) * r->pitch,
-                   *d = x + sk_min(i + 3, depth - 1) * r->pitch;
-#pragma omp simd
-        for (int k = 0; k < SK_LANES; k++) {
-            const real ab = a[k] > b[k] ? a[k] : b[k], cd = c[k] > d[k] ? c[k] : d[k],
-                       abcd = ab > cd ? ab : cd;
-            top[k] = abcd > top[k] ? abcd : top[k];
-        }
-    }
-    if (r->positions) return;
-    real largest = top[0];
-#pragma omp simd reduction(max : largest)
-    for (int k = 0; k < SK_LANES; k++) largest = top[k] > largest ? top[k] : largest;
-    for (int k = 0; k < SK_LANES; k++) top[k] = largest;
-}
-
-/* Leaves e = 2^((x - largest) log2e_T) and their sum. */
-static inline void exponentials(const sk_rows *r, real log2e_T, const real *x, int64_t depth,
-                                const real *largest, real *e, real *sum) {
-    real part[SK_LANES] = {0}; /* not sum itself, which the compiler would keep in memory */
-    for (int64_t i = 0; i < depth; i++) {
-        const int64_t at = i * r->pitch;
-#pragma omp simd
-        for (int k = 0; k < SK_LANES; k++) {
-            e[at + k] = sk_exp2((x[at + k] - largest[k]) * log2e_T);
-            part[k] += e[at + k];
-        }
-    }
-    for (int k = 0; k < SK_LANES; k++) sum[k] = part[k];
-}
-
-/* Adds a tile's group of lanes to m, or begins m with the first; leaves their exponentials in e. */
-static void add_to_softmax(const sk_rows *r, real log2e_T, bool first, const real *x, int64_t depth,
-                           real *e, softmax *m) {
-    real before[SK_LANES], sum[SK_LANES];
-    /* Not -inf: a lane that is all -inf so far must get 2^-inf, not 2^NaN. */
-    for (int k = 0; k < SK_LANES && first; k++) m->largest[k] = (real)-1e30;
-    for (int k = 0; k < SK_LANES; k++) before[k] = m->largest[k];
-    raise(r, x, depth, m->largest);
-    exponentials(r, log2e_T, x, depth, m->largest, e, sum);
-    if (first) {
-        for (int k = 0; k < SK_LANES; k++) m->sum[k] = sum[k];
-        return;
-    }
-#pragma omp simd
-    for (int k = 0; k < SK_LANES; k++)
-        m->sum[k] = m->sum[k] * sk_exp2((before[k] - m->largest[k]) * log2e_T) + sum[k];
-}
-
-static void finish_softmax(const sk_rows *r, const units *unit, softmax *m) {
-    const double T = unit->rounded_T;
-    if (!r->positions) {
-        const double sum = sum_of_lanes(m->sum), lse = m->largest[0] + T * sk_log(sum);
-        for (int k = 0; k < SK_LANES; k++) {
-            m->sum[k] = sum;
-            m->lse[k] = lse;
-        }
-        return;
-    }
-#pragma omp simd
-    for (int k = 0; k < SK_LANES; k++) m->lse[k] = m->largest[k] + T * sk_log(m->sum[k]);
-}
-
-/* ---- Second visit: both KL ---- */
-
-/* Per lane: sums over classes, as multiples of u's sum of exponentials; excess is the sum of p - q.
- */
-typedef struct divergence {
-    double forward[SK_LANES], reverse[SK_LANES], excess[SK_LANES];
-} divergence;
-
-/* Adds a tile's group of lanes. A class adds p (e^-d - 1 + d) to KL(p||q) and q (e^d - 1 - d) to
- * KL(q||p): by series where d is small, so that nothing cancels, and with e^d = p/q elsewhere, so
- * that nothing overflows. */
-static void add_to_divergence(const sk_rows *r, const units *unit, bool first, const real *u,
-                              const real *v, const real *e_u, const real *e_v, int64_t depth,
-                              const softmax *m_u, const softmax *m_v, divergence *sums) {
-    real forward[SK_LANES] = {0}, reverse[SK_LANES] = {0}, excess[SK_LANES] = {0};
-    real dl_high[SK_LANES], dl_low[SK_LANES], ratio[SK_LANES];
-    for (int k = 0; k < SK_LANES; k++) {
-        const sk_split dl = sk_split_of(m_u->lse[k] - m_v->lse[k]);
-        dl_high[k] = dl.high;
-        dl_low[k] = dl.low;
-        ratio[k] = (real)(m_u->sum[k] / m_v->sum[k]);
-    }
-    for (int64_t i = 0; i < depth; i++) {
-        const int64_t at = i * r->pitch;
-#pragma omp simd
-        for (int k = 0; k < SK_LANES; k++) {
-            const real p = e_u[at + k], q = e_v[at + k] * ratio[k], p_q = p - q;
-            const sk_split dl = {dl_high[k], dl_low[k]};
-            const real d = sk_difference(u[at + k], v[at + k], dl) * unit->inverse_T, dd = d * d;
-            const bool near = dd < 1;
-            const sk_parts series = sk_exp_rest(d);
-            const real to_forward = near ? p * dd * (series.even - series.odd) : p * d - p_q;
-            const real to_reverse = near ? q * dd * (series.even + series.odd) : p_q - q * d;
-            forward[k] += to_forward;
-            reverse[k] += to_reverse;
-            excess[k] += to_reverse + q * d;
-        }
-    }
-    for (int k = 0; k < SK_LANES; k++) {
-        sums->forward[k] = forward[k] + (first ? 0 : sums->forward[k]);
-        sums->reverse[k] = reverse[k] + (first ? 0 : sums->reverse[k]);
-        sums->excess[k] = excess[k] + (first ? 0 : sums->excess[k]);
-    }
-}
-
-/* A row as saved for backward. */
 typedef struct saved_row {
     double lse_u, dl, forward, reverse;
 } saved_row;
 
-/* Element c of row i of both logits, over T; p, q and d of that row. */
+/* Class c of row i of both logits, over T: p, q and d = log p - log q. */
 typedef struct class_terms {
     double p, q, d;
     bool no_p, no_q; /* u, v infinite */
@@ -208,169 +73,214 @@ static void careful_divergence(const forward_params *p, const sk_rows *r, int64_
 
 /* ---- Forward ---- */
 
-/* Both visits to a task's logits. The second finds the exponentials of the first if they were but
- * one tile. */
-static void diverge(const forward_params *p, const sk_rows *r, const units *unit,
-                    softmax m[2][SK_GROUPS], divergence *sums) {
-    SK_ALIGNED real tile[2][SK_TILE], e[2][SK_TILE];
+/* Per row: what its logits are compared against, and the sums of cpu/core/kl.h. */
+enum { P, Q, D, GQ, DY, SUMS };
+typedef struct comparison {
+    SK_ALIGNED real hu[SK_PITCH], hv[SK_PITCH];
+    SK_ALIGNED double sum[SUMS][SK_PITCH];
+} comparison;
+
+/* Adds a tile's group of lanes. */
+SK_SPECIAL void add_group(bool exact, const sk_rows *r, const sk_scale *scale, const real *u,
+                          const real *v, sk_ahead next_u, sk_ahead next_v, int64_t depth, int64_t g,
+                          comparison *m) {
+    const sk_scale t = *scale;
+    const int64_t pitch = sk_pitch(r);
+    real hu[SK_LANES], hv[SK_LANES], high[SK_LANES], low[SK_LANES];
+    real p_[SK_LANES] = {0}, q_[SK_LANES] = {0}, d_[SK_LANES] = {0}, gq_[SK_LANES] = {0},
+         dy_[SK_LANES] = {0};
+    sk_to_lanes(r, g, m->hu, hu);
+    sk_to_lanes(r, g, m->hv, hv);
+    for (int k = 0; k < SK_LANES; k++) {
+        const sk_split gap = sk_split_of((double)hu[k] - hv[k]);
+        high[k] = gap.high;
+        low[k] = gap.low;
+    }
+    for (int64_t i = 0; i < depth; i++) {
+        const int64_t at = i * pitch;
+        sk_fetch(next_u, i);
+        sk_fetch(next_v, i);
+#pragma omp simd
+        for (int k = 0; k < SK_LANES; k++) {
+            const real a = u[at + k], b = v[at + k];
+            const real p = sk_exp_of(a - hu[k], &t), q = sk_exp_of(b - hv[k], &t);
+            const real y = sk_log_ratio(exact, a, b, (sk_split){high[k], low[k]}, &t);
+            const sk_compared x = sk_compare(p, q, y);
+            p_[k] += p;
+            q_[k] += q;
+            d_[k] += x.diff;
+            gq_[k] += x.gq;
+            dy_[k] += x.diff * y;
+        }
+    }
+    sk_add_lanes(r, g, p_, m->sum[P]);
+    sk_add_lanes(r, g, q_, m->sum[Q]);
+    sk_add_lanes(r, g, d_, m->sum[D]);
+    sk_add_lanes(r, g, gq_, m->sum[GQ]);
+    sk_add_lanes(r, g, dy_, m->sum[DY]);
+}
+
+/* The results that follow from the sums; NaN as KL(p||q) of a row whose sums are not good enough.
+ */
+static void conclude(bool exact, const sk_rows *r, double T, const comparison *m, results *to) {
+#pragma omp simd
+    for (int64_t i = 0; i < r->width; i++) {
+        const double p = m->sum[P][i], q = m->sum[Q][i], d = m->sum[D][i];
+        const double gap_T = ((double)m->hu[i] - m->hv[i]) / T;
+        const double ratio = d / q, log_ratio = sk_log(p / q), h = sk_log_gap(ratio, log_ratio);
+        const double gp = (m->sum[DY][i] - m->sum[GQ][i]) / p, gq = m->sum[GQ][i] / q;
+        const double forward = gp - (ratio * d / p - h), reverse = gq - h;
+        const bool good = (gp <= 16 * forward) & (gq <= 16 * reverse) & (forward < FAR) &
+                          (reverse < FAR) & (exact | !sk_needs_exact(gap_T, forward, reverse));
+        to->lse[i] = m->hu[i] / T + sk_log(p);
+        to->dl[i] = gap_T + (ratio - h);
+        to->forward[i] = good ? forward : (double)NAN;
+        to->reverse[i] = reverse;
+    }
+}
+
+/* Both visits to a task's logits, the first only where anchors are still wanted. */
+static void compare(const forward_params *p, const sk_rows *r, const sk_scale *t, bool exact,
+                    comparison *m) {
+    SK_ALIGNED real tile[2][SK_TILE];
     const sk_arg *logits[2] = {&p->u, &p->v};
-    real *x[2][SK_GROUPS];
-    for (int64_t c = 0; c < r->C; c += r->step) {
-        const int64_t classes = sk_min(r->step, r->C - c), depth = sk_depth(r, classes);
+    const real *x[2][SK_GROUPS];
+    real *top[2] = {m->hu, m->hv};
+    const int64_t step = sk_tile_classes(r);
+    for (int64_t c = 0; c < r->C; c += step) {
+        const int64_t classes = sk_min(step, r->C - c);
         for (int i = U; i <= V; i++) {
             sk_load_tile(r, logits[i], c, classes, tile[i], x[i]);
-            for (int64_t g = 0; g < r->groups; g++)
-                add_to_softmax(r, unit->log2e_T, c == 0, x[i][g], depth, e[i] + g * r->gap,
-                               &m[i][g]);
+            for (int64_t g = 0; g < r->groups && !exact; g++)
+                sk_raise(r, x[i][g], sk_depth(r, classes), g, top[i]);
         }
     }
-    for (int64_t g = 0; g < r->groups; g++) {
-        finish_softmax(r, unit, &m[U][g]);
-        finish_softmax(r, unit, &m[V][g]);
-    }
-    for (int64_t c = 0; c < r->C; c += r->step) {
-        const int64_t classes = sk_min(r->step, r->C - c), depth = sk_depth(r, classes);
-        for (int i = U; i <= V && r->C > r->step; i++) {
-            real unused[SK_LANES];
+    for (int64_t c = 0; c < r->C; c += step) {
+        const int64_t classes = sk_min(step, r->C - c), depth = sk_depth(r, classes);
+        for (int i = U; i <= V && r->C > step; i++)
             sk_load_tile(r, logits[i], c, classes, tile[i], x[i]);
-            for (int64_t g = 0; g < r->groups; g++)
-                exponentials(r, unit->log2e_T, x[i][g], depth, m[i][g].largest, e[i] + g * r->gap,
-                             unused);
+        for (int64_t g = 0; g < r->groups; g++) {
+            const sk_ahead next_u = sk_next_tile(r, &p->u, g, c),
+                           next_v = sk_next_tile(r, &p->v, g, c);
+            if (exact)
+                add_group(true, r, t, x[U][g], x[V][g], next_u, next_v, depth, g, m);
+            else
+                add_group(false, r, t, x[U][g], x[V][g], next_u, next_v, depth, g, m);
         }
-        for (int64_t g = 0, at = 0; g < r->groups; g++, at += r->gap)
-            add_to_divergence(r, unit, c == 0, x[U][g], x[V][g], e[U] + at, e[V] + at, depth,
-                              &m[U][g], &m[V][g], &sums[g]);
     }
 }
 
-/* Row i of a task, from the sums of its lane or, where the lanes are one row, of all. */
-static saved_row row_of(const forward_params *p, const sk_rows *r, int64_t i,
-                        softmax m[2][SK_GROUPS], const divergence *sums) {
-    const int64_t g = sk_group(r, i), k = sk_lane(r, i);
-    const double factor = 1 / m[U][g].sum[k], inverse_T = 1 / p->temperature;
-    const double lse_u = m[U][g].lse[k] * inverse_T;
-    const double dl = (m[U][g].lse[k] - m[V][g].lse[k]) * inverse_T;
-    double forward = sums[g].forward[k], reverse = sums[g].reverse[k], excess = sums[g].excess[k];
-    if (!r->positions) {
-        forward = sum_of_lanes(sums[g].forward);
-        reverse = sum_of_lanes(sums[g].reverse);
-        excess = sum_of_lanes(sums[g].excess);
+/* Compares again, in the exact form and against T lse, what the first results left open. Rows that
+ * differ by a constant keep their anchors: against them they differ by exactly 0. */
+static void compare_again(const forward_params *p, const sk_rows *r, const sk_scale *t,
+                          comparison *m, results *to) {
+    results again;
+    memset(m->sum, 0, sizeof m->sum);
+    for (int64_t i = 0; i < r->width; i++) {
+        if (to->dl[i] == ((double)m->hu[i] - m->hv[i]) / t->T) continue;
+        m->hu[i] = (real)(to->lse[i] * t->T);
+        m->hv[i] = (real)((to->lse[i] - to->dl[i]) * t->T);
     }
-    /* The sum of p - q would be 0, were it not for the rounding error of dl: it is that very error,
-     * of which both KL hold half the square too much. */
-    excess *= factor;
-    forward = factor * forward - excess * excess / 2;
-    reverse = factor * reverse - excess * excess / 2;
-    saved_row row = {lse_u, dl + excess, forward < 0 ? 0 : forward, reverse < 0 ? 0 : reverse};
-    if (!is_ordinary(row.forward, row.reverse)) {
-        row.dl = dl;
+    compare(p, r, t, true, m);
+    conclude(true, r, t->T, m, &again);
+    for (int64_t i = 0; i < r->width; i++) {
+        if (!isnan(to->forward[i])) continue;
+        to->lse[i] = again.lse[i];
+        to->dl[i] = again.dl[i];
+        to->forward[i] = again.forward[i];
+        to->reverse[i] = again.reverse[i];
+    }
+}
+
+static void diverge(const forward_params *p, const sk_rows *r, const sk_scale *t,
+                    const real *weight, results *to) {
+    comparison m;
+    memset(m.sum, 0, sizeof m.sum);
+    /* Not -inf: a lane that is all -inf must get 2^-inf, not 2^NaN. */
+    for (int64_t i = 0; i < SK_PITCH; i++) m.hu[i] = m.hv[i] = (real)-1e30;
+    compare(p, r, t, false, &m);
+    conclude(false, r, t->T, &m, to);
+    int64_t open = 0;
+    for (int64_t i = 0; i < r->width; i++) open += weight[i] != 0 && isnan(to->forward[i]);
+    if (open == 0) return;
+    compare_again(p, r, t, &m, to);
+    for (int64_t i = 0; i < r->width; i++) {
+        if (weight[i] == 0 || !isnan(to->forward[i])) continue;
+        saved_row row = {to->lse[i], to->dl[i], 0, 0};
         careful_divergence(p, r, i, &row);
+        to->lse[i] = row.lse_u;
+        to->dl[i] = row.dl;
+        to->forward[i] = row.forward;
+        to->reverse[i] = row.reverse;
     }
-    return row;
 }
 
-static void save_row(const forward_params *p, const sk_rows *r, int64_t i, double weight,
-                     saved_row row) {
-    const double TT = p->temperature * p->temperature;
-    const double forward = p->forward_weight != 0 ? p->forward_weight * row.forward : 0;
-    const double reverse = p->reverse_weight != 0 ? p->reverse_weight * row.reverse : 0;
-    const int64_t *stride = p->saved.stride;
-    double *saved = (double *)p->saved.data + sk_row_at(r, stride[1], stride[2], i);
-    ((real *)p->rows.data)[sk_row_at(r, p->rows.stride[0], p->rows.stride[1], i)] =
-        (real)(weight * TT * (forward + reverse));
-    saved[0] = row.lse_u;
-    saved[stride[0]] = row.dl;
-    saved[2 * stride[0]] = row.forward;
-    saved[3 * stride[0]] = row.reverse;
-}
-
-static void forward_task(const forward_params *p, const sk_rows *r, const units *unit) {
-    SK_ALIGNED softmax m[2][SK_GROUPS];
-    SK_ALIGNED divergence sums[SK_GROUPS];
-    real weight[SK_TILE_S];
+static void forward_task(const forward_params *p, const sk_rows *r, const sk_scale *t) {
+    results x;
+    SK_ALIGNED real weight[SK_PITCH];
     bool any = false;
     sk_load_scalars(r, &p->weight, weight);
     for (int64_t i = 0; i < r->width; i++) any |= weight[i] != 0;
-    if (any) diverge(p, r, unit, m, sums);
-    for (int64_t i = 0; i < r->width; i++)
-        save_row(p, r, i, weight[i],
-                 weight[i] != 0 ? row_of(p, r, i, m, sums) : (saved_row){0, 0, 0, 0});
+    if (any) diverge(p, r, t, weight, &x);
+
+    const double TT = p->temperature * p->temperature;
+    const double wf = p->forward_weight, wr = p->reverse_weight;
+    const int64_t plane = p->saved.stride[0], at = r->n * r->S + r->s; /* outputs are compact */
+    double *restrict saved = (double *)p->saved.data + at;
+    real *restrict rows = (real *)p->rows.data + at;
+#pragma omp simd
+    for (int64_t i = 0; i < r->width; i++) {
+        const bool used = any && weight[i] != 0;
+        const double forward = used ? x.forward[i] : 0, reverse = used ? x.reverse[i] : 0;
+        const double sum = (wf != 0 ? wf * forward : 0) + (wr != 0 ? wr * reverse : 0);
+        rows[i] = used ? (real)(weight[i] * TT * sum) : 0;
+        saved[i] = used ? x.lse[i] : 0;
+        saved[plane + i] = used ? x.dl[i] : 0;
+        saved[2 * plane + i] = forward;
+        saved[3 * plane + i] = reverse;
+    }
 }
 
 /* ---- Backward ---- */
 
-/* What the gradients of a lane's row need: p = U_FACTOR 2^((u - U_SHIFT) log2e_T) and q likewise,
- * both times the row's factor; d; both KL. */
-enum { U_SHIFT, U_FACTOR, V_SHIFT, V_FACTOR, DL_HIGH, DL_LOW, KL_FORWARD, KL_REVERSE, SCALARS };
-typedef real row_scalars[SCALARS][SK_LANES];
+/* What the gradients of a row need: p = U_FACTOR e^((u - U_SHIFT)/T) and q likewise, both times the
+ * row's factor (0: no gradient); d (see sk_log_ratio); both KL. */
+enum { U_SHIFT, U_FACTOR, V_SHIFT, V_FACTOR, GAP_HIGH, GAP_LOW, KL_FORWARD, KL_REVERSE, SCALARS };
+typedef real row_scalars[SCALARS][SK_PITCH];
 
 /* wf and wr, and the same for the terms that detach_target drops. */
 typedef struct term_weights {
     real forward, reverse, target_forward, target_reverse;
 } term_weights;
 
-static void set_lane(const units *unit, saved_row row, double factor, row_scalars m, int64_t k) {
-    const double u = row.lse_u * unit->T, v = (row.lse_u - row.dl) * unit->T;
-    const sk_split dl = sk_split_of(row.dl * unit->T);
-    m[U_SHIFT][k] = (real)u;
-    m[V_SHIFT][k] = (real)v;
-    m[U_FACTOR][k] = (real)factor * sk_exp2((real)(m[U_SHIFT][k] - u) * unit->log2e_T);
-    m[V_FACTOR][k] = (real)factor * sk_exp2((real)(m[V_SHIFT][k] - v) * unit->log2e_T);
-    m[DL_HIGH][k] = dl.high;
-    m[DL_LOW][k] = dl.low;
-    m[KL_FORWARD][k] = (real)row.forward;
-    m[KL_REVERSE][k] = (real)row.reverse;
-}
-
-/* Leaves the gradients of a tile's group of lanes. */
-static void gradients(const sk_rows *r, const units *unit, term_weights w, const real *u,
-                      const real *v, int64_t depth, row_scalars m, real *grad_u, real *grad_v) {
-    for (int64_t i = 0; i < depth; i++) {
-        const int64_t at = i * r->pitch;
+/* Leaves the gradients of a run. */
+SK_SPECIAL void gradients(bool positions, bool exact, const sk_scale *scale, term_weights w,
+                          sk_run run, row_scalars m, const real *u, const real *v, sk_ahead next_u,
+                          sk_ahead next_v, real *restrict grad_u, real *restrict grad_v) {
+    const sk_scale t = *scale;
+    for (int64_t at = 0; at < run.n; at += SK_LANES) {
+        sk_fetch(next_u, at / SK_LANES);
+        sk_fetch(next_v, at / SK_LANES);
 #pragma omp simd
         for (int k = 0; k < SK_LANES; k++) {
-            const real p = m[U_FACTOR][k] * sk_exp2((u[at + k] - m[U_SHIFT][k]) * unit->log2e_T);
-            const real q = m[V_FACTOR][k] * sk_exp2((v[at + k] - m[V_SHIFT][k]) * unit->log2e_T);
-            const sk_split dl = {m[DL_HIGH][k], m[DL_LOW][k]};
-            const real d = sk_difference(u[at + k], v[at + k], dl) * unit->inverse_T;
-            const real p_q = d * d < (real)0.25 ? q * sk_expm1(d) : p - q;
-            grad_u[at + k] = w.target_forward * (p * (d - m[KL_FORWARD][k])) + w.reverse * p_q;
-            grad_v[at + k] = -w.target_reverse * (q * (d + m[KL_REVERSE][k])) - w.forward * p_q;
+            const int64_t i = positions ? run.row + at + k : run.row;
+            const real a = u[at + k], b = v[at + k];
+            const real p = m[U_FACTOR][i] * sk_exp_of(a - m[U_SHIFT][i], &t);
+            const real q = m[V_FACTOR][i] * sk_exp_of(b - m[V_SHIFT][i], &t);
+            const real d = sk_log_ratio(exact, a, b, (sk_split){m[GAP_HIGH][i], m[GAP_LOW][i]}, &t);
+            const real p_q = d < (real)0.5 && d > (real)-0.5 ? q * sk_expm1(d) : p - q;
+            const real to_u = w.target_forward * (p * (d - m[KL_FORWARD][i])) + w.reverse * p_q;
+            const real to_v = -w.target_reverse * (q * (d + m[KL_REVERSE][i])) - w.forward * p_q;
+            grad_u[at + k] = m[U_FACTOR][i] != 0 ? to_u : 0;
+            grad_v[at + k] = m[U_FACTOR][i] != 0 ? to_v : 0;
         }
     }
-}
-
-/* Sets the gradients of rows with factor 0 to 0, whatever their logits hold. */
-static void clear_gradients(const sk_rows *r, int64_t depth, row_scalars m, real *grad_u,
-                            real *grad_v) {
-    for (int64_t i = 0; i < depth; i++) {
-        const int64_t at = i * r->pitch;
-#pragma omp simd
-        for (int k = 0; k < SK_LANES; k++) {
-            const real a = grad_u[at + k], b = grad_v[at + k];
-            grad_u[at + k] = m[U_FACTOR][k] != 0 ? a : 0;
-            grad_v[at + k] = m[U_FACTOR][k] != 0 ? b : 0;
-        }
-    }
-}
-
-static int live_lanes(row_scalars m) {
-    int live = 0;
-    for (int k = 0; k < SK_LANES; k++) live += m[U_FACTOR][k] != 0;
-    return live;
-}
-
-static saved_row load_row(const backward_params *p, const sk_rows *r, int64_t i) {
-    const int64_t *stride = p->saved.stride;
-    const double *saved = (const double *)p->saved.data + sk_row_at(r, stride[1], stride[2], i);
-    return (saved_row){saved[0], saved[stride[0]], saved[2 * stride[0]], saved[3 * stride[0]]};
 }
 
 /* The gradient of a row that is far or holds infinities or NaN: terms of weight 0 are left out, 0
  * log 0 = 0. */
-static void careful_gradient(const backward_params *p, const sk_rows *r, int64_t i, double factor,
-                             term_weights w) {
-    const saved_row row = load_row(p, r, i);
+static void careful_gradient(const backward_params *p, const sk_rows *r, int64_t i, saved_row row,
+                             double factor, term_weights w) {
     for (int64_t c = 0; c < r->C; c++) {
         const class_terms k = class_of(r, &p->u, &p->v, p->temperature, row, i, c);
         const double forward = k.no_p && !isnan(row.forward) ? 0 : k.p * (k.d - row.forward);
@@ -385,79 +295,101 @@ static void careful_gradient(const backward_params *p, const sk_rows *r, int64_t
     }
 }
 
-/* Leaves each row's factor and scalars, in lanes without a row those of some other. */
-static void load_lanes(const backward_params *p, const sk_rows *r, const units *unit,
-                       double *factor, row_scalars *m) {
-    real grad[SK_TILE_S], weight[SK_TILE_S];
+/* Leaves what was saved, and each row's factor. */
+static void load_results(const backward_params *p, const sk_rows *r, results *x, double *factor) {
+    SK_ALIGNED real grad[SK_PITCH], weight[SK_PITCH];
     const double per_row = p->temperature / *(const real *)p->denominator.data;
+    const int64_t *stride = p->saved.stride;
     sk_load_scalars(r, &p->grad, grad);
     sk_load_scalars(r, &p->weight, weight);
     for (int64_t i = 0; i < r->width; i++) {
-        const saved_row row = weight[i] != 0 ? load_row(p, r, i) : (saved_row){0, 0, 0, 0};
+        const double *saved = (const double *)p->saved.data + sk_row_at(r, stride[1], stride[2], i);
+        x->lse[i] = saved[0];
+        x->dl[i] = saved[stride[0]];
+        x->forward[i] = saved[2 * stride[0]];
+        x->reverse[i] = saved[3 * stride[0]];
         /* No gradient: none comes in, or the row has no loss, for its weight or because p = q. */
-        const bool none = grad[i] == 0 || (row.forward == 0 && row.reverse == 0);
+        const bool none =
+            (grad[i] == 0) | (weight[i] == 0) | ((x->forward[i] == 0) & (x->reverse[i] == 0));
         factor[i] = none ? 0 : per_row * grad[i] * weight[i];
-        set_lane(unit, none ? (saved_row){0, 0, 0, 0} : row, factor[i], m[sk_group(r, i)],
-                 sk_lane(r, i));
     }
-    for (int64_t g = 0; g < r->groups; g++) {
-        const int64_t used = r->positions ? sk_min(SK_LANES, r->width - g * SK_LANES) : 1;
-        for (int i = 0; i < SCALARS && used < SK_LANES; i++) {
-            const real x = m[g][i][0];
-            for (int k = 0; k < SK_LANES; k++) m[g][i][k] = k < used ? m[g][i][k] : x;
-        }
-    }
+    for (int64_t i = r->width; i < r->groups * SK_LANES && r->positions; i++)
+        x->lse[i] = x->dl[i] = x->forward[i] = x->reverse[i] = factor[i] = 0;
 }
 
-static void backward_task(const backward_params *p, const sk_rows *r, const units *unit,
+/* Returns whether a row needs the exact form. */
+static bool set_scalars(const sk_rows *r, const sk_scale *t, const results *x, const double *factor,
+                        row_scalars m) {
+    const int64_t rows = r->positions ? r->groups * SK_LANES : r->width;
+    int exact = 0;
+#pragma omp simd reduction(| : exact)
+    for (int64_t i = 0; i < rows; i++) {
+        const double u = x->lse[i] * t->T, v = (x->lse[i] - x->dl[i]) * t->T;
+        const sk_split gap = sk_split_of(x->dl[i] * t->T);
+        m[U_SHIFT][i] = (real)u;
+        m[V_SHIFT][i] = (real)v;
+        m[U_FACTOR][i] = (real)factor[i] * sk_exp_of((real)((real)u - u), t);
+        m[V_FACTOR][i] = (real)factor[i] * sk_exp_of((real)((real)v - v), t);
+        m[GAP_HIGH][i] = gap.high;
+        m[GAP_LOW][i] = gap.low;
+        m[KL_FORWARD][i] = (real)x->forward[i];
+        m[KL_REVERSE][i] = (real)x->reverse[i];
+        exact |= (factor[i] != 0) & sk_needs_exact(x->dl[i], x->forward[i], x->reverse[i]);
+    }
+    return exact != 0;
+}
+
+static void backward_task(const backward_params *p, const sk_rows *r, const sk_scale *t,
                           term_weights w) {
-    SK_ALIGNED real tile[2][SK_TILE], tile_grad[2][SK_TILE];
-    SK_ALIGNED row_scalars m[SK_GROUPS];
-    real *u[SK_GROUPS], *v[SK_GROUPS], *grad_u[SK_GROUPS], *grad_v[SK_GROUPS];
-    double factor[SK_TILE_S];
-    load_lanes(p, r, unit, factor, m);
-    for (int64_t c = 0, classes; c < r->C; c += classes) {
-        classes = sk_min(r->step, r->C - c);
-        if (!r->positions && classes > SK_LANES)
-            classes -= classes % SK_LANES; /* in place; the rest of the row after it */
-        const int64_t depth = sk_depth(r, classes);
-        sk_load_tile(r, &p->u, c, classes, tile[U], u);
-        sk_load_tile(r, &p->v, c, classes, tile[V], v);
-        sk_open_tile(r, &p->grad_u, c, classes, tile_grad[U], grad_u);
-        sk_open_tile(r, &p->grad_v, c, classes, tile_grad[V], grad_v);
-        for (int64_t g = 0; g < r->groups; g++) {
-            const int live = live_lanes(m[g]);
-            if (live > 0) gradients(r, unit, w, u[g], v[g], depth, m[g], grad_u[g], grad_v[g]);
-            if (live < SK_LANES) clear_gradients(r, depth, m[g], grad_u[g], grad_v[g]);
-        }
-        sk_store_tile(r, &p->grad_u, c, classes, tile_grad[U]);
-        sk_store_tile(r, &p->grad_v, c, classes, tile_grad[V]);
+    SK_ALIGNED real buffer[4][SK_RUN];
+    SK_ALIGNED row_scalars m;
+    SK_ALIGNED double factor[SK_PITCH];
+    results x;
+    load_results(p, r, &x, factor);
+    const bool exact = set_scalars(r, t, &x, factor, m);
+    for (sk_run run = {0}; sk_next_run(r, &run);) {
+        const real *u = sk_read_run(r, &p->u, run, buffer[0]);
+        const real *v = sk_read_run(r, &p->v, run, buffer[1]);
+        const sk_ahead next_u = sk_next_read(r, &p->u, run), next_v = sk_next_read(r, &p->v, run);
+        real *grad_u = sk_begin_run(r, &p->grad_u, run, buffer[2]);
+        real *grad_v = sk_begin_run(r, &p->grad_v, run, buffer[3]);
+        if (r->positions && exact)
+            gradients(true, true, t, w, run, m, u, v, next_u, next_v, grad_u, grad_v);
+        else if (r->positions)
+            gradients(true, false, t, w, run, m, u, v, next_u, next_v, grad_u, grad_v);
+        else if (exact)
+            gradients(false, true, t, w, run, m, u, v, next_u, next_v, grad_u, grad_v);
+        else
+            gradients(false, false, t, w, run, m, u, v, next_u, next_v, grad_u, grad_v);
+        sk_end_run(r, &p->grad_u, run, grad_u);
+        sk_end_run(r, &p->grad_v, run, grad_v);
     }
     for (int64_t i = 0; i < r->width; i++) {
-        const int64_t g = sk_group(r, i), k = sk_lane(r, i);
-        if (factor[i] != 0 && !is_ordinary(m[g][KL_FORWARD][k], m[g][KL_REVERSE][k]))
-            careful_gradient(p, r, i, factor[i], w);
+        const saved_row row = {x.lse[i], x.dl[i], x.forward[i], x.reverse[i]};
+        if (factor[i] != 0 && !is_ordinary(row.forward, row.reverse))
+            careful_gradient(p, r, i, row, factor[i], w);
     }
 }
 
 /* ---- The kernels ---- */
 
 static sk_rows forward_all(const forward_params *p) {
-    return sk_rows_of(&p->u, &p->v, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S), 32);
+    return sk_rows_of(2, (const sk_arg *const[]){&p->u, &p->v}, SK_DIM(p, N), SK_DIM(p, C),
+                      SK_DIM(p, S));
 }
 
 static sk_work forward_work(const void *params) {
     const sk_rows all = forward_all(params);
-    return sk_work_of(&all);
+    return sk_work_of(&all, 2);
 }
 
 static void sd_dropout_kl_rows(const void *params, int64_t begin, int64_t end) {
     const forward_params *p = params;
     const sk_rows all = forward_all(p);
-    const units unit = units_of(p->temperature);
+    const sk_scale t = sk_scale_of(p->temperature);
     for (int64_t i = begin; i < end; i++) {
         const sk_rows r = sk_task(&all, i);
-        forward_task(p, &r, &unit);
+        forward_task(p, &r, &t);
     }
 }
 
@@ -468,24 +400,25 @@ static void forward_finish(const void *params) {
 }
 
 static sk_rows backward_all(const backward_params *p) {
-    return sk_rows_of(&p->u, &p->v, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S), 8);
+    return sk_rows_of(2, (const sk_arg *const[]){&p->u, &p->v}, SK_DIM(p, N), SK_DIM(p, C),
+                      SK_DIM(p, S));
 }
 
 static sk_work backward_work(const void *params) {
     const sk_rows all = backward_all(params);
-    return sk_work_of(&all);
+    return sk_work_of(&all, 2);
 }
 
 static void sd_dropout_kl_backward_rows(const void *params, int64_t begin, int64_t end) {
     const backward_params *p = params;
     const sk_rows all = backward_all(p);
-    const units unit = units_of(p->temperature);
+    const sk_scale t = sk_scale_of(p->temperature);
     const real forward = (real)p->forward_weight, reverse = (real)p->reverse_weight;
     const term_weights w = {forward, reverse, p->detach_target ? 0 : forward,
                             p->detach_target ? 0 : reverse};
     for (int64_t i = begin; i < end; i++) {
         const sk_rows r = sk_task(&all, i);
-        backward_task(p, &r, &unit, w);
+        backward_task(p, &r, &t, w);
     }
 }
 

@@ -45,6 +45,10 @@ static inline uint16_t sk_to_bf16(float x) {
     return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded);
 }
 
+static inline int64_t sk_bytes(const sk_arg *t) {
+    return t->dtype == SK_DT_F16 || t->dtype == SK_DT_BF16 ? 2 : sizeof(real);
+}
+
 /* Element `at` of t; 1 for an absent tensor (a weight that was not given). */
 static inline real sk_load_one(const sk_arg *t, int64_t at) {
     if (!t->data) return 1;
@@ -113,45 +117,39 @@ static inline void sk_put(const sk_arg *t, int64_t at, int64_t stride, int64_t n
     }
 }
 
-/* ---- Rows of classes, in tiles ----
+/* ---- Rows of classes ----
  *
- * A tensor of shape (N, C, S) holds N x S rows of C classes. A task is a few of them, and one set
- * of loops serves two layouts, which differ in what the SK_LANES lanes of a vector are. "positions"
- * (images): each lane is a position, with a row of its own; tiles of a few classes and many
- * positions are copied to the stack, because a class stride such as 256 KB would map every class to
- * the same cache sets. "classes" (anything else): all lanes share one row, lane k taking classes k,
- * k + SK_LANES, ...; tiles of SK_ROW_C classes are read and written in place where that can be, and
- * a task takes several short rows so that their latencies overlap. */
+ * A tensor of shape (N, C, S) holds N x S rows of C classes. A task is a few of them, and the same
+ * loops serve two layouts, which differ in what the SK_LANES lanes of a vector are. "positions"
+ * (images): each lane is a position, with a row of its own. "classes" (anything else): all lanes
+ * share one row, lane k taking classes k, k + SK_LANES, ...; a task takes several short rows so
+ * that their latencies overlap. */
 enum {
-    SK_TILE = 16384 / sizeof(real),
-    SK_ROW_C = 1024,
-    SK_ROWS = 8,
-    SK_TILE_S = 512,
-    SK_GROUPS = SK_TILE_S / SK_LANES
+    SK_ROW_C = 1024,   /* classes of a row taken at a time */
+    SK_SHORT_ROWS = 8, /* in a task of rows no longer than that */
+    SK_WIDTH = 512,    /* rows in a task of positions */
+    SK_PITCH =
+        SK_WIDTH + SK_LANES, /* not a power of 2, which maps all classes to the same cache sets */
+    SK_TILE_C = 32,          /* classes of positions taken at a time */
+    SK_TILE = SK_TILE_C * SK_PITCH,
+    SK_GROUPS = SK_WIDTH / SK_LANES,
+    SK_RUN = 1024 /* elements written at a time */
 };
 
-/* Rows [n, s], [n, s + 1], ... (`width` of them) in `groups` groups of lanes; a tile holds `step`
- * classes, a group's vectors lie `pitch` apart in it, and groups `gap`. */
+/* Rows [n, s], [n, s + 1], ...: `width` of them, in `groups` groups of lanes. */
 typedef struct sk_rows {
-    int64_t N, C, S, n, s, width, groups, step, pitch, gap;
+    int64_t N, C, S, n, s, width, groups;
     bool positions;
 } sk_rows;
 
-/* The rows of a call that reads u and v; width is that of its largest task. Tiles of positions hold
- * tile_c classes: the fewer, the longer the runs of memory; the more, the more often a tile has all
- * classes and can be used twice. */
-static inline sk_rows sk_rows_of(const sk_arg *u, const sk_arg *v, int64_t N, int64_t C, int64_t S,
-                                 int64_t tile_c) {
-    const bool strided = u->stride[1] != 1 && v->stride[1] != 1;
-    const int64_t row = sk_groups(sk_min(C, SK_ROW_C)) * SK_LANES;
-    sk_rows r = {.N = N,
-                 .C = C,
-                 .S = S,
-                 .positions = S > 1 && strided && u->stride[2] == 1 && v->stride[2] == 1};
-    r.step = r.positions ? tile_c : SK_ROW_C;
-    r.pitch = r.positions ? sk_min(SK_TILE / tile_c, SK_TILE_S) : SK_LANES;
-    r.gap = r.positions ? SK_LANES : row;
-    r.width = r.positions ? sk_min(r.pitch, S) : C > SK_ROW_C ? 1 : sk_min(SK_TILE / row, SK_ROWS);
+/* The rows of a call that reads these tensors (NULL where one is absent); width is that of its
+ * largest task. */
+static inline sk_rows sk_rows_of(int count, const sk_arg *const *x, int64_t N, int64_t C,
+                                 int64_t S) {
+    sk_rows r = {.N = N, .C = C, .S = S, .positions = S >= SK_LANES};
+    for (int i = 0; i < count; i++)
+        if (x[i]->data) r.positions &= x[i]->stride[2] == 1 && x[i]->stride[1] != 1;
+    r.width = r.positions ? sk_min(SK_WIDTH, S) : C > SK_ROW_C ? 1 : SK_SHORT_ROWS;
     return r;
 }
 
@@ -161,10 +159,11 @@ static inline int64_t sk_tasks_in_run(const sk_rows *all) {
     return ((all->positions ? all->S : all->N * all->S) + all->width - 1) / all->width;
 }
 
-static inline sk_work sk_work_of(const sk_rows *all) {
+/* Each task reads `tensors` elements a class. */
+static inline sk_work sk_work_of(const sk_rows *all, int tensors) {
     if (all->N == 0 || all->S == 0) return (sk_work){0, 0, "classes"};
     const int64_t tasks = sk_tasks_in_run(all);
-    return (sk_work){all->positions ? all->N * tasks : tasks, 2 * all->C * all->width,
+    return (sk_work){all->positions ? all->N * tasks : tasks, tensors * all->C * all->width,
                      all->positions ? "positions" : "classes"};
 }
 
@@ -176,17 +175,6 @@ static inline sk_rows sk_task(const sk_rows *all, int64_t i) {
     r.width = sk_min(r.width, (r.positions ? r.S : r.N * r.S) - at);
     r.groups = r.positions ? sk_groups(r.width) : r.width;
     return r;
-}
-
-/* The group and lane of row i; in "classes", where all lanes of a row end up alike, lane 0. */
-static inline int64_t sk_group(const sk_rows *r, int64_t i) {
-    return r->positions ? i / SK_LANES : i;
-}
-static inline int64_t sk_lane(const sk_rows *r, int64_t i) {
-    return r->positions ? i % SK_LANES : 0;
-}
-static inline int64_t sk_depth(const sk_rows *r, int64_t classes) {
-    return r->positions ? classes : sk_groups(classes);
 }
 
 /* Row i in a tensor of shape (N, S). */
@@ -209,44 +197,161 @@ static inline void sk_load_scalars(const sk_rows *r, const sk_arg *x, real *to) 
         to[i] = sk_load_one(x, sk_row_at(r, x->stride[0], x->stride[1], i));
 }
 
-/* Whether a row's classes can be used where they lie: contiguous, of the kernel's own dtype and in
- * whole groups of lanes. */
-static inline bool sk_in_place(const sk_rows *r, const sk_arg *x, int64_t classes) {
-    return !r->positions && x->stride[1] == 1 && classes % SK_LANES == 0 &&
+/* ---- Reading: tiles ----
+ *
+ * A tile holds SK_ROW_C classes of each row, or SK_TILE_C classes of each position. Positions are
+ * copied to the stack, because a class stride such as 256 KB would map every class to the same
+ * cache sets; rows are read in place where that can be. */
+static inline int64_t sk_tile_classes(const sk_rows *r) {
+    return r->positions ? SK_TILE_C : SK_ROW_C;
+}
+
+/* From one vector of a group to the next, and how many there are. */
+static inline int64_t sk_pitch(const sk_rows *r) { return r->positions ? SK_PITCH : SK_LANES; }
+static inline int64_t sk_depth(const sk_rows *r, int64_t classes) {
+    return r->positions ? classes : sk_groups(classes);
+}
+
+/* Whether n elements can be used where they lie: contiguous, of the kernel's own dtype and in whole
+ * groups of lanes. */
+static inline bool sk_in_place(const sk_arg *x, int64_t stride, int64_t n) {
+    return stride == 1 && n % SK_LANES == 0 &&
            x->dtype == (sizeof(real) == 8 ? SK_DT_F64 : SK_DT_F32);
 }
 
-/* Leaves in lanes where classes c .. c + classes of each group are to be read or written. */
-static inline void sk_open_tile(const sk_rows *r, const sk_arg *x, int64_t c, int64_t classes,
-                                real *tile, real *lanes[SK_GROUPS]) {
-    const bool in_place = sk_in_place(r, x, classes);
-    for (int64_t g = 0; g < r->groups; g++)
-        lanes[g] = in_place ? (real *)x->data + sk_class_at(r, x, g, c) : tile + g * r->gap;
+/* Copies n elements of x from `at`, rounded up to whole groups of lanes with -inf. */
+static inline void sk_fill(const sk_arg *x, int64_t at, int64_t stride, int64_t n, real *to) {
+    sk_copy(x, at, stride, n, to);
+    for (; n % SK_LANES != 0; n++) to[n] = -INFINITY;
 }
 
-/* The same, and copies to the tile what is not in place, with -inf in the lanes that a group leaves
- * empty. */
+/* The same elements where they lie or, if they cannot be used there, in the buffer. */
+static inline const real *sk_read(const sk_arg *x, int64_t at, int64_t stride, int64_t n,
+                                  real *buffer) {
+    if (sk_in_place(x, stride, n)) return (const real *)x->data + at;
+    sk_fill(x, at, stride, n, buffer);
+    return buffer;
+}
+
+/* Leaves in lanes where classes c .. c + classes of each group are to be read. */
 static inline void sk_load_tile(const sk_rows *r, const sk_arg *x, int64_t c, int64_t classes,
-                                real *tile, real *lanes[SK_GROUPS]) {
-    sk_open_tile(r, x, c, classes, tile, lanes);
-    const int64_t runs = r->positions ? classes : r->width,
-                  length = r->positions ? r->width : classes;
-    for (int64_t i = 0; i < runs && !sk_in_place(r, x, classes); i++) {
-        real *run = tile + i * (r->positions ? r->pitch : r->gap);
-        const int64_t at = r->positions ? sk_class_at(r, x, 0, c + i) : sk_class_at(r, x, i, c);
-        sk_copy(x, at, x->stride[r->positions ? 2 : 1], length, run);
-        for (int64_t j = length; j % SK_LANES != 0; j++) run[j] = -INFINITY;
-    }
+                                real *tile, const real **lanes) {
+    for (int64_t i = 0; i < classes && r->positions; i++)
+        sk_fill(x, sk_class_at(r, x, 0, c + i), x->stride[2], r->width, tile + i * SK_PITCH);
+    const int64_t row = sk_groups(sk_min(r->C, SK_ROW_C)) * SK_LANES;
+    for (int64_t g = 0; g < r->groups; g++)
+        lanes[g] = r->positions
+                       ? tile + g * SK_LANES
+                       : sk_read(x, sk_class_at(r, x, g, c), x->stride[1], classes, tile + g * row);
 }
 
-/* Takes to its place what was written to a tile that is not in place. */
-static inline void sk_store_tile(const sk_rows *r, const sk_arg *x, int64_t c, int64_t classes,
-                                 const real *tile) {
-    const int64_t runs = r->positions ? classes : r->width,
-                  length = r->positions ? r->width : classes;
-    for (int64_t i = 0; i < runs && !sk_in_place(r, x, classes); i++) {
-        const int64_t at = r->positions ? sk_class_at(r, x, 0, c + i) : sk_class_at(r, x, i, c);
-        sk_put(x, at, x->stride[r->positions ? 2 : 1], length,
-               tile + i * (r->positions ? r->pitch : r->gap));
+/* lane[k] = what x, one scalar for each row, holds for lane k of group g. */
+static inline void sk_to_lanes(const sk_rows *r, int64_t g, const real *x, real *lane) {
+    for (int k = 0; k < SK_LANES; k++) lane[k] = x[r->positions ? g * SK_LANES + k : g];
+}
+
+/* Where the next tile of a group of lanes lies: its vectors are asked for while this one is
+ * computed with, for no hardware follows strides between pages. Numbers, as they may lie past the
+ * end. */
+typedef struct sk_ahead {
+    uintptr_t at;
+    int64_t step;
+} sk_ahead;
+
+static inline sk_ahead sk_next_tile(const sk_rows *r, const sk_arg *x, int64_t g, int64_t c) {
+    const int64_t row = r->positions ? g * SK_LANES : g, next = c + sk_tile_classes(r);
+    const int64_t at =
+        next < r->C ? sk_class_at(r, x, row, next) : sk_class_at(r, x, row + r->width, 0);
+    return (sk_ahead){(uintptr_t)x->data + (uintptr_t)(at * sk_bytes(x)),
+                      (r->positions ? x->stride[1] : SK_LANES) * sk_bytes(x)};
+}
+
+static inline void sk_fetch(sk_ahead x, int64_t i) {
+    __builtin_prefetch((const void *)(x.at + (uintptr_t)(i * x.step)), 0, 2);
+}
+
+/* Raises top to the largest of x, of each row. Four vectors at a time, for a chain of one maximum
+ * after the other would take longer than the exponentials. */
+static inline void sk_raise(const sk_rows *r, const real *x, int64_t depth, int64_t g, real *top) {
+    const int64_t pitch = sk_pitch(r);
+    real lane[SK_LANES];
+    sk_to_lanes(r, g, top, lane);
+    for (int64_t i = 0; i < depth; i += 4) {
+        const real *a = x + i * pitch, *b = x + sk_min(i + 1, depth - 1) * pitch;
+        const real *c = x + sk_min(i + 2, depth - 1) * pitch,
+                   *d = x + sk_min(i + 3, depth - 1) * pitch;
+#pragma omp simd
+        for (int k = 0; k < SK_LANES; k++) {
+            const real ab = a[k] > b[k] ? a[k] : b[k], cd = c[k] > d[k] ? c[k] : d[k],
+                       abcd = ab > cd ? ab : cd;
+            lane[k] = abcd > lane[k] ? abcd : lane[k];
+        }
     }
+    for (int k = 0; k < SK_LANES && r->positions; k++) top[g * SK_LANES + k] = lane[k];
+    if (r->positions) return;
+    real largest = lane[0];
+#pragma omp simd reduction(max : largest)
+    for (int k = 0; k < SK_LANES; k++) largest = lane[k] > largest ? lane[k] : largest;
+    top[g] = largest;
+}
+
+/* sum += part, lane k of group g being part of its row. */
+static inline void sk_add_lanes(const sk_rows *r, int64_t g, const real *part, double *sum) {
+    for (int k = 0; k < SK_LANES && r->positions; k++) sum[g * SK_LANES + k] += part[k];
+    if (r->positions) return;
+    double all = 0;
+#pragma omp simd reduction(+ : all)
+    for (int k = 0; k < SK_LANES; k++) all += part[k];
+    sum[g] += all;
+}
+
+/* ---- Writing: runs ----
+ *
+ * What is written class by class goes through memory in runs: n classes of one row from class c or,
+ * in "positions", class c of n rows from `row`. */
+typedef struct sk_run {
+    int64_t row, c, n;
+} sk_run;
+
+/* The run after this one, {0, 0, 0} being before the first; whole groups of lanes wherever there is
+ * one. */
+static inline bool sk_next_run(const sk_rows *r, sk_run *run) {
+    int64_t *along = r->positions ? &run->row : &run->c,
+            *across = r->positions ? &run->c : &run->row;
+    const int64_t length = r->positions ? r->width : r->C;
+    *along += run->n;
+    if (*along == length) {
+        *along = 0;
+        if (++*across == (r->positions ? r->C : r->width)) return false;
+    }
+    const int64_t left = sk_min(length - *along, SK_RUN);
+    run->n = left > SK_LANES ? left - left % SK_LANES : left;
+    return true;
+}
+
+static inline int64_t sk_run_at(const sk_rows *r, const sk_arg *x, sk_run run) {
+    return sk_class_at(r, x, run.row, run.c);
+}
+static inline int64_t sk_run_stride(const sk_rows *r, const sk_arg *x) {
+    return x->stride[r->positions ? 2 : 1];
+}
+
+static inline const real *sk_read_run(const sk_rows *r, const sk_arg *x, sk_run run, real *buffer) {
+    return sk_read(x, sk_run_at(r, x, run), sk_run_stride(r, x), run.n, buffer);
+}
+
+/* The run after it, as above. */
+static inline sk_ahead sk_next_read(const sk_rows *r, const sk_arg *x, sk_run run) {
+    const int64_t at = sk_run_at(r, x, run) + (r->positions ? x->stride[1] : SK_RUN);
+    return (sk_ahead){(uintptr_t)x->data + (uintptr_t)(at * sk_bytes(x)), SK_LANES * sk_bytes(x)};
+}
+
+/* Where a run is to be written: its place or the buffer, from which sk_end_run takes it there. */
+static inline real *sk_begin_run(const sk_rows *r, const sk_arg *x, sk_run run, real *buffer) {
+    return sk_in_place(x, sk_run_stride(r, x), run.n) ? (real *)x->data + sk_run_at(r, x, run)
+                                                      : buffer;
+}
+static inline void sk_end_run(const sk_rows *r, const sk_arg *x, sk_run run, const real *buffer) {
+    if (!sk_in_place(x, sk_run_stride(r, x), run.n))
+        sk_put(x, sk_run_at(r, x, run), sk_run_stride(r, x), run.n, buffer);
 }

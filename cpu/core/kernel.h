@@ -30,6 +30,9 @@ enum sk_isa { SK_ISA_BASE, SK_ISA_V3, SK_ISA_V4, SK_ISA_F64, SK_ISA_COUNT };
 /* SK_CPU(sd_dropout_kl) is sk_cpu_sd_dropout_kl_v3 in the v3 build of the file. */
 #define SK_CPU(op) SK_JOIN(sk_cpu_##op, SK_VARIANT)
 
+/* A function whose calls each get a copy of their own, with constant arguments folded in. */
+#define SK_SPECIAL static inline __attribute__((always_inline))
+
 #ifdef SK_REAL_IS_DOUBLE
 typedef double real;
 #else

@@ -37,19 +37,19 @@ static inline uint64_t sk_double_bits(double x) {
     return bits;
 }
 
-/* 2^x for x < 128, to 2.3 ULP; exactly 0 below -126.5 (so that a class at -inf has probability 0);
- * NaN stays NaN. x = n + f, |f| <= 1/2, is exact; 2^f by a minimax polynomial; 2^n is built in the
- * exponent field and multiplied, because adding it to the bits of 2^f would turn a NaN into a
- * number. e^(x/T) is 2^(x * SK_LOG2E/T). */
-static inline real sk_exp2(real x) {
+/* 2^(x k) for x k < 128, k > 0, to 2.3 ULP (and the rounding of k); exactly 0 for x below lowest =
+ * -127/k (so that a class at -inf has probability 0); NaN stays NaN. x k = n + f, |f| <= 1/2; 2^f
+ * by a minimax polynomial; 2^n is built in the exponent field and multiplied, because adding it to
+ * the bits of 2^f would turn a NaN into a number. e^(x/T) has k = SK_LOG2E/T. */
+static inline real sk_exp2_scaled(real x, real k, real lowest) {
 #ifdef SK_REAL_IS_DOUBLE
-    return exp2(x);
+    (void)lowest;
+    return exp2(x * k);
 #else
-    const float shift =
-        12582912.0f + 127.0f;      /* 1.5 * 2^23: leaves n + 127 in the low bits of the sum */
-    x = x < -127.0f ? -127.0f : x; /* n + 127 = 0 makes a factor of 0 */
-    const float t = x + shift;
-    const float f = x - (t - shift);
+    x = x < lowest ? lowest : x;
+    const float shift = 12582912.0f + 127.0f; /* 1.5 * 2^23: leaves n + 127 in the low bits */
+    const float t = x * k + shift;
+    const float f = x * k - (t - shift);
     float y = 1.326472731e-3f;
     y = y * f + 9.671512991e-3f;
     y = y * f + 5.550733581e-2f;
@@ -80,32 +80,27 @@ static inline double sk_log(double x) {
     return x > 0 ? y : (double)NAN;
 }
 
-/* e^x - 1 - x = x^2 (even + odd) for |x| <= 1, even and odd being even and odd functions of x; then
- * x^2 (even - odd) is e^-x - 1 + x. Minimax polynomials, to 1.4e-7 (double: series, to 1e-15). */
-typedef struct sk_parts {
-    real even, odd;
-} sk_parts;
-
-static inline sk_parts sk_exp_rest(real x) {
+/* (e^x - 1 - x) / x^2 for |x| <= 1, its even and odd part by a minimax polynomial each, to 1.4e-7
+ * (double: series, to 1e-15). */
+static inline real sk_exp_rest(real x) {
     const real z = x * x;
 #ifdef SK_REAL_IS_DOUBLE
     double even = (1.0 / 20922789888000 * z + 1.0 / 87178291200) * z + 1.0 / 479001600;
     double odd = (1.0 / 355687428096000 * z + 1.0 / 1307674368000) * z + 1.0 / 6227020800;
     even = (((even * z + 1.0 / 3628800) * z + 1.0 / 40320) * z + 1.0 / 720) * z + 1.0 / 24;
     odd = (((odd * z + 1.0 / 39916800) * z + 1.0 / 362880) * z + 1.0 / 5040) * z + 1.0 / 120;
-    return (sk_parts){even * z + 0.5, (odd * z + 1.0 / 6) * x};
+    return (even * z + 0.5) + (odd * z + 1.0 / 6) * x;
 #else
     const float even = (2.53438775e-5f * z + 1.38856715e-3f) * z + 4.16667201e-2f;
     const float odd = (2.03380623e-4f * z + 8.33076797e-3f) * z + 1.66666999e-1f;
-    return (sk_parts){even * z + 0.5f, odd * x};
+    return (even * z + 0.5f) + odd * x;
 #endif
 }
 
 /* e^x - 1 for |x| <= 1/2, by a minimax polynomial, to 1e-7 (double: to 1e-15). */
 static inline real sk_expm1(real x) {
 #ifdef SK_REAL_IS_DOUBLE
-    const sk_parts rest = sk_exp_rest(x);
-    return (rest.even + rest.odd) * x * x + x;
+    return sk_exp_rest(x) * x * x + x;
 #else
     float y = 1.38888194e-3f;
     y = y * x + 8.40768311e-3f;
