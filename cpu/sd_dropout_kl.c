@@ -73,75 +73,23 @@ static void careful_divergence(const forward_params *p, const sk_rows *r, int64_
 
 /* ---- Forward ---- */
 
-/* Per row: what its logits are compared against, and the sums of cpu/core/kl.h. */
-enum { P, Q, D, GQ, DY, SUMS };
-typedef struct comparison {
-    SK_ALIGNED real hu[SK_PITCH], hv[SK_PITCH];
-    SK_ALIGNED double sum[SUMS][SK_PITCH];
-} comparison;
-
-/* Adds a tile's group of lanes. */
-SK_SPECIAL void add_group(bool exact, const sk_rows *r, const sk_scale *scale, const real *u,
-                          const real *v, sk_ahead next_u, sk_ahead next_v, int64_t depth, int64_t g,
-                          comparison *m) {
-    const sk_scale t = *scale;
-    const int64_t pitch = sk_pitch(r);
-    real hu[SK_LANES], hv[SK_LANES], high[SK_LANES], low[SK_LANES];
-    real p_[SK_LANES] = {0}, q_[SK_LANES] = {0}, d_[SK_LANES] = {0}, gq_[SK_LANES] = {0},
-         dy_[SK_LANES] = {0};
-    sk_to_lanes(r, g, m->hu, hu);
-    sk_to_lanes(r, g, m->hv, hv);
-    for (int k = 0; k < SK_LANES; k++) {
-        const sk_split gap = sk_split_of((double)hu[k] - hv[k]);
-        high[k] = gap.high;
-        low[k] = gap.low;
-    }
-    for (int64_t i = 0; i < depth; i++) {
-        const int64_t at = i * pitch;
-        sk_fetch(next_u, i);
-        sk_fetch(next_v, i);
-#pragma omp simd
-        for (int k = 0; k < SK_LANES; k++) {
-            const real a = u[at + k], b = v[at + k];
-            const real p = sk_exp_of(a - hu[k], &t), q = sk_exp_of(b - hv[k], &t);
-            const real y = sk_log_ratio(exact, a, b, (sk_split){high[k], low[k]}, &t);
-            const sk_compared x = sk_compare(p, q, y);
-            p_[k] += p;
-            q_[k] += q;
-            d_[k] += x.diff;
-            gq_[k] += x.gq;
-            dy_[k] += x.diff * y;
-        }
-    }
-    sk_add_lanes(r, g, p_, m->sum[P]);
-    sk_add_lanes(r, g, q_, m->sum[Q]);
-    sk_add_lanes(r, g, d_, m->sum[D]);
-    sk_add_lanes(r, g, gq_, m->sum[GQ]);
-    sk_add_lanes(r, g, dy_, m->sum[DY]);
-}
-
-/* The results that follow from the sums; NaN as KL(p||q) of a row whose sums are not good enough.
- */
-static void conclude(bool exact, const sk_rows *r, double T, const comparison *m, results *to) {
+/* The results that follow from the sums; NaN as KL(p||q) of a row that is not good. */
+SK_SPECIAL void conclude(enum sk_form form, const sk_rows *r, double T, const sk_comparison *m,
+                         results *to) {
 #pragma omp simd
     for (int64_t i = 0; i < r->width; i++) {
-        const double p = m->sum[P][i], q = m->sum[Q][i], d = m->sum[D][i];
-        const double gap_T = ((double)m->hu[i] - m->hv[i]) / T;
-        const double ratio = d / q, log_ratio = sk_log(p / q), h = sk_log_gap(ratio, log_ratio);
-        const double gp = (m->sum[DY][i] - m->sum[GQ][i]) / p, gq = m->sum[GQ][i] / q;
-        const double forward = gp - (ratio * d / p - h), reverse = gq - h;
-        const bool good = (gp <= 16 * forward) & (gq <= 16 * reverse) & (forward < FAR) &
-                          (reverse < FAR) & (exact | !sk_needs_exact(gap_T, forward, reverse));
-        to->lse[i] = m->hu[i] / T + sk_log(p);
-        to->dl[i] = gap_T + (ratio - h);
-        to->forward[i] = good ? forward : (double)NAN;
-        to->reverse[i] = reverse;
+        const sk_concluded x = sk_conclude(form, true, m, i, T, T);
+        const bool near = (x.forward < FAR) & (x.reverse < FAR);
+        to->lse[i] = x.lse;
+        to->dl[i] = x.dl;
+        to->forward[i] = near ? x.forward : (double)NAN;
+        to->reverse[i] = x.reverse;
     }
 }
 
-/* Both visits to a task's logits, the first only where anchors are still wanted. */
-static void compare(const forward_params *p, const sk_rows *r, const sk_scale *t, bool exact,
-                    comparison *m) {
+/* Both visits to a task's logits, the first of them for the anchors: only for the PLAIN form. */
+static void compare(const forward_params *p, const sk_rows *r, const sk_scale *t, enum sk_form form,
+                    sk_comparison *m) {
     SK_ALIGNED real tile[2][SK_TILE];
     const sk_arg *logits[2] = {&p->u, &p->v};
     const real *x[2][SK_GROUPS];
@@ -151,9 +99,13 @@ static void compare(const forward_params *p, const sk_rows *r, const sk_scale *t
         const int64_t classes = sk_min(step, r->C - c);
         for (int i = U; i <= V; i++) {
             sk_load_tile(r, logits[i], c, classes, tile[i], x[i]);
-            for (int64_t g = 0; g < r->groups && !exact; g++)
+            for (int64_t g = 0; g < r->groups && form == SK_PLAIN; g++)
                 sk_raise(r, x[i][g], sk_depth(r, classes), g, top[i]);
         }
+    }
+    for (int64_t i = 0; i < sk_scalars(r) && form == SK_PLAIN; i++) {
+        m->hu[i] = sk_anchor(m->hu[i]);
+        m->hv[i] = sk_anchor(m->hv[i]);
     }
     for (int64_t c = 0; c < r->C; c += step) {
         const int64_t classes = sk_min(step, r->C - c), depth = sk_depth(r, classes);
@@ -162,10 +114,12 @@ static void compare(const forward_params *p, const sk_rows *r, const sk_scale *t
         for (int64_t g = 0; g < r->groups; g++) {
             const sk_ahead next_u = sk_next_tile(r, &p->u, g, c),
                            next_v = sk_next_tile(r, &p->v, g, c);
-            if (exact)
-                add_group(true, r, t, x[U][g], x[V][g], next_u, next_v, depth, g, m);
+            if (form == SK_PLAIN)
+                sk_compare_group(SK_PLAIN, true, SK_FRESH, r, t, t, x[U][g], x[V][g], next_u,
+                                 next_v, depth, g, NULL, m);
             else
-                add_group(false, r, t, x[U][g], x[V][g], next_u, next_v, depth, g, m);
+                sk_compare_group(SK_EXACT, true, SK_FRESH, r, t, t, x[U][g], x[V][g], next_u,
+                                 next_v, depth, g, NULL, m);
         }
     }
 }
@@ -173,16 +127,16 @@ static void compare(const forward_params *p, const sk_rows *r, const sk_scale *t
 /* Compares again, in the exact form and against T lse, what the first results left open. Rows that
  * differ by a constant keep their anchors: against them they differ by exactly 0. */
 static void compare_again(const forward_params *p, const sk_rows *r, const sk_scale *t,
-                          comparison *m, results *to) {
+                          sk_comparison *m, results *to) {
     results again;
-    memset(m->sum, 0, sizeof m->sum);
+    sk_clear_sums(r, m);
     for (int64_t i = 0; i < r->width; i++) {
         if (to->dl[i] == ((double)m->hu[i] - m->hv[i]) / t->T) continue;
         m->hu[i] = (real)(to->lse[i] * t->T);
         m->hv[i] = (real)((to->lse[i] - to->dl[i]) * t->T);
     }
-    compare(p, r, t, true, m);
-    conclude(true, r, t->T, m, &again);
+    compare(p, r, t, SK_EXACT, m);
+    conclude(SK_EXACT, r, t->T, m, &again);
     for (int64_t i = 0; i < r->width; i++) {
         if (!isnan(to->forward[i])) continue;
         to->lse[i] = again.lse[i];
@@ -194,12 +148,11 @@ static void compare_again(const forward_params *p, const sk_rows *r, const sk_sc
 
 static void diverge(const forward_params *p, const sk_rows *r, const sk_scale *t,
                     const real *weight, results *to) {
-    comparison m;
-    memset(m.sum, 0, sizeof m.sum);
-    /* Not -inf: a lane that is all -inf must get 2^-inf, not 2^NaN. */
-    for (int64_t i = 0; i < SK_PITCH; i++) m.hu[i] = m.hv[i] = (real)-1e30;
-    compare(p, r, t, false, &m);
-    conclude(false, r, t->T, &m, to);
+    sk_comparison m;
+    sk_clear_sums(r, &m);
+    for (int64_t i = 0; i < sk_scalars(r); i++) m.hu[i] = m.hv[i] = -INFINITY;
+    compare(p, r, t, SK_PLAIN, &m);
+    conclude(SK_PLAIN, r, t->T, &m, to);
     int64_t open = 0;
     for (int64_t i = 0; i < r->width; i++) open += weight[i] != 0 && isnan(to->forward[i]);
     if (open == 0) return;
@@ -244,7 +197,7 @@ static void forward_task(const forward_params *p, const sk_rows *r, const sk_sca
 /* ---- Backward ---- */
 
 /* What the gradients of a row need: p = U_FACTOR e^((u - U_SHIFT)/T) and q likewise, both times the
- * row's factor (0: no gradient); d (see sk_log_ratio); both KL. */
+ * row's factor (0: no gradient); d = (u - v - gap)/T; both KL. */
 enum { U_SHIFT, U_FACTOR, V_SHIFT, V_FACTOR, GAP_HIGH, GAP_LOW, KL_FORWARD, KL_REVERSE, SCALARS };
 typedef real row_scalars[SCALARS][SK_PITCH];
 
@@ -254,8 +207,8 @@ typedef struct term_weights {
 } term_weights;
 
 /* Leaves the gradients of a run. */
-SK_SPECIAL void gradients(bool positions, bool exact, const sk_scale *scale, term_weights w,
-                          sk_run run, row_scalars m, const real *u, const real *v, sk_ahead next_u,
+SK_SPECIAL void gradients(bool positions, const sk_scale *scale, term_weights w, sk_run run,
+                          row_scalars m, const real *u, const real *v, sk_ahead next_u,
                           sk_ahead next_v, real *restrict grad_u, real *restrict grad_v) {
     const sk_scale t = *scale;
     for (int64_t at = 0; at < run.n; at += SK_LANES) {
@@ -264,10 +217,11 @@ SK_SPECIAL void gradients(bool positions, bool exact, const sk_scale *scale, ter
 #pragma omp simd
         for (int k = 0; k < SK_LANES; k++) {
             const int64_t i = positions ? run.row + at + k : run.row;
-            const real a = u[at + k], b = v[at + k];
+            const real a = sk_logit(u[at + k]), b = sk_logit(v[at + k]);
             const real p = m[U_FACTOR][i] * sk_exp_of(a - m[U_SHIFT][i], &t);
             const real q = m[V_FACTOR][i] * sk_exp_of(b - m[V_SHIFT][i], &t);
-            const real d = sk_log_ratio(exact, a, b, (sk_split){m[GAP_HIGH][i], m[GAP_LOW][i]}, &t);
+            const sk_split gap = {m[GAP_HIGH][i], m[GAP_LOW][i]};
+            const real d = sk_difference(a, b, gap) * t.inverse_T;
             const real p_q = d < (real)0.5 && d > (real)-0.5 ? q * sk_expm1(d) : p - q;
             const real to_u = w.target_forward * (p * (d - m[KL_FORWARD][i])) + w.reverse * p_q;
             const real to_v = -w.target_reverse * (q * (d + m[KL_REVERSE][i])) - w.forward * p_q;
@@ -313,17 +267,14 @@ static void load_results(const backward_params *p, const sk_rows *r, results *x,
             (grad[i] == 0) | (weight[i] == 0) | ((x->forward[i] == 0) & (x->reverse[i] == 0));
         factor[i] = none ? 0 : per_row * grad[i] * weight[i];
     }
-    for (int64_t i = r->width; i < r->groups * SK_LANES && r->positions; i++)
+    for (int64_t i = r->width; i < sk_scalars(r); i++)
         x->lse[i] = x->dl[i] = x->forward[i] = x->reverse[i] = factor[i] = 0;
 }
 
-/* Returns whether a row needs the exact form. */
-static bool set_scalars(const sk_rows *r, const sk_scale *t, const results *x, const double *factor,
+static void set_scalars(const sk_rows *r, const sk_scale *t, const results *x, const double *factor,
                         row_scalars m) {
-    const int64_t rows = r->positions ? r->groups * SK_LANES : r->width;
-    int exact = 0;
-#pragma omp simd reduction(| : exact)
-    for (int64_t i = 0; i < rows; i++) {
+#pragma omp simd
+    for (int64_t i = 0; i < sk_scalars(r); i++) {
         const double u = x->lse[i] * t->T, v = (x->lse[i] - x->dl[i]) * t->T;
         const sk_split gap = sk_split_of(x->dl[i] * t->T);
         m[U_SHIFT][i] = (real)u;
@@ -334,9 +285,7 @@ static bool set_scalars(const sk_rows *r, const sk_scale *t, const results *x, c
         m[GAP_LOW][i] = gap.low;
         m[KL_FORWARD][i] = (real)x->forward[i];
         m[KL_REVERSE][i] = (real)x->reverse[i];
-        exact |= (factor[i] != 0) & sk_needs_exact(x->dl[i], x->forward[i], x->reverse[i]);
     }
-    return exact != 0;
 }
 
 static void backward_task(const backward_params *p, const sk_rows *r, const sk_scale *t,
@@ -346,21 +295,17 @@ static void backward_task(const backward_params *p, const sk_rows *r, const sk_s
     SK_ALIGNED double factor[SK_PITCH];
     results x;
     load_results(p, r, &x, factor);
-    const bool exact = set_scalars(r, t, &x, factor, m);
+    set_scalars(r, t, &x, factor, m);
     for (sk_run run = {0}; sk_next_run(r, &run);) {
         const real *u = sk_read_run(r, &p->u, run, buffer[0]);
         const real *v = sk_read_run(r, &p->v, run, buffer[1]);
         const sk_ahead next_u = sk_next_read(r, &p->u, run), next_v = sk_next_read(r, &p->v, run);
         real *grad_u = sk_begin_run(r, &p->grad_u, run, buffer[2]);
         real *grad_v = sk_begin_run(r, &p->grad_v, run, buffer[3]);
-        if (r->positions && exact)
-            gradients(true, true, t, w, run, m, u, v, next_u, next_v, grad_u, grad_v);
-        else if (r->positions)
-            gradients(true, false, t, w, run, m, u, v, next_u, next_v, grad_u, grad_v);
-        else if (exact)
-            gradients(false, true, t, w, run, m, u, v, next_u, next_v, grad_u, grad_v);
+        if (r->positions)
+            gradients(true, t, w, run, m, u, v, next_u, next_v, grad_u, grad_v);
         else
-            gradients(false, false, t, w, run, m, u, v, next_u, next_v, grad_u, grad_v);
+            gradients(false, t, w, run, m, u, v, next_u, next_v, grad_u, grad_v);
         sk_end_run(r, &p->grad_u, run, grad_u);
         sk_end_run(r, &p->grad_v, run, grad_v);
     }
@@ -374,8 +319,7 @@ static void backward_task(const backward_params *p, const sk_rows *r, const sk_s
 /* ---- The kernels ---- */
 
 static sk_rows forward_all(const forward_params *p) {
-    return sk_rows_of(2, (const sk_arg *const[]){&p->u, &p->v}, SK_DIM(p, N), SK_DIM(p, C),
-                      SK_DIM(p, S));
+    return sk_rows_of(&p->u, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
 }
 
 static sk_work forward_work(const void *params) {
@@ -400,8 +344,7 @@ static void forward_finish(const void *params) {
 }
 
 static sk_rows backward_all(const backward_params *p) {
-    return sk_rows_of(2, (const sk_arg *const[]){&p->u, &p->v}, SK_DIM(p, N), SK_DIM(p, C),
-                      SK_DIM(p, S));
+    return sk_rows_of(&p->u, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
 }
 
 static sk_work backward_work(const void *params) {

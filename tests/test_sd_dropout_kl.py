@@ -38,6 +38,17 @@ def pair(
     return make
 
 
+def bump(classes: int) -> Any:
+    """Largest logits agree, in u those of one class alone: log(P/Q) of the kernels is far above the KL."""
+
+    def make(g: torch.Generator) -> dict[str, torch.Tensor]:
+        u = 1e-3 * torch.randn(2, classes, generator=g, dtype=torch.float64)
+        u[:, 7] += 15
+        return {"u": u, "v": torch.full_like(u, 15)}
+
+    return make
+
+
 def weighted(make: Any, boolean: bool = False) -> Any:
     """The same with weights, a third of them 0, and NaN logits where nothing may look."""
 
@@ -73,6 +84,7 @@ CASES = [
     Case("rows_1e4_apart_long", pair(2, 3000, shift=-1e4), exact=1e-11),
     Case("rows_1e-3_apart", pair(9, 1000, apart=1e-3), close=True, exact=1e-9),
     Case("rows_1e-3_apart_long", pair(2, 3000, apart=1e-3), close=True, exact=1e-9),
+    Case("one_class_stands_out", bump(100000), exact=1e-10, big=True),
     Case("cold", pair(9, 50), {"temperature": 0.5}),
     Case("hot", pair(9, 50), {"temperature": 20.0}),
     Case("forward_only", pair(9, 50), {"reverse_weight": 0.0}),

@@ -93,7 +93,7 @@ static inline void sk_copy(const sk_arg *t, int64_t at, int64_t stride, int64_t 
         for (int64_t i = 0; i < n; i++) to[i] = sk_from_bf16(half[i]);
         break;
     default:
-        memcpy(to, full, (size_t)n * sizeof *to);
+        for (int64_t i = 0; i < n; i++) to[i] = full[i];
     }
 }
 
@@ -105,6 +105,7 @@ static inline void sk_put(const sk_arg *t, int64_t at, int64_t stride, int64_t n
         return;
     }
     uint16_t *half = (uint16_t *)t->data + at;
+    real *full = (real *)t->data + at;
     switch (t->dtype) {
     case SK_DT_F16:
         for (int64_t i = 0; i < n; i++) half[i] = sk_to_f16((float)from[i]);
@@ -113,7 +114,7 @@ static inline void sk_put(const sk_arg *t, int64_t at, int64_t stride, int64_t n
         for (int64_t i = 0; i < n; i++) half[i] = sk_to_bf16((float)from[i]);
         break;
     default:
-        memcpy((real *)t->data + at, from, (size_t)n * sizeof *from);
+        for (int64_t i = 0; i < n; i++) full[i] = from[i];
     }
 }
 
@@ -142,13 +143,13 @@ typedef struct sk_rows {
     bool positions;
 } sk_rows;
 
-/* The rows of a call that reads these tensors (NULL where one is absent); width is that of its
- * largest task. */
-static inline sk_rows sk_rows_of(int count, const sk_arg *const *x, int64_t N, int64_t C,
-                                 int64_t S) {
-    sk_rows r = {.N = N, .C = C, .S = S, .positions = S >= SK_LANES};
-    for (int i = 0; i < count; i++)
-        if (x[i]->data) r.positions &= x[i]->stride[2] == 1 && x[i]->stride[1] != 1;
+/* The rows of a call whose first tensor is x: its layout decides, whatever that of the others;
+ * width is that of the largest task. */
+static inline sk_rows sk_rows_of(const sk_arg *x, int64_t N, int64_t C, int64_t S) {
+    sk_rows r = {.N = N,
+                 .C = C,
+                 .S = S,
+                 .positions = S >= SK_LANES && x->stride[2] == 1 && x->stride[1] != 1};
     r.width = r.positions ? sk_min(SK_WIDTH, S) : C > SK_ROW_C ? 1 : SK_SHORT_ROWS;
     return r;
 }
@@ -221,8 +222,9 @@ static inline bool sk_in_place(const sk_arg *x, int64_t stride, int64_t n) {
 
 /* Copies n elements of x from `at`, rounded up to whole groups of lanes with -inf. */
 static inline void sk_fill(const sk_arg *x, int64_t at, int64_t stride, int64_t n, real *to) {
+    const int64_t rest = n % SK_LANES;
+    for (int k = 0; k < SK_LANES && rest > 0; k++) to[n - rest + k] = -INFINITY;
     sk_copy(x, at, stride, n, to);
-    for (; n % SK_LANES != 0; n++) to[n] = -INFINITY;
 }
 
 /* The same elements where they lie or, if they cannot be used there, in the buffer. */
@@ -248,6 +250,11 @@ static inline void sk_load_tile(const sk_rows *r, const sk_arg *x, int64_t c, in
 /* lane[k] = what x, one scalar for each row, holds for lane k of group g. */
 static inline void sk_to_lanes(const sk_rows *r, int64_t g, const real *x, real *lane) {
     for (int k = 0; k < SK_LANES; k++) lane[k] = x[r->positions ? g * SK_LANES + k : g];
+}
+
+/* How many elements such an x has: in "positions", all lanes' rows. */
+static inline int64_t sk_scalars(const sk_rows *r) {
+    return r->positions ? r->groups * SK_LANES : r->width;
 }
 
 /* Where the next tile of a group of lanes lies: its vectors are asked for while this one is

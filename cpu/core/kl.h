@@ -8,9 +8,11 @@
  *     lse(u/T) = hu/T + log P        KL(p||q) = GP/P - (r D/P - h(r))
  *     dl = (hu - hv)/T + log(1 + r)  KL(q||p) = GQ/Q - h(r)
  * with h(r) = r - log(1 + r). Every term is of second order, so rows close to each other keep their
- * digits; those who would lose too many say so (sk_needs_care). */
+ * digits; those that would lose too many are told apart (sk_conclude) and done once more. */
 #pragma once
 #include "cpu/core/chunk.h"
+
+/* ---- one pair of logits ---- */
 
 typedef struct sk_scale {
     double T;
@@ -27,20 +29,31 @@ static inline real sk_exp_of(real x, const sk_scale *t) {
     return sk_exp2_scaled(x, t->log2e_T, t->lowest);
 }
 
-/* (u - v - gap)/T. The exact form is right to the last digits however large the gap; the other is
- * as long as the result is not much smaller than the gap. Equal logits, infinities included, give
- * -gap/T: exactly 0 when there is none. */
-static inline real sk_log_ratio(bool exact, real u, real v, sk_split gap, const sk_scale *t) {
-    if (exact) return sk_difference(u, v, gap) * t->inverse_T;
-    const real apart = u == v ? 0 : u - v;
-    return (apart - gap.high) * t->inverse_T;
-}
+/* -inf is computed with as -2^100: 0 y stays 0, and a KL past SK_INFINITE can only come from it. */
+#define SK_LOWEST ((real)-0x1p100)
+#define SK_INFINITE 1e13
 
-/* Whether a row's KL, and its gradient, need the exact form: the rounding of u - v, 2^-25 of the
- * gap, is to be small against the spread of y, sqrt(2 KL). */
-static inline bool sk_needs_exact(double gap_T, double forward, double reverse) {
-    const double least = forward < reverse ? forward : reverse;
-    return !(gap_T * gap_T <= 512 * least);
+static inline real sk_logit(real x) { return x < SK_LOWEST ? SK_LOWEST : x; }
+
+/* What the largest logit of a row makes its anchor: NaN where all are -inf, as softmax has it. */
+static inline real sk_anchor(real top) { return top == -INFINITY ? (real)NAN : sk_logit(top); }
+
+/* How y is found: PLAIN is right as long as y is not much smaller than the gap between the anchors,
+ * EXACT to the last digits however large the gap, APART where the sides have temperatures of their
+ * own. PLAIN and EXACT give exactly 0 for equal logits without a gap. */
+enum sk_form { SK_PLAIN, SK_EXACT, SK_APART };
+
+/* The anchors of a pair as the forms want them: gap = hu - hv. */
+typedef struct sk_anchors {
+    real u, v;
+    sk_split gap;
+} sk_anchors;
+
+static inline real sk_log_ratio(enum sk_form form, real u, real v, sk_anchors h, const sk_scale *t,
+                                const sk_scale *t_v) {
+    if (form == SK_APART) return (u - h.u) * t->inverse_T - (v - h.v) * t_v->inverse_T;
+    if (form == SK_EXACT) return sk_difference(u, v, h.gap) * t->inverse_T;
+    return ((u - v) - h.gap.high) * t->inverse_T;
 }
 
 typedef struct sk_compared {
@@ -55,6 +68,70 @@ static inline sk_compared sk_compare(real p, real q, real y) {
     return (sk_compared){near ? qy + rest : far_diff, near ? rest : far_diff - qy};
 }
 
+/* ---- sums over a row ---- */
+
+enum { SK_P, SK_Q, SK_D, SK_GQ, SK_DY, SK_SUMS };
+
+/* For each row: what its logits are compared against, and the sums. */
+typedef struct sk_comparison {
+    SK_ALIGNED real hu[SK_PITCH], hv[SK_PITCH];
+    SK_ALIGNED double sum[SK_SUMS][SK_PITCH];
+} sk_comparison;
+
+static inline void sk_clear_sums(const sk_rows *r, sk_comparison *m) {
+    for (int i = 0; i < SK_SUMS; i++)
+        memset(m->sum[i], 0, (size_t)sk_scalars(r) * sizeof m->sum[i][0]);
+}
+
+/* Where p comes from: computed; computed and left in e; found in e. */
+enum sk_exps { SK_FRESH, SK_KEEP, SK_REUSE };
+
+/* Adds a tile's group of lanes; asks for the next ones. DY only if `both` KL are wanted. */
+SK_SPECIAL void sk_compare_group(enum sk_form form, bool both, enum sk_exps exps, const sk_rows *r,
+                                 const sk_scale *scale, const sk_scale *scale_v, const real *u,
+                                 const real *v, sk_ahead next_u, sk_ahead next_v, int64_t depth,
+                                 int64_t g, real *restrict e, sk_comparison *m) {
+    const sk_scale t = *scale, t_v = *scale_v;
+    const int64_t pitch = sk_pitch(r);
+    real hu[SK_LANES], hv[SK_LANES], high[SK_LANES], low[SK_LANES];
+    real p_[SK_LANES] = {0}, q_[SK_LANES] = {0}, d_[SK_LANES] = {0}, gq_[SK_LANES] = {0},
+         dy_[SK_LANES] = {0};
+    sk_to_lanes(r, g, m->hu, hu);
+    sk_to_lanes(r, g, m->hv, hv);
+    for (int k = 0; k < SK_LANES; k++) {
+        const sk_split gap = sk_split_of((double)hu[k] - hv[k]);
+        high[k] = gap.high;
+        low[k] = gap.low;
+    }
+    for (int64_t i = 0; i < depth; i++) {
+        const int64_t at = i * pitch, kept = i * SK_LANES;
+        sk_fetch(next_u, i);
+        sk_fetch(next_v, i);
+#pragma omp simd
+        for (int k = 0; k < SK_LANES; k++) {
+            const sk_anchors h = {hu[k], hv[k], {high[k], low[k]}};
+            const real a = sk_logit(u[at + k]), b = sk_logit(v[at + k]);
+            const real p = exps == SK_REUSE ? e[kept + k] : sk_exp_of(a - h.u, &t);
+            const real q = sk_exp_of(b - h.v, &t_v);
+            const real y = sk_log_ratio(form, a, b, h, &t, &t_v);
+            const sk_compared x = sk_compare(p, q, y);
+            if (exps == SK_KEEP) e[kept + k] = p;
+            p_[k] += p;
+            q_[k] += q;
+            d_[k] += x.diff;
+            gq_[k] += x.gq;
+            if (both) dy_[k] += x.diff * y;
+        }
+    }
+    sk_add_lanes(r, g, p_, m->sum[SK_P]);
+    sk_add_lanes(r, g, q_, m->sum[SK_Q]);
+    sk_add_lanes(r, g, d_, m->sum[SK_D]);
+    sk_add_lanes(r, g, gq_, m->sum[SK_GQ]);
+    if (both) sk_add_lanes(r, g, dy_, m->sum[SK_DY]);
+}
+
+/* ---- from sums to divergences ---- */
+
 /* h(r) = r - log(1 + r), given log(1 + r) for an r that is not small: log(1 + r) = 2 atanh(s). */
 static inline double sk_log_gap(double r, double log1p_r) {
     const double s = r / (2 + r), z = s * s;
@@ -66,4 +143,28 @@ static inline double sk_log_gap(double r, double log1p_r) {
     series = series * z + 1.0 / 5;
     series = series * z + 1.0 / 3;
     return r < 0.1 && r > -0.1 ? s * (r - 2 * z * series) : r - log1p_r;
+}
+
+/* lse(u/T), log-ratio dl, KL(p||q) (if both are wanted) and KL(q||p); both KL are NaN where they
+ * lost too many digits: to the subtraction of h(r), to the rounding of u - v (2^-25 of the gap, to
+ * be small against the spread of y, which is sqrt(2 KL)), or to infinities. */
+typedef struct sk_concluded {
+    double lse, dl, forward, reverse;
+} sk_concluded;
+
+static inline sk_concluded sk_conclude(enum sk_form form, bool both, const sk_comparison *m,
+                                       int64_t i, double T, double T_v) {
+    const double p = m->sum[SK_P][i], q = m->sum[SK_Q][i], d = m->sum[SK_D][i];
+    const double gap =
+        form == SK_APART ? m->hu[i] / T - m->hv[i] / T_v : ((double)m->hu[i] - m->hv[i]) / T;
+    const double r = d / q, h = sk_log_gap(r, sk_log(p / q));
+    const double gq = m->sum[SK_GQ][i] / q, reverse = gq - h;
+    const double gp = both ? (m->sum[SK_DY][i] - m->sum[SK_GQ][i]) / p : gq;
+    const double forward = both ? gp - (r * d / p - h) : reverse;
+    const double least = forward < reverse ? forward : reverse;
+    const double most = forward < reverse ? reverse : forward;
+    const bool good = (gp <= 16 * forward) & (gq <= 16 * reverse) & (most < SK_INFINITE) &
+                      ((form != SK_PLAIN) | (gap * gap <= 512 * least));
+    return (sk_concluded){m->hu[i] / T + sk_log(p), gap + (r - h), good ? forward : (double)NAN,
+                          good ? reverse : (double)NAN};
 }
