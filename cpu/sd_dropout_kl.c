@@ -365,6 +365,7 @@ static void sd_dropout_kl_backward_rows(const void *params, int64_t begin, int64
     }
 }
 
-const sk_cpu_kernel SK_CPU(sd_dropout_kl) = {forward_work, sd_dropout_kl_rows, forward_finish};
+const sk_cpu_kernel SK_CPU(sd_dropout_kl) = {forward_work, sd_dropout_kl_rows, forward_finish,
+                                             NULL};
 const sk_cpu_kernel SK_CPU(sd_dropout_kl_backward) = {backward_work, sd_dropout_kl_backward_rows,
-                                                      NULL};
+                                                      NULL, NULL};

@@ -28,7 +28,7 @@
     X(REAL,    forward_weight, NONNEGATIVE, 1.0)          \
     X(REAL,    reverse_weight, NONNEGATIVE, 1.0)          \
     X(BOOL,    detach_target,  ANY, 0)                    \
-    X(INT,     reduction,      REDUCTION, 1)              \
+    X(CHOICE,  reduction,      "none|mean|sum", 1)        \
     X(OUT,     loss,           "",    ACC)                \
     X(OUT,     rows,           "N*",  ACC)                \
     X(OUT,     saved,          "4N*", F64)                \

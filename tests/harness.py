@@ -16,7 +16,7 @@ import pytest
 import selfkd
 import torch
 from selfkd import c, library
-from selfkd.contract import REDUCTIONS, contract
+from selfkd.contract import contract
 
 DTYPES = {
     "float32": torch.float32,
@@ -132,7 +132,9 @@ def through_c(
         numbers = {item.name: item.default for item in forward.items if item.is_number} | dict(
             options
         )
-        numbers["reduction"] = REDUCTIONS.get(options.get("reduction", "mean"), 1)
+        for item in forward.items:
+            if item.choices and isinstance(numbers[item.name], str):
+                numbers[item.name] = item.choices.index(numbers[item.name])
         arguments: dict[str, Any] = {**numbers, **tensors}
         outputs = poisoned_outputs(op, arguments)
         library.check(c.run(lib, op, arguments | outputs, device=device))

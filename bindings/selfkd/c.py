@@ -66,7 +66,8 @@ def describe(array: Any) -> tuple[Tensor, Any]:
 @functools.cache
 def arguments_struct(op: str) -> type[ctypes.Structure]:
     """``selfkd_<op>_args``, built from the contract."""
-    of: dict[str, Any] = {"REAL": ctypes.c_double, "INT": ctypes.c_int64, "BOOL": ctypes.c_int64}
+    of: dict[str, Any] = dict.fromkeys(("INT", "BOOL", "CHOICE"), ctypes.c_int64)
+    of["REAL"] = ctypes.c_double
     fields = [("struct_size", ctypes.c_uint32)]
     fields += [
         (item.name, of.get(item.kind, ctypes.POINTER(Tensor)))
@@ -151,9 +152,9 @@ def _function(op: str) -> Callable[..., Any]:
         unknown = sorted(set(arguments) - set(positional))
         if unknown:
             raise TypeError(f"{op}: {unknown[0]} is no argument, expected {', '.join(positional)}")
-        if isinstance(arguments.get("reduction"), str):
-            arguments["reduction"] = contracts.reduction_code(op, arguments["reduction"])
         for item in of.items:
+            if item.choices and isinstance(arguments.get(item.name), str):
+                arguments[item.name] = contracts.Choice(op, item.name)(arguments[item.name])
             if item.is_input and arguments.get(item.name) is not None:
                 arguments[item.name] = _array(arguments[item.name])
         outputs = new_outputs(of, arguments, out or {})

@@ -15,12 +15,9 @@ from typing import Any
 
 from . import library
 
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+_FLOATING = ("float16", "bfloat16", "float32", "float64")
 _KNOWN = {
-    "float16",
-    "bfloat16",
-    "float32",
-    "float64",
+    *_FLOATING,
     "bool",
     "uint8",
     "int8",
@@ -34,12 +31,16 @@ _NUMBERS: dict[str, Callable[[str], float | int | bool]] = {
     "REAL": float,
     "INT": int,
     "BOOL": lambda x: x != "0",
+    "CHOICE": int,
 }
 
 
 @dataclass(frozen=True)
 class Item:
-    """One row of a contract: `shape` of LIKE names an input, `rule` of a number its range."""
+    """One row of a contract: `shape` of LIKE names an input, `rule` of a number its range.
+
+    A CHOICE is a number with names: `choices`, the first of them for 0.
+    """
 
     kind: str
     name: str
@@ -58,6 +59,10 @@ class Item:
     @property
     def is_number(self) -> bool:
         return self.kind in _NUMBERS
+
+    @property
+    def choices(self) -> list[str]:
+        return self.rule.split("|") if self.kind == "CHOICE" else []
 
 
 @dataclass(frozen=True)
@@ -110,12 +115,19 @@ def operators() -> tuple[str, ...]:
     return tuple(library.text("selfkd_operators").splitlines())
 
 
-def reduction_code(op: str, reduction: str) -> int:
-    """The operator's code of a reduction."""
-    code = REDUCTIONS.get(reduction)
-    if code is None:
-        raise ValueError(f'{op}: reduction is "{reduction}", expected "none", "mean" or "sum"')
-    return code
+class Choice:
+    """The numbers of a CHOICE by its names; made once, for the compiler cannot read a contract."""
+
+    def __init__(self, op: str, name: str) -> None:
+        self.what = f"{op}: {name}"
+        self.codes = {value: code for code, value in enumerate(contract(op)[name].choices)}
+
+    def __call__(self, value: str) -> int:
+        code = self.codes.get(value)
+        if code is None:
+            *most, last = [f'"{x}"' for x in self.codes]
+            raise ValueError(f'{self.what} is "{value}", expected {", ".join(most)} or {last}')
+        return code
 
 
 # ---- the rules ----
@@ -143,8 +155,11 @@ def number_rule(name: str, item: str, value: float, rule: str) -> None:
     expected = {
         "POSITIVE": None if value > 0 and math.isfinite(value) else "a finite number > 0",
         "NONNEGATIVE": None if value >= 0 and math.isfinite(value) else "a finite number >= 0",
-        "REDUCTION": None if 0 <= value <= 2 else "0 (none), 1 (mean) or 2 (sum)",
+        "FRACTION": None if 0 <= value <= 1 else "a number from 0 to 1",
     }.get(rule)
+    if "|" in rule and not 0 <= value < len(choices := rule.split("|")):
+        *most, last = [f"{k} ({choice})" for k, choice in enumerate(choices)]
+        expected = f"{', '.join(most)} or {last}"
     if expected:
         raise ValueError(f"{name}: {item} is {value:g}, expected {expected}")
 
@@ -161,11 +176,14 @@ class _Checker:
         first = self.contract.first
         found, like = _dtype(tensor), _dtype(self.tensors[first])
         accepted = {
-            "FLOATING": ("float16", "bfloat16", "float32", "float64"),
+            "FLOATING": _FLOATING,
             "SAME": (like,),
             "WEIGHT": (accumulator(like), "bool"),
             "ACC": (accumulator(like),),
             "F64": ("float64",),
+            "CONSTANT": _FLOATING,
+            "TEACHER": _FLOATING,
+            "INDEX": ("int64",),
         }[item.rule]
         if found not in accepted:
             *most, last = accepted

@@ -111,8 +111,9 @@ def _double_backward(
     with torch.enable_grad():
         for name in plan.live:  # an alias each: the same tensor may be given twice
             named[name] = named[name].view_as(named[name])
-        if plan.reduction is not None:
-            named["reduction"] = list(contracts.REDUCTIONS)[named["reduction"]]
+        for item in plan.forward.items:
+            if item.choices:
+                named[item.name] = item.choices[named[item.name]]
         result = reference(**named)
     if not result.requires_grad:  # all weights are 0
         return [torch.zeros_like(named[name]) for name in plan.live]
@@ -216,8 +217,11 @@ def register(op: str, reference: Callable[..., torch.Tensor]) -> Callable[..., t
             ):
                 return gradient.apply(False, *values)  # type: ignore[no-any-return, no-untyped-call]
             return _as_tuple(run(*values))[plan.result(values)]
-        except RuntimeError:
+        except RuntimeError as error:
             contracts.check(of, by_name(of, values))
+            sentence = library.text("selfkd_message")
+            if sentence and sentence in str(error):  # about a value, which only the kernel sees
+                raise ValueError(sentence) from None
             raise
 
     return call

@@ -53,6 +53,7 @@ def reference(
 
 
 _call = operators.register(_OP, reference)
+_reduction = contract.Choice(_OP, "reduction")
 
 
 def sd_dropout_kl(
@@ -126,7 +127,7 @@ def sd_dropout_kl(
     >>> u, v = head(F.dropout(h)), head(F.dropout(h))
     >>> loss = F.cross_entropy(head(h), target) + selfkd.sd_dropout_kl(u, v, temperature=3.0)
     """
-    code = contract.reduction_code(_OP, reduction)
+    code = _reduction(reduction)
     if u.dtype != v.dtype:
         u, v = arguments.same_dtype(u, v)
     if dim != 1 or u.ndim > 3:

@@ -46,7 +46,7 @@ static inline uint16_t sk_to_bf16(float x) {
 }
 
 static inline int64_t sk_bytes(const sk_arg *t) {
-    return t->dtype == SK_DT_F16 || t->dtype == SK_DT_BF16 ? 2 : sizeof(real);
+    return t->dtype == SK_DT_F64 ? 8 : t->dtype == SK_DT_F32 ? 4 : 2;
 }
 
 /* Element `at` of t; 1 for an absent tensor (a weight that was not given). */
@@ -59,8 +59,10 @@ static inline real sk_load_one(const sk_arg *t, int64_t at) {
         return sk_from_bf16(((const uint16_t *)t->data)[at]);
     case SK_DT_BOOL:
         return ((const uint8_t *)t->data)[at] != 0;
+    case SK_DT_F64:
+        return (real)((const double *)t->data)[at];
     default:
-        return ((const real *)t->data)[at];
+        return ((const float *)t->data)[at];
     }
 }
 
@@ -84,7 +86,8 @@ static inline void sk_copy(const sk_arg *t, int64_t at, int64_t stride, int64_t 
         return;
     }
     const uint16_t *half = (const uint16_t *)t->data + at;
-    const real *full = (const real *)t->data + at;
+    const float *single = (const float *)t->data + at;
+    const double *full = (const double *)t->data + at;
     switch (t->dtype) {
     case SK_DT_F16:
         for (int64_t i = 0; i < n; i++) to[i] = sk_from_f16(half[i]);
@@ -92,8 +95,11 @@ static inline void sk_copy(const sk_arg *t, int64_t at, int64_t stride, int64_t 
     case SK_DT_BF16:
         for (int64_t i = 0; i < n; i++) to[i] = sk_from_bf16(half[i]);
         break;
+    case SK_DT_F64:
+        for (int64_t i = 0; i < n; i++) to[i] = (real)full[i];
+        break;
     default:
-        for (int64_t i = 0; i < n; i++) to[i] = full[i];
+        for (int64_t i = 0; i < n; i++) to[i] = single[i];
     }
 }
 

@@ -19,6 +19,12 @@ static int run_cpu(const sk_call *call) {
     const sk_cpu_kernel *const kernel = call->op->cpu[isa];
     const sk_work work = kernel->work(params);
     snprintf(path, sizeof path, "cpu %s %s", names[isa], work.path);
+    if (kernel->first_bad) {
+        const sk_bad bad = kernel->first_bad(params);
+        for (int i = 0; i < call->op->count && bad.row >= 0; i++)
+            if (call->op->items[i].in_params == bad.item)
+                return sk_fail_value(call, i, bad.row, bad.value);
+    }
     sk_parallel(work.count, GRAIN / (work.cost + 1) + 1, kernel->rows, params);
     if (kernel->finish) kernel->finish(params);
     return SELFKD_OK;

@@ -66,6 +66,8 @@ static int check_dtype(const sk_call *call, int item) {
     enum sk_dtype expected = SK_DT_F64;
     switch (it->rule) {
     case SK_FLOATING:
+    case SK_CONSTANT:
+    case SK_TEACHER:
         if (found <= SK_DT_F64) return SELFKD_OK;
         return sk_fail(SELFKD_ERROR_TYPE,
                        "%s: %s has dtype %s, expected float16, bfloat16, float32 or float64", op,
@@ -83,6 +85,9 @@ static int check_dtype(const sk_call *call, int item) {
                        has, DTYPES[expected].name);
     case SK_ACC:
         expected = accumulator(call);
+        break;
+    case SK_INDEX:
+        expected = SK_DT_I64;
         break;
     default:
         break;
@@ -221,6 +226,28 @@ static int check_tensor(sk_call *call, int item) {
 
 /* ---- numbers ---- */
 
+static int count_choices(const char *names) {
+    int n = 1;
+    while ((names = strchr(names, '|')) != NULL) {
+        names++;
+        n++;
+    }
+    return n;
+}
+
+/* "none|mean|sum" as "0 (none), 1 (mean) or 2 (sum)" */
+static const char *write_choices(const char *names, char *text, size_t room) {
+    size_t used = 0;
+    for (int n = 0; *names; n++) {
+        const size_t length = strcspn(names, "|");
+        const char *const before = n == 0 ? "" : names[length] ? ", " : " or ";
+        used += (size_t)snprintf(text + used, room - used, "%s%d (%.*s)", before, n, (int)length,
+                                 names);
+        names += length + (names[length] != 0);
+    }
+    return text;
+}
+
 static int check_number(const sk_call *call, int item) {
     const sk_item *const it = &call->op->items[item];
     const double x =
@@ -228,11 +255,45 @@ static int check_number(const sk_call *call, int item) {
     const char *expected = NULL;
     if (it->rule == SK_POSITIVE && !(x > 0 && isfinite(x))) expected = "a finite number > 0";
     if (it->rule == SK_NONNEGATIVE && !(x >= 0 && isfinite(x))) expected = "a finite number >= 0";
-    if (it->rule == SK_REDUCTION && !(x >= SELFKD_NONE && x <= SELFKD_SUM))
-        expected = "0 (none), 1 (mean) or 2 (sum)";
+    if (it->rule == SK_FRACTION && !(x >= 0 && x <= 1)) expected = "a number from 0 to 1";
+    char choices[128];
+    if (it->kind == SK_CHOICE && !(x >= 0 && x < count_choices(it->shape)))
+        expected = write_choices(it->shape, choices, sizeof choices);
     if (!expected) return SELFKD_OK;
     return sk_fail(SELFKD_ERROR_VALUE, "%s: %s is %g, expected %s", call->op->name, it->name, x,
                    expected);
+}
+
+/* ---- values ---- */
+
+/* The sentence for row `row` of an INDEX or TEACHER tensor, which the kernel found to be wrong. */
+int sk_fail_value(const sk_call *call, int item, int64_t row, double value) {
+    const sk_item *const it = &call->op->items[item];
+    const int trailing =
+        call->tensor[call->trailing].ndim - fixed_rank(call->op->items[call->trailing].shape);
+    const int64_t *const size = call->tensor[item].shape + call->tensor[item].ndim - trailing;
+    char place[SK_MAX_RANK * 24] = "", *end = place + sizeof place - 1;
+    for (int k = trailing - 1; k >= -1; k--) { /* from the last dimension to the first, N */
+        char digits[24];
+        const int64_t at = k < 0 ? row : row % size[k];
+        const int length =
+            snprintf(digits, sizeof digits, "%lld%s", (long long)at, *end ? ", " : "");
+        end -= length;
+        memcpy(end, digits, (size_t)length);
+        if (k >= 0) row /= size[k];
+    }
+    const char *const op = call->op->name;
+    if (it->rule == SK_TEACHER)
+        return sk_fail(SELFKD_ERROR_VALUE,
+                       "%s: %s has probabilities that sum to %.4g at position [%s], expected 1", op,
+                       it->name, value, end);
+    long long ignored = 0;
+    for (int i = 0; i < call->op->count; i++)
+        if (strcmp(call->op->items[i].name, "ignore_index") == 0)
+            ignored = (long long)call->number[i].integer;
+    return sk_fail(SELFKD_ERROR_VALUE,
+                   "%s: %s is %.0f at position [%s], expected 0 to %lld, or ignore_index, %lld", op,
+                   it->name, value, end, (long long)call->params.dims.size['C' - 'A'] - 1, ignored);
 }
 
 /* ---- a call ---- */

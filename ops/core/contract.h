@@ -11,6 +11,8 @@
  *   REAL    name, rule, default  double
  *   INT     name, rule, default  int64
  *   BOOL    name, rule, default  int64 in C, bool in torch.ops
+ *   CHOICE  name, names, default int64: which of the names ("none|mean|sum"), the first being 0;
+ *                                a string in the Python function
  * Defaults are the Python functions' (a test compares); a C caller fills every field.
  *
  * Shapes: a capital letter is a dimension (equal letters agree; C is at least 1), a digit that very
@@ -19,7 +21,12 @@
  *
  * Dtypes: FLOATING float16, bfloat16, float32 or float64; the first FLOATING tensor gives the call
  * its device and what the others are measured by: SAME its dtype, ACC float32 (float64 with
- * float64), WEIGHT ACC or bool. F64 is always float64. */
+ * float64), WEIGHT ACC or bool. F64 is always float64. CONSTANT is any floating dtype, whatever the
+ * call's, of a tensor that never gets a gradient; TEACHER the same, with classes that sum to 1 if
+ * CHOICE <name>_kind says that it holds probabilities. INDEX is int64, each a class, 0 .. C - 1, or
+ * the INT ignore_index. (Values are looked at on the CPU only: by the kernel's `first_bad`.)
+ *
+ * Ranges of numbers: ANY, POSITIVE, NONNEGATIVE, FRACTION (0 to 1); all finite. */
 /* clang-format on */
 #pragma once
 #include <stddef.h>
@@ -27,13 +34,33 @@
 
 #include "tensor.h"
 
-enum sk_kind { SK_IN, SK_OPT, SK_GRAD, SK_OUT, SK_LIKE, SK_SCRATCH, SK_REAL, SK_INT, SK_BOOL };
+enum sk_kind {
+    SK_IN,
+    SK_OPT,
+    SK_GRAD,
+    SK_OUT,
+    SK_LIKE,
+    SK_SCRATCH,
+    SK_REAL,
+    SK_INT,
+    SK_BOOL,
+    SK_CHOICE
+};
 
-enum sk_dtype_rule { SK_FLOATING, SK_SAME, SK_ACC, SK_F64, SK_WEIGHT };
+enum sk_dtype_rule {
+    SK_FLOATING,
+    SK_SAME,
+    SK_ACC,
+    SK_F64,
+    SK_WEIGHT,
+    SK_CONSTANT,
+    SK_TEACHER,
+    SK_INDEX
+};
 
-enum sk_number_rule { SK_ANY, SK_POSITIVE, SK_NONNEGATIVE, SK_REDUCTION };
+enum sk_number_rule { SK_ANY, SK_POSITIVE, SK_NONNEGATIVE, SK_FRACTION };
 
-enum { SK_MAX_ITEMS = 24, SK_MAX_RANK = 8, SK_LETTERS = 26 };
+enum { SK_MAX_ITEMS = 40, SK_MAX_RANK = 8, SK_LETTERS = 26 };
 
 /* Scratch of a reduction inside a kernel: one ticket (16 bytes), then two doubles for each of up to
  * 4096 blocks. */
@@ -55,7 +82,7 @@ typedef struct sk_dims {
 
 typedef struct sk_item {
     const char *name;
-    const char *shape; /* LIKE: the input's name */
+    const char *shape; /* LIKE: the input's name; CHOICE: the names */
     int32_t kind;
     int32_t rule;     /* enum sk_dtype_rule or sk_number_rule */
     int64_t bytes;    /* SCRATCH */
@@ -76,6 +103,7 @@ typedef struct sk_item {
 #define SK_FIELD_REAL(name, rule, value) double name;
 #define SK_FIELD_INT(name, rule, value) int64_t name;
 #define SK_FIELD_BOOL(name, rule, value) int64_t name;
+#define SK_FIELD_CHOICE(name, names, value) int64_t name;
 #define SK_PARAMS(op) \
     struct op##_params { \
         sk_dims dims; \
@@ -93,6 +121,7 @@ typedef struct sk_item {
 #define SK_PUBLIC_REAL(name, rule, value) double name;
 #define SK_PUBLIC_INT(name, rule, value) int64_t name;
 #define SK_PUBLIC_BOOL(name, rule, value) int64_t name;
+#define SK_PUBLIC_CHOICE(name, names, value) int64_t name;
 #define SK_DECLARE(op) \
     typedef struct selfkd_##op##_args { \
         uint32_t struct_size; \
@@ -119,6 +148,9 @@ typedef struct sk_item {
 #define SK_ITEM_REAL(name, rule, value) SK_ITEM_NUMBER(SK_REAL, name, SK_##rule)
 #define SK_ITEM_INT(name, rule, value) SK_ITEM_NUMBER(SK_INT, name, SK_##rule)
 #define SK_ITEM_BOOL(name, rule, value) SK_ITEM_NUMBER(SK_BOOL, name, SK_##rule)
+#define SK_ITEM_CHOICE(n, names, value) \
+    {.name = #n, .shape = names, .kind = SK_CHOICE, \
+     .in_args = offsetof(sk_args, n), .in_params = offsetof(sk_params, n)},
 
 /* One line of selfkd_describe(): "IN u \"NC*\" FLOATING". */
 #define SK_TEXT(kind, ...) SK_TEXT_(kind, __VA_ARGS__)

@@ -58,6 +58,7 @@ int sk_check(sk_call *call);
 void sk_output_like(const sk_call *call, int item, sk_shape *shape);
 int sk_bind(sk_call *call, int item);
 int sk_run(sk_call *call, void *stream);
+int sk_fail_value(const sk_call *call, int item, int64_t row, double value);
 int sk_call_from_c(const sk_op *op, const void *args, void *stream);
 void sk_call_from_torch(const sk_op *op, uint64_t *stack);
 void sk_guard_from_torch(const sk_op *op, uint64_t *stack);

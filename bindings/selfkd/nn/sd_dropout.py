@@ -1,4 +1,4 @@
-"""Loss modules."""
+"""SD-Dropout: a linear head with its loss."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .sd_dropout_kl import sd_dropout_kl
+from ..sd_dropout_kl import sd_dropout_kl
 
 
 class SDDropout(nn.Module):

@@ -1,0 +1,5 @@
+"""Loss modules."""
+
+from .sd_dropout import SDDropout
+
+__all__ = ["SDDropout"]
