@@ -86,6 +86,31 @@ def sd_dropout_kl(*shape: int, **need: float) -> Case:
     )
 
 
+def bce_with_logits(real: Tensor, fake: Tensor) -> Tensor:
+    """Discriminator's loss as it is usually written."""
+    one, zero = torch.ones_like(real), torch.zeros_like(fake)
+    bce = F.binary_cross_entropy_with_logits
+    return bce(real, one) + bce(fake, zero)
+
+
+def softplus_of_scores(real: Tensor, fake: Tensor) -> Tensor:
+    """Discriminator's loss without targets."""
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def adversarial(*shape: int, **need: float) -> Case:
+    """Scores 3 * randn. Forward reads both; backward reads both and writes two gradients."""
+    return Case(
+        name=f"adversarial {'x'.join(map(str, shape))}",
+        fused=selfkd.adversarial,
+        reference=selfkd.reference.adversarial,
+        baselines={"bce_with_logits": bce_with_logits, "softplus": softplus_of_scores},
+        inputs=lambda: [3 * torch.randn(shape) for _ in range(2)],
+        bytes_moved=6 * math.prod(shape) * 4,
+        need=need,
+    )
+
+
 large_vocabulary = sd_dropout_kl(512, 32000, eager=15, compile=4.5, copy=2)
 
 CASES = [
@@ -95,4 +120,6 @@ CASES = [
     replace(large_vocabulary, environment=KEEP_MEMORY),
     replace(large_vocabulary, name=f"{large_vocabulary.name} (plain malloc)", need={}),
     sd_dropout_kl(4, 21, 256, 256, eager=8, compile=5, copy=3),
+    adversarial(128, 1),  # one score each
+    adversarial(16, 1, 256, 256),  # of patches
 ]
