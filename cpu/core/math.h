@@ -129,7 +129,7 @@ static inline real sk_exp_below(real x) {
 #endif
 }
 
-/* log(1 + x) for 0 <= x <= 1, to 1.5 ULP (double: that of log1p): 2 artanh s with s = x / (2 + x),
+/* log(1 + x) for 0 <= x <= 1, to 2.9 ULP (double: that of log1p): 2 artanh s with s = x / (2 + x),
  * a minimax polynomial in s^2. */
 static inline real sk_log1p(real x) {
 #ifdef SK_REAL_IS_DOUBLE
