@@ -91,11 +91,13 @@ def through_torch(
     grad: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The public function and its autograd."""
-    live = [name for name in live_inputs(op) if name in tensors]
-    wanted = [tensors[name].detach().requires_grad_() for name in live]
-    result = getattr(selfkd, op)(**{**tensors, **dict(zip(live, wanted, strict=True))}, **options)
+    tensors = dict(tensors)
+    for name in live_inputs(op):
+        tensors[name] = tensors[name].detach().requires_grad_()
+    result = getattr(selfkd, op)(**tensors, **options)
+    wanted = [tensors[name] for name in live_inputs(op)]
     grads = torch.autograd.grad(result, wanted, torch.ones_like(result) if grad is None else grad)
-    return result.detach(), dict(zip(live, grads, strict=True))
+    return result.detach(), dict(zip(live_inputs(op), grads, strict=True))
 
 
 def poisoned_outputs(op: str, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -257,15 +259,14 @@ def reference(
     wide = {
         name: x.cpu().double() if x.is_floating_point() else x.cpu() for name, x in tensors.items()
     }
-    names = [name for name in live_inputs(op) if name in wide]
-    live = [wide[name].detach().clone().requires_grad_() for name in names]
-    wide |= dict(zip(names, live, strict=True))
+    live = [wide[name].detach().clone().requires_grad_() for name in live_inputs(op)]
+    wide |= dict(zip(live_inputs(op), live, strict=True))
     result = getattr(selfkd.reference, op)(**wide, **options)
     if not result.requires_grad:  # all weights are 0
-        return result, {name: torch.zeros_like(wide[name]) for name in names}
+        return result, {name: torch.zeros_like(wide[name]) for name in live_inputs(op)}
     out = torch.ones_like(result) if grad is None else grad.double().cpu()
     grads = torch.autograd.grad(result, live, out, allow_unused=True, materialize_grads=True)
-    return result.detach(), dict(zip(names, grads, strict=True))
+    return result.detach(), dict(zip(live_inputs(op), grads, strict=True))
 
 
 def cast(
