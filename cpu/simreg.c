@@ -122,6 +122,7 @@ static void forward_task(const forward_params *p, const sk_rows *r) {
 
 /* What the gradient of a row needs: dl/dx = factor ((ratio x - t) - along x). */
 typedef struct slope {
+    bool zero; /* no gradient, whatever the features hold */
     double factor, ratio, along;
 } slope;
 
@@ -132,8 +133,7 @@ static slope slope_of(const backward_params *p, const sk_rows *r, int64_t i, dou
     const double scale_x = saved[0], scale_t = saved[stride[0]], h = saved[2 * stride[0]];
     const double ratio = scale_x / scale_t;
     const double of_row = 2 * grad * weight / *(const real *)p->denominator.data;
-    const bool none = grad == 0 || weight == 0; /* no gradient, whatever the features hold */
-    return (slope){none ? 0 : of_row * scale_x * scale_t, ratio, ratio * h};
+    return (slope){grad == 0 || weight == 0, of_row * scale_x * scale_t, ratio, ratio * h};
 }
 
 /* Leaves the gradient of a run; exactly 0 for equal features. */
@@ -143,7 +143,7 @@ static void gradient(slope k, const real *restrict x, const real *restrict t, in
     for (int64_t i = 0; i < n; i++) {
         const double a = x[i], apart = a * k.ratio - (double)t[i];
         const double g = k.factor * (apart - a * k.along);
-        to[i] = k.factor != 0 ? (real)g : 0;
+        to[i] = k.zero ? 0 : (real)g;
     }
 }
 

@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(SK_BLOCK, 3) simreg_kernel(const forward_param
 
 /* What the gradient of a row needs: dl/dx = factor ((ratio x - t) - along x). */
 struct slope {
-    bool zero; /* weight 0: no gradient, whatever the features hold */
+    bool zero; /* no gradient, whatever the features hold */
     double factor, ratio, along;
 };
 
