@@ -458,3 +458,57 @@ def test_path_and_kernel_ran(generator: torch.Generator) -> None:
     harness.through_torch(OP, harness.cast(pair(3, 5)(generator), OP, F32), {})
     assert harness.backward_calls(OP) == before + 1
     assert library.text("selfkd_last_path").endswith("rows")
+
+
+# ---- the modules ----
+
+
+@needs_torch_backend
+@pytest.mark.parametrize(("layers", "parameters"), [(4, 3_678_720), (2, 2_626_560), (1, 1_050_624)])
+def test_head(layers: int, parameters: int) -> None:
+    """The sizes of the paper: ResNet-18 to ResNet-50, 3.68 M parameters."""
+    head = selfkd.nn.SimRegHead(512, 2048, layers)
+    assert sum(x.numel() for x in head.parameters()) == parameters
+    linear = [x for x in head if isinstance(x, torch.nn.Linear)]
+    assert len(linear) == layers
+    assert all(x.bias is not None for x in linear)
+    kinds = "".join(type(x).__name__[0] for x in head)
+    assert kinds == {4: "LBRLLBRL", 2: "LBRL", 1: "L"}[layers]
+    assert head(torch.randn(3, 512)).shape == (3, 2048)
+    with pytest.raises(ValueError, match="SimRegHead: layers is 3, expected 1, 2 or 4"):
+        selfkd.nn.SimRegHead(5, 6, 3)
+
+
+@needs_torch_backend
+def test_module_is_the_mean_over_teachers(generator: torch.Generator) -> None:
+    one, other = (list(pair(6, n)(generator).values()) for n in (5, 9))
+    for x in (one[0], other[0]):
+        x.requires_grad_()
+    loss = selfkd.nn.SimRegLoss()
+    torch.testing.assert_close(loss(*one), selfkd.reference.simreg(*one))
+    torch.testing.assert_close(loss([one[0]], [one[1]]), loss(*one))
+    both = loss([one[0], other[0]], [one[1], other[1]])
+    torch.testing.assert_close(both, (loss(*one) + loss(*other)) / 2)
+    both.backward()
+    assert one[0].grad is not None
+    assert other[0].grad is not None
+    weight = torch.rand(6, generator=generator, dtype=torch.float64)
+    raw = selfkd.nn.SimRegLoss(normalize=False, reduction="none")
+    torch.testing.assert_close(
+        raw([one[0], other[0]], [one[1], other[1]], weight=weight),
+        sum(
+            selfkd.reference.simreg(*x, weight=weight, normalize=False, reduction="none")
+            for x in (one, other)
+        )
+        / 2,
+    )
+    torch.testing.assert_close(
+        loss(*one, divisor=3.0), selfkd.reference.simreg(*one, reduction="sum") / 3
+    )
+    assert "normalize=True" in repr(loss)
+    with pytest.raises(ValueError, match="targets has length 2, expected that of predictions, 1"):
+        loss([one[0]], [one[1], one[1]])
+    with pytest.raises(ValueError, match="and at least 1"):
+        loss([], [])
+    with pytest.raises(TypeError, match="expected two tensors or two sequences"):
+        loss(one[0], [one[1]])

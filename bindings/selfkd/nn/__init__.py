@@ -1,5 +1,6 @@
 """Loss modules."""
 
 from .sd_dropout import SDDropout
+from .simreg import SimRegHead, SimRegLoss
 
-__all__ = ["SDDropout"]
+__all__ = ["SDDropout", "SimRegHead", "SimRegLoss"]
