@@ -3,6 +3,7 @@
 from .aikd import AIKDLoss, AIKDParts, Discriminator, PreviousEpoch
 from .schedules import sigmoid_rampup
 from .sd_dropout import SDDropout
+from .simreg import SimRegHead, SimRegLoss
 
 __all__ = [
     "AIKDLoss",
@@ -10,5 +11,7 @@ __all__ = [
     "Discriminator",
     "PreviousEpoch",
     "SDDropout",
+    "SimRegHead",
+    "SimRegLoss",
     "sigmoid_rampup",
 ]
