@@ -62,6 +62,19 @@ class Images:
             if step >= done:
                 yield self.images[index], self.labels[index]
 
+    def epochs(
+        self, steps: int, size: int, seed: int, title: str, done: int = 0
+    ) -> Iterator[tuple[bool, Tensor, Tensor, Tensor]]:
+        """Yield what PreviousEpoch needs: whether a batch ends an epoch, indices, images, labels."""
+        each = -(-len(self.labels) // size)
+        for step in track(range(steps), description=f"{title:<9}"):
+            if step % each == 0:
+                generator = torch.Generator().manual_seed(1000 * seed + step // each)
+                order = torch.randperm(len(self.labels), generator=generator).split(size)
+            index = order[step % each]
+            if step >= done:
+                yield step % each == each - 1, index, self.images[index], self.labels[index]
+
     @torch.no_grad()
     def accuracy(self, model: nn.Module) -> float:
         """Return the share of held-out images that the model recognises."""
@@ -237,6 +250,15 @@ def parse(
         add("--data", type=Path, help="folder of CIFAR-100, default: scikit-learn's digits")
         add("--checkpoint", type=Path, help="file to save to and to go on from")
     return parser.parse_args(argv)
+
+
+def prepare(options: argparse.Namespace, features: int) -> dict[str, Any]:
+    """Return data, teacher and checkpoint, as the command line of a `long` example says."""
+    torch.set_num_threads(options.threads)
+    device, checkpoint = options.device, Checkpoint(options.checkpoint)
+    data = CIFAR100(options.data, device) if options.data else Digits(device)
+    teacher = train_teacher(data, options.steps, checkpoint, features)
+    return {"data": data, "teacher": teacher, "checkpoint": checkpoint}
 
 
 def train_all(train: Callable[..., Run], options: argparse.Namespace) -> list[Run]:

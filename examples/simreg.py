@@ -22,7 +22,6 @@ import sys
 import common
 import selfkd
 import torch
-from torch import nn
 
 IMPLEMENTATIONS = {"fused": selfkd.simreg, "reference": selfkd.reference.simreg}
 
@@ -31,7 +30,7 @@ def train(
     impl: str,
     *,
     data: common.Images,
-    teacher: nn.Module,
+    teacher: common.Network,
     checkpoint: common.Checkpoint,
     weight: float = 1.0,
     steps: int = 400,
@@ -48,7 +47,7 @@ def train(
     name, curves = f"{impl}, weight {weight}, seed {seed}", [run.losses, simreg.calls]
     done = checkpoint.restore(name, curves, backbone, head, optimizer)
     for images, _ in data.batches(steps, 128, seed, impl, done):
-        loss = simreg(head(backbone(images)), teacher(images))
+        loss = simreg(head(backbone(images)), teacher.backbone(images))
         optimizer.zero_grad()
         (weight * loss).backward()
         optimizer.step()
@@ -62,12 +61,7 @@ def train(
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says, report, return the exit code."""
     options = common.parse(argv, __doc__, weight=1.0, long=True)
-    torch.set_num_threads(options.threads)
-    checkpoint = common.Checkpoint(options.checkpoint)
-    folder, device = options.data, options.device
-    data = common.CIFAR100(folder, device) if folder else common.Digits(device)
-    teacher = common.train_teacher(data, options.steps, checkpoint, features=256)
-    each = functools.partial(train, data=data, teacher=teacher.backbone, checkpoint=checkpoint)
+    each = functools.partial(train, **common.prepare(options, features=256))
     return common.report("SimReg", common.train_all(each, options), options.out)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import selfkd
 from conftest import ROOT
 
@@ -75,12 +76,21 @@ def test_simreg(tmp_path: Path) -> None:
     assert accuracies[2] < min(accuracies[:2])
 
 
-def test_simreg_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
-    """The second run takes teacher and 100 steps from the file, and ends as the first."""
-    command = [sys.executable, ROOT / "examples" / "simreg.py", "--impl", "fused"]
+def test_aikd(tmp_path: Path) -> None:
+    """A student of a pre-trained network, of its previous epoch and of a discriminator."""
+    script = ROOT / "examples" / "aikd.py"
+    out = run(sys.executable, script, "--control", "--steps", 300, cwd=tmp_path)
+    assert check_curves(out, tmp_path / "runs" / "ai_kd.csv", least=95)[2] >= 95
+
+
+@pytest.mark.parametrize("example", ["aikd", "simreg"])
+def test_example_goes_on_from_a_checkpoint(example: str, tmp_path: Path) -> None:
+    """The second run takes the teacher and most steps from the file, and ends as the first."""
+    command = [sys.executable, ROOT / "examples" / f"{example}.py", "--impl", "fused"]
     curves = []
     for _ in range(2):
         run(*command, "--steps", 120, "--checkpoint", "state.pt", cwd=tmp_path)
-        curves.append((tmp_path / "runs" / "simreg.csv").read_text())
+        (file,) = (tmp_path / "runs").glob("*.csv")
+        curves.append(file.read_text())
     assert len(curves[0].splitlines()) == 121
     assert curves[0] == curves[1]
