@@ -39,7 +39,9 @@ class Case:
     baselines
         The same function in plain PyTorch, by the name of the form.
     inputs
-        Makes the inputs, float32; all of them get gradients.
+        Makes the inputs, float32.
+    learning
+        How many of them, the first ones, get gradients.
     bytes_moved
         The least a fused forward and backward can read and write.
     need
@@ -53,6 +55,7 @@ class Case:
     reference: Loss
     baselines: Mapping[str, Loss]
     inputs: Callable[[], list[Tensor]]
+    learning: int
     bytes_moved: int
     need: Mapping[str, float] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -81,7 +84,58 @@ def sd_dropout_kl(*shape: int, **need: float) -> Case:
         reference=selfkd.reference.sd_dropout_kl,
         baselines={"log_target": kl_of_log_targets, "probabilities": kl_of_probabilities},
         inputs=lambda: [3 * torch.randn(shape) for _ in range(2)],
+        learning=2,
         bytes_moved=6 * math.prod(shape) * 4,
+        need=need,
+    )
+
+
+def bce_with_logits(real: Tensor, fake: Tensor) -> Tensor:
+    """Discriminator's loss as it is usually written."""
+    one, zero = torch.ones_like(real), torch.zeros_like(fake)
+    bce = F.binary_cross_entropy_with_logits
+    return bce(real, one) + bce(fake, zero)
+
+
+def softplus_of_scores(real: Tensor, fake: Tensor) -> Tensor:
+    """Discriminator's loss without targets."""
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def adversarial(*shape: int, **need: float) -> Case:
+    """Scores 3 * randn. Forward reads both; backward reads both and writes two gradients."""
+    return Case(
+        name=f"adversarial {'x'.join(map(str, shape))}",
+        fused=selfkd.adversarial,
+        reference=selfkd.reference.adversarial,
+        baselines={"bce_with_logits": bce_with_logits, "softplus": softplus_of_scores},
+        inputs=lambda: [3 * torch.randn(shape) for _ in range(2)],
+        bytes_moved=6 * math.prod(shape) * 4,
+        need=need,
+    )
+
+
+def cosine_of_normalized(student: Tensor, target: Tensor) -> Tensor:
+    """SimReg loss of features (N, D) in the form of the authors' code."""
+    x, t = F.normalize(student, dim=1), F.normalize(target, dim=1)
+    return (2 - 2 * (x * t).sum(1)).mean()
+
+
+def distance_of_normalized(student: Tensor, target: Tensor) -> Tensor:
+    """SimReg loss of features (N, D) as a squared distance, which does not cancel."""
+    return (F.normalize(student, dim=1) - F.normalize(target, dim=1)).square().sum(1).mean()
+
+
+def simreg(*shape: int, **need: float) -> Case:
+    """Features randn. Forward reads both; backward reads both and writes one gradient."""
+    return Case(
+        name=f"simreg {'x'.join(map(str, shape))}",
+        fused=selfkd.simreg,
+        reference=selfkd.reference.simreg,
+        baselines={"cosine": cosine_of_normalized, "distance": distance_of_normalized},
+        inputs=lambda: [torch.randn(shape) for _ in range(2)],
+        learning=1,
+        bytes_moved=5 * math.prod(shape) * 4,
         need=need,
     )
 
@@ -95,4 +149,7 @@ CASES = [
     replace(large_vocabulary, environment=KEEP_MEMORY),
     replace(large_vocabulary, name=f"{large_vocabulary.name} (plain malloc)", need={}),
     sd_dropout_kl(4, 21, 256, 256, eager=8, compile=5, copy=3),
+    adversarial(128, 1),  # one score each
+    adversarial(16, 1, 256, 256),  # of patches
+    simreg(256, 2048, eager=4.5, compile=2.3),
 ]

@@ -41,9 +41,9 @@ Result = dict[str, Any]
 
 
 def loss_and_gradients(loss: Loss, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-    """Return the loss and the gradients of all inputs."""
+    """Return the loss and the gradients of the inputs that get one."""
     value = loss(*inputs)
-    return value.detach(), *torch.autograd.grad(value, inputs)
+    return value.detach(), *torch.autograd.grad(value, [x for x in inputs if x.requires_grad])
 
 
 def errors(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> Errors:
@@ -68,7 +68,7 @@ def prepare(case: Case) -> dict[str, Loss]:
 
 def check(case: Case, contenders: dict[str, Loss], inputs: list[Tensor]) -> dict[str, Errors]:
     """Prove the baselines equal to the reference in float64; return the errors in float32."""
-    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    doubles = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
     exact = loss_and_gradients(case.reference, doubles)
     for form, baseline in case.baselines.items():
         difference = max(errors(loss_and_gradients(baseline, doubles), exact))
@@ -110,7 +110,7 @@ def take_samples(
 def measure(case: Case, repeat: int) -> Result:
     """Check and time one case in this process."""
     torch.manual_seed(0)
-    inputs = [x.requires_grad_() for x in case.inputs()]
+    inputs = [x.requires_grad_(k < case.learning) for k, x in enumerate(case.inputs())]
     contenders = prepare(case)
     error = check(case, contenders, inputs)
     samples = take_samples(contenders, inputs, repeat)

@@ -14,6 +14,7 @@ from typing import Any
 
 try:
     import torch
+    import torch.nn.functional as F
     from matplotlib.figure import Figure
     from rich.console import Console
     from rich.progress import track
@@ -42,11 +43,57 @@ class Run:
         return max(abs(mine - theirs) / abs(theirs) for mine, theirs in pairs)
 
 
-class Digits:
-    """scikit-learn's 1,797 handwritten digits; 360 are held out.
+class Images:
+    """Labelled images, some of them held out: (N, C, H, W) float32 in [0, 1], labels (N,) int64."""
 
-    Images are (N, 1, 8, 8) float32 in [0, 1], labels (N,) int64.
-    """
+    images: Tensor
+    labels: Tensor
+    held_out_images: Tensor
+    held_out_labels: Tensor
+    classes: int
+
+    def batches(
+        self, steps: int, size: int, seed: int, title: str, done: int = 0
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Yield random batches of images and labels after the first `done`, behind a progress bar."""
+        generator = torch.Generator().manual_seed(seed)
+        for step in track(range(steps), description=f"{title:<9}"):
+            index = torch.randint(len(self.labels), (size,), generator=generator)
+            if step >= done:
+                yield self.images[index], self.labels[index]
+
+    def epochs(
+        self, steps: int, size: int, seed: int, title: str, done: int = 0
+    ) -> Iterator[tuple[bool, Tensor, Tensor, Tensor]]:
+        """Yield what PreviousEpoch needs: whether a batch ends an epoch, indices, images, labels."""
+        each = -(-len(self.labels) // size)
+        for step in track(range(steps), description=f"{title:<9}"):
+            if step % each == 0:
+                generator = torch.Generator().manual_seed(1000 * seed + step // each)
+                order = torch.randperm(len(self.labels), generator=generator).split(size)
+            index = order[step % each]
+            if step >= done:
+                yield step % each == each - 1, index, self.images[index], self.labels[index]
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module) -> float:
+        """Return the share of held-out images that the model recognises."""
+        predictions = model.eval()(self.held_out_images).argmax(1)
+        return (predictions == self.held_out_labels).float().mean().item()
+
+    @torch.no_grad()
+    def neighbour_accuracy(self, backbone: nn.Module) -> float:
+        """Return the share of held-out images of the class of their nearest neighbour, by cosine."""
+        known, new = (
+            F.normalize(torch.cat([backbone.eval()(part) for part in images.split(1000)]))
+            for images in (self.images, self.held_out_images)
+        )
+        found = self.labels[(new @ known.T).argmax(1)]
+        return (found == self.held_out_labels).float().mean().item()
+
+
+class Digits(Images):
+    """scikit-learn's 1,797 handwritten digits, 8 x 8; 360 are held out."""
 
     classes = 10
 
@@ -58,18 +105,90 @@ class Digits:
         self.images, self.held_out_images = images[:-held_out], images[-held_out:]
         self.labels, self.held_out_labels = labels[:-held_out], labels[-held_out:]
 
-    def batches(self, steps: int, size: int, seed: int, title: str) -> Iterator[tuple[Tensor, ...]]:
-        """Yield random batches of images and labels, behind a progress bar."""
-        generator = torch.Generator().manual_seed(seed)
-        for _ in track(range(steps), description=f"{title:<9}"):
-            index = torch.randint(len(self.labels), (size,), generator=generator)
-            yield self.images[index], self.labels[index]
 
-    @torch.no_grad()
-    def accuracy(self, model: nn.Module) -> float:
-        """Return the share of held-out digits that the model recognises."""
-        predictions = model.eval()(self.held_out_images).argmax(1)
-        return (predictions == self.held_out_labels).float().mean().item()
+class CIFAR100(Images):
+    """CIFAR-100 by torchvision, from a folder that it is loaded into if it is not there."""
+
+    classes = 100
+
+    def __init__(self, folder: Path, device: str) -> None:
+        from torchvision.datasets import CIFAR100 as Dataset
+
+        both = [Dataset(folder, train, download=True) for train in (True, False)]
+        self.images, self.held_out_images = (
+            torch.from_numpy(x.data).movedim(-1, 1).float().div(255).to(device) for x in both
+        )
+        self.labels, self.held_out_labels = (torch.tensor(x.targets, device=device) for x in both)
+
+
+def convolution(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
+    """Return a convolution, its normalisation and a smooth activation.
+
+    Smooth, because at the kink of a ReLU the last bit of a loss decides between two different runs.
+    """
+    conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+    return [conv, nn.BatchNorm2d(outputs), nn.SiLU()]
+
+
+class Network(nn.Module):
+    """Three convolutions, global average pooling to `features`, a linear head."""
+
+    def __init__(self, classes: int, channels: int = 1, features: int = 128) -> None:
+        super().__init__()
+        layers = [
+            *convolution(channels, features // 4),
+            *convolution(features // 4, features // 2, stride=2),
+            *convolution(features // 2, features),
+        ]
+        self.backbone = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(features, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone(images))
+
+
+class Checkpoint:
+    """What some training runs have reached, in one file; without a file, nothing is kept."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.states = torch.load(path) if path and path.exists() else {}
+
+    def restore(self, name: str, curves: list[list[float]], *parts: Any) -> int:
+        """Restore modules and optimizers, append to the curves, return the steps that are done."""
+        if name not in self.states:
+            return 0
+        for part, state in zip(parts, self.states[name]["parts"], strict=True):
+            part.load_state_dict(state)
+        for curve, values in zip(curves, self.states[name]["curves"], strict=True):
+            curve.extend(values)
+        return len(curves[0])
+
+    def save(self, name: str, curves: list[list[float]], *parts: Any) -> None:
+        """Save what `restore` restores."""
+        if self.path:
+            state = {"curves": curves, "parts": [part.state_dict() for part in parts]}
+            torch.save({**self.states, name: state}, self.path.with_suffix(".new"))
+            self.path.with_suffix(".new").replace(self.path)
+            self.states = torch.load(self.path)
+
+
+def train_teacher(data: Images, steps: int, checkpoint: Checkpoint, features: int) -> Network:
+    """Train a classifier on the labels, and freeze it."""
+    torch.manual_seed(0)
+    network = Network(data.classes, data.images.shape[1], features).to(data.images.device)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+    losses: list[float] = []
+    done = checkpoint.restore("teacher", [losses], network, optimizer)
+    for images, labels in data.batches(steps, 128, 0, "teacher", done):
+        loss = F.cross_entropy(network(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    checkpoint.save("teacher", [losses], network, optimizer)
+    print(f"teacher: held-out accuracy {data.accuracy(network):.2%}")
+    return network.requires_grad_(False).eval()
 
 
 class TimedLoss:
@@ -83,23 +202,24 @@ class TimedLoss:
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function = function
-        self._calls: list[float] = []
+        self.calls: list[float] = []
 
     def __call__(self, *tensors: Tensor, **arguments: Any) -> Tensor:
-        inputs = [tensor.detach().requires_grad_() for tensor in tensors]
+        inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
         start = clock(tensors[0])
         loss = self.function(*inputs, **arguments)
-        gradients = torch.autograd.grad(loss, inputs)
-        self._calls.append(clock(tensors[0]) - start)
+        gradients = torch.autograd.grad(loss, [x for x in inputs if x.requires_grad])
+        self.calls.append(clock(tensors[0]) - start)
         loss = loss.detach()
-        for tensor, gradient in zip(tensors, gradients, strict=True):
+        live = [tensor for tensor in tensors if tensor.requires_grad]
+        for tensor, gradient in zip(live, gradients, strict=True):
             loss = loss + (gradient * (tensor - tensor.detach())).sum()  # adds 0, with a gradient
         return loss
 
     @property
     def seconds(self) -> list[float]:
         """Seconds of every call but the first."""
-        return self._calls[1:]
+        return self.calls[1:]
 
 
 def clock(tensor: Tensor) -> float:
@@ -109,8 +229,10 @@ def clock(tensor: Tensor) -> float:
     return time.perf_counter()
 
 
-def parse(argv: list[str] | None, description: str, weight: float) -> argparse.Namespace:
-    """Read the command line that every example understands."""
+def parse(
+    argv: list[str] | None, description: str, weight: float, long: bool = False
+) -> argparse.Namespace:
+    """Read the command line that every example understands; `long`: that may run for hours, too."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -124,7 +246,19 @@ def parse(argv: list[str] | None, description: str, weight: float) -> argparse.N
     add("--threads", type=int, default=1, help="CPU threads; the networks are small, default: 1")
     add("--device", default=device, help=f"default: {device}")
     add("--out", type=Path, default=Path("runs"), help="folder of picture and csv, default: runs")
+    if long:
+        add("--data", type=Path, help="folder of CIFAR-100, default: scikit-learn's digits")
+        add("--checkpoint", type=Path, help="file to save to and to go on from")
     return parser.parse_args(argv)
+
+
+def prepare(options: argparse.Namespace, features: int) -> dict[str, Any]:
+    """Return data, teacher and checkpoint, as the command line of a `long` example says."""
+    torch.set_num_threads(options.threads)
+    device, checkpoint = options.device, Checkpoint(options.checkpoint)
+    data = CIFAR100(options.data, device) if options.data else Digits(device)
+    teacher = train_teacher(data, options.steps, checkpoint, features)
+    return {"data": data, "teacher": teacher, "checkpoint": checkpoint}
 
 
 def train_all(train: Callable[..., Run], options: argparse.Namespace) -> list[Run]:

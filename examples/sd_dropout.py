@@ -23,33 +23,10 @@ import common
 import selfkd
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
 DROPOUT = 0.5
 TEMPERATURE = 3.0
 IMPLEMENTATIONS = {"fused": selfkd.sd_dropout_kl, "reference": selfkd.reference.sd_dropout_kl}
-
-
-def convolution(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
-    """Return a convolution, its normalisation and a smooth activation.
-
-    Smooth, because at the kink of a ReLU the last bit of a loss decides between two different runs.
-    """
-    conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-    return [conv, nn.BatchNorm2d(outputs), nn.SiLU()]
-
-
-class Network(nn.Module):
-    """Three convolutions, global average pooling, a linear head."""
-
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        layers = [*convolution(1, 32), *convolution(32, 64, stride=2), *convolution(64, 128)]
-        self.backbone = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.head = nn.Linear(128, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.backbone(images))
 
 
 def train(
@@ -58,7 +35,7 @@ def train(
     """Train a new network with one implementation of the loss, "fused" or "reference"."""
     torch.manual_seed(seed)
     digits = common.Digits(device)
-    network = Network(digits.classes).to(device)
+    network = common.Network(digits.classes).to(device)
     backbone, head = network.backbone, network.head
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
     sd_dropout_kl = common.TimedLoss(IMPLEMENTATIONS[impl])

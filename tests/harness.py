@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -144,6 +144,7 @@ def through_c(
         for item in forward.items:
             if item.choices and isinstance(numbers[item.name], str):
                 numbers[item.name] = item.choices.index(numbers[item.name])
+        numbers.pop("dim", None)  # of the Python functions; a kernel has its rows along dimension 1
         arguments: dict[str, Any] = {**numbers, **tensors}
         outputs = poisoned_outputs(op, arguments)
         library.check(c.run(lib, op, arguments | outputs, device=device))
@@ -293,6 +294,25 @@ def cast(
     }
 
 
+def check_tensors(
+    op: str, case: Case, backend: Backend, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Loss, every row, and all gradients of one case, whatever the dtypes and strides of its tensors."""
+    for reduction in dict.fromkeys([case.options.get("reduction", "mean"), "none"]):
+        options = {**case.options, "reduction": reduction}
+        if reduction == "none":
+            tensors = {name: x for name, x in tensors.items() if name != "divisor"}
+        expected, expected_grads = reference(op, tensors, options)
+        found, grads = backend.call(op, tensors, options)
+        assert_values(found, expected, f"{op} {reduction}", case)
+        for name in live_inputs(op):
+            assert grads[name].stride() == torch.empty_like(tensors[name]).stride()
+            what = f"gradient of {name}, {reduction}"
+            assert_gradient(grads[name], expected_grads[name], what, case)
+            if "weight" in tensors:
+                assert (grads[name].movedim(1, -1)[tensors["weight"] == 0] == 0).all()
+
+
 def check_case(
     op: str,
     case: Case,
@@ -307,22 +327,9 @@ def check_case(
     if case.big and backend.name == "simt":
         pytest.skip("too large for the emulator; the CPU and CUDA back ends run it")
     tensors = cast(case.make(generator), op, DTYPES[dtype], backend.device)
-    live = live_inputs(op)
     rows = [item.name for item in contract(op).items if item.is_input and item.shape == "NC*"]
     tensors |= {name: LAYOUTS[layout](tensors[name]) for name in rows if name in tensors}
-    for reduction in dict.fromkeys([case.options.get("reduction", "mean"), "none"]):
-        options = {**case.options, "reduction": reduction}
-        if reduction == "none":
-            tensors = {name: x for name, x in tensors.items() if name != "divisor"}
-        expected, expected_grads = reference(op, tensors, options)
-        found, grads = backend.call(op, tensors, options)
-        assert_values(found, expected, f"{op} {reduction}", case)
-        for name in live:
-            assert grads[name].stride() == torch.empty_like(tensors[name]).stride()
-            what = f"gradient of {name}, {reduction}"
-            assert_gradient(grads[name], expected_grads[name], what, case)
-            if "weight" in tensors:
-                assert (grads[name].movedim(1, -1)[tensors["weight"] == 0] == 0).all()
+    check_tensors(op, case, backend, tensors)
     if backend.variant and path:
         variant = "f64" if dtype == "float64" else backend.variant
         assert library.text("selfkd_last_path") == f"cpu {variant} {path}"
@@ -338,3 +345,110 @@ def check_threads(op: str, tensors: Mapping[str, torch.Tensor], options: Mapping
     for result, grads in runs[1:]:
         assert torch.equal(result, runs[0][0])
         assert all(torch.equal(grads[name], runs[0][1][name]) for name in grads)
+
+
+# ---- what PyTorch must see: the binding is the same for every operator ----
+
+
+def leaves(op: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors, those with a gradient as new leaves."""
+    live = live_inputs(op)
+    return {
+        name: x.detach().clone().requires_grad_() if name in live else x
+        for name, x in tensors.items()
+    }
+
+
+def backward_calls(op: str) -> int:
+    """How often the backward kernel ran."""
+    return int(library.library().selfkd_call_count(f"{op}_backward".encode()))
+
+
+def schema_values(op: str, named: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Arguments by name in the order of the PyTorch schema; numbers not given have their default."""
+    of, values = contract(op), []
+    for item in of.items:
+        if item.is_number:
+            values.append(named.get(item.name, item.default))
+        elif item.kind == "OPT":
+            given = named.get(item.name)
+            values += [named[of.first] if given is None else given, given is not None]
+        elif item.is_input:
+            values.append(named[item.name])
+    return tuple(values)
+
+
+def check_operator(
+    op: str, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any], grad: torch.Tensor
+) -> None:
+    """opcheck of the forward and of the backward operator; `options` by number."""
+    forward = getattr(torch.ops.selfkd, op).default
+    values = schema_values(op, {**leaves(op, tensors), **options})
+    torch.library.opcheck(forward, values)
+    names = [item.name for item in contract(op).outputs]
+    outputs = {name: x.detach() for name, x in zip(names, forward(*values), strict=True)}
+    named = {**tensors, **options, **outputs, "grad": grad}
+    backward = getattr(torch.ops.selfkd, f"{op}_backward").default
+    torch.library.opcheck(backward, schema_values(f"{op}_backward", named))
+
+
+def check_double_backward(
+    op: str, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]
+) -> None:
+    """First and second gradients of function and reference agree, and with those of the kernel."""
+    given = leaves(op, tensors)
+    live = [given[name] for name in live_inputs(op)]
+    found, before = [], backward_calls(op)
+    plain = torch.autograd.grad(public(op, selfkd)(**given, **options).sum(), live)
+    assert backward_calls(op) == before + 1
+    for module in (selfkd, selfkd.reference):
+        loss = public(op, module)(**given, **options).sum()
+        grads = torch.autograd.grad(loss, live, create_graph=True)
+        second = torch.autograd.grad(sum((grad**2).sum() for grad in grads), live)
+        found.append((*grads, *second))
+    assert backward_calls(op) == before + 1
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[0][: len(live)], plain)
+
+
+def check_compile(
+    op: str,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    options: Mapping[str, Any],
+    dynamic: bool,
+) -> None:
+    """The compiled function on batches of several sizes; its backward pass runs the kernel."""
+
+    def training_loss(**given: torch.Tensor) -> torch.Tensor:
+        first, *rest = given
+        scaled = {first: given[first] * 1.5, **{name: given[name] for name in rest}}
+        return 2 * function(**scaled, **options) + given[first].sum()
+
+    function = public(op, selfkd)
+    torch._dynamo.reset()
+    compiled = torch.compile(training_loss, fullgraph=True, dynamic=dynamic)
+    for batch in batches:
+        given, before = leaves(op, batch), backward_calls(op)
+        live = [given[name] for name in live_inputs(op)]
+        found, expected = compiled(**given), training_loss(**given)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(found, live), torch.autograd.grad(expected, live)
+        )
+        assert backward_calls(op) == before + 2, "the compiled backward skipped the kernel"
+
+
+def check_saved_bytes(op: str, tensors: Mapping[str, torch.Tensor], rows: int) -> None:
+    """At most 32 bytes a row and one scalar are kept for backward, beside the inputs."""
+    given, kept = leaves(op, tensors), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        public(op, selfkd)(**given)
+    inputs = {x.data_ptr() for x in given.values()}
+    own = {x.data_ptr(): x.nbytes for x in kept if x.data_ptr() not in inputs}
+    assert sum(own.values()) <= 32 * rows + 8
+
+
+def check_torch_func_is_refused(op: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """torch.func transforms raise a sentence."""
+    with pytest.raises(RuntimeError, match=r"torch\.func|functorch|vmap"):
+        torch.func.grad(getattr(selfkd, op))(*tensors.values())

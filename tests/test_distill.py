@@ -104,7 +104,9 @@ CASES = [
     Case("gpt_classes", draw(3, 32000), ONE),
     Case("many_classes", draw(2, 250000), big=True),
     Case("teacher_1e4_apart", draw(9, 100, target=False, apart=1.0, shift=1e4), exact=1e-11),
-    Case("teacher_1e-3_apart", draw(9, 1000, target=False, apart=1e-3), ONE, close=True, exact=1e-6),
+    Case(
+        "teacher_1e-3_apart", draw(9, 1000, target=False, apart=1e-3), ONE, close=True, exact=1e-6
+    ),
     Case(
         "own_temperature_close",
         halved(draw(9, 100, target=False, apart=1e-2)),
@@ -125,7 +127,13 @@ IMAGES = [
     Case("two_teachers", draw(2, 9, 5, 7, teachers=2), {**BOTH, "second_temperature": 2.0}),
     Case("probabilities", draw(1, 9, 5, 7, probs=True, scale=1.0), PS_KD, exact=1e-11),
     Case("smoothed", draw(1, 40, 3, 50), {"label_smoothing": 0.2}),
-    Case("teacher_1e-3_apart", draw(1, 40, 3, 50, target=False, apart=1e-3), ONE, close=True, exact=1e-6),
+    Case(
+        "teacher_1e-3_apart",
+        draw(1, 40, 3, 50, target=False, apart=1e-3),
+        ONE,
+        close=True,
+        exact=1e-6,
+    ),
     *[Case(f"{n}_positions", draw(1, 5, n)) for n in (16, 511, 512, 513)],
     Case("few_positions", weighted(draw(3, 130, 7))),
 ]
@@ -149,3 +157,394 @@ def test_images(
     positions = layout == "contiguous" and case.name != "few_positions"
     path = "positions" if positions else "classes"
     harness.check_case(OP, case, backend, dtype, layout, generator, path=path)
+
+
+needs_torch_backend = pytest.mark.skipif(
+    bool(harness.SIMT_LIBRARY), reason="of the PyTorch binding, which the emulator does not use"
+)
+F32 = torch.float32
+
+
+def example(g: torch.Generator, *shape: int, dtype: torch.dtype = F32) -> dict[str, torch.Tensor]:
+    """Everything a call can be given."""
+    return harness.cast(weighted_without_nan(draw(*shape, teachers=2))(g), OP, dtype)
+
+
+def weighted_without_nan(make: Any) -> Any:
+    def with_weight(g: torch.Generator) -> dict[str, torch.Tensor]:
+        tensors = make(g)
+        sizes = tensors["logits"][:, 0].shape
+        return {**tensors, "weight": torch.rand(sizes, generator=g, dtype=torch.float64)}
+
+    return with_weight
+
+
+# ---- what PyTorch must see ----
+
+
+@needs_torch_backend
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradcheck(shape: tuple[int, ...], reduction: str, generator: torch.Generator) -> None:
+    tensors = example(generator, *shape, dtype=torch.float64)
+    logits = tensors.pop("logits").requires_grad_()
+    teachers = (tensors.pop("teacher"), tensors.pop("second_teacher"))
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return selfkd.distill(
+            x,
+            teachers=teachers,
+            temperature=(2.0, 1.0),
+            label_smoothing=0.1,
+            reduction=reduction,
+            **tensors,
+        )
+
+    assert torch.autograd.gradcheck(loss, logits)
+    assert torch.autograd.gradgradcheck(loss, logits)
+
+
+@needs_torch_backend
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {**BOTH, "label_smoothing": 0.2}])
+def test_double_backward_agrees_with_kernel_and_reference(
+    options: dict[str, Any], generator: torch.Generator
+) -> None:
+    harness.check_double_backward(OP, example(generator, 4, 6, dtype=torch.float64), options)
+
+
+@needs_torch_backend
+@pytest.mark.parametrize("reduction", [0, 1])
+def test_opcheck(reduction: int, generator: torch.Generator) -> None:
+    grad = torch.rand(4, generator=generator) if reduction == 0 else torch.tensor(2.0)
+    harness.check_operator(OP, example(generator, 4, 6), {"reduction": reduction}, grad)
+
+
+@needs_torch_backend
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic: bool, generator: torch.Generator) -> None:
+    batches = [example(generator, n, 6) for n in (4, 7)]
+    harness.check_compile(OP, batches, {"divisor": 4.0, "label_smoothing": 0.1}, dynamic)
+
+
+@needs_torch_backend
+@pytest.mark.parametrize("shape", [(300, 500), (2, 21, 40, 50)], ids=str)
+def test_threads(shape: tuple[int, ...], generator: torch.Generator) -> None:
+    harness.check_threads(OP, example(generator, *shape), {})
+
+
+@needs_torch_backend
+def test_memory_for_backward_is_at_most_32_bytes_a_row(generator: torch.Generator) -> None:
+    harness.check_saved_bytes(OP, example(generator, 64, 1000), rows=64)
+
+
+@needs_torch_backend
+def test_torch_func_is_refused_with_a_sentence(generator: torch.Generator) -> None:
+    harness.check_torch_func_is_refused(
+        OP, {"logits": torch.ones(2, 3), "target": torch.ones(2).long()}
+    )
+
+
+# ---- values ----
+
+
+@needs_torch_backend
+@pytest.mark.parametrize("shape", [(64, 10), (2, 21, 9, 7)], ids=str)
+@pytest.mark.parametrize("ignore_index", [-100, 3])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_without_teachers_it_is_cross_entropy(
+    reduction: str, smoothing: float, ignore_index: int, shape: Any, generator: torch.Generator
+) -> None:
+    tensors = draw(*shape, teachers=0)(generator)
+    logits, target = tensors["logits"].requires_grad_(), tensors["target"]
+    target[target == -100] = ignore_index
+    options = {"reduction": reduction, "label_smoothing": smoothing, "ignore_index": ignore_index}
+    found, expected = (
+        selfkd.distill(logits, target, **options),
+        F.cross_entropy(logits, target, **options),
+    )
+    torch.testing.assert_close(found, expected)
+    grads = [torch.autograd.grad(x.sum(), logits)[0] for x in (found, expected)]
+    torch.testing.assert_close(*grads)
+
+
+@needs_torch_backend
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_all_targets_ignored(reduction: str, generator: torch.Generator) -> None:
+    logits, target = torch.randn(4, 5, generator=generator), torch.full((4,), -100)
+    expected = F.cross_entropy(logits, target, reduction=reduction)
+    torch.testing.assert_close(
+        selfkd.distill(logits, target, reduction=reduction), expected, equal_nan=True
+    )
+    assert selfkd.distill(logits, target, logits, mask_teachers=True).isnan()
+    loss, ce, kl = selfkd.distill(logits, target, logits + 1, ce_weight=0.0, return_parts=True)
+    assert ce == 0
+    assert kl < 1e-10
+    assert loss == kl
+
+
+@needs_torch_backend
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_parts_sum_to_the_loss_and_have_no_gradient(
+    reduction: str, generator: torch.Generator
+) -> None:
+    tensors = example(generator, 9, 30)
+    logits, options = tensors["logits"].requires_grad_(), {"reduction": reduction}
+    teachers = (tensors["teacher"], tensors["second_teacher"])
+    parts = selfkd.distill(logits, tensors["target"], teachers, return_parts=True, **options)
+    exact = selfkd.reference.distill(
+        logits, tensors["target"], teachers, return_parts=True, **options
+    )
+    torch.testing.assert_close(tuple(parts), tuple(exact))
+    torch.testing.assert_close(parts.loss, parts.ce + parts.kl)
+    assert parts.loss.requires_grad
+    assert not parts.ce.requires_grad
+    assert not parts.kl.requires_grad
+    plain = selfkd.distill(logits, tensors["target"], teachers, **options)
+    grads = [torch.autograd.grad(x.sum(), logits)[0] for x in (parts.loss, plain)]
+    assert torch.equal(parts.loss, plain)
+    assert torch.equal(*grads)
+
+
+@needs_torch_backend
+@pytest.mark.parametrize(
+    "teacher", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+@pytest.mark.parametrize("student", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(5, 100), (2, 9, 5, 7)], ids=str)
+def test_teacher_of_another_dtype_and_expanded(
+    shape: tuple[int, ...], student: torch.dtype, teacher: torch.dtype, generator: torch.Generator
+) -> None:
+    logits = torch.randn(shape, generator=generator).to(student)
+    one = torch.randn(1, *shape[1:], generator=generator).to(teacher)
+    expected = selfkd.reference.distill(logits.double(), None, one.double().expand(shape))
+    harness.assert_values(selfkd.distill(logits, None, one.expand(shape)), expected, "expanded")
+    virtual = torch.randn(shape[1], generator=generator).to(teacher)
+    constant = virtual.view(1, -1, *[1] * (len(shape) - 2)).expand(shape)
+    expected = selfkd.reference.distill(logits.double(), None, constant.double())
+    harness.assert_values(selfkd.distill(logits, None, constant), expected, "constant")
+
+
+@needs_torch_backend
+@pytest.mark.parametrize("shape", [(6, 40), (1, 40, 2, 20)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_infinities_and_nan_stay_alone(
+    dtype: torch.dtype, shape: tuple[int, ...], generator: torch.Generator
+) -> None:
+    """Classes excluded on both sides or by the teacher alone; by the student alone: inf; NaN: NaN."""
+    z = torch.randn(shape, generator=generator, dtype=dtype)
+    t = torch.randn(shape, generator=generator, dtype=dtype)
+    rows = (z.movedim(1, -1).reshape(-1, 40), t.movedim(1, -1).reshape(-1, 40))
+    rows[0][0, :3] = rows[1][0, :3] = -torch.inf
+    rows[1][1, 5] = -torch.inf
+    rows[0][2, 7] = -torch.inf
+    rows[0][3, 9] = torch.nan
+    rows[1][4, 2] = torch.nan
+    z, t = (x.view(*shape[:1], *shape[2:], 40).movedim(-1, 1).contiguous() for x in rows)
+    y = torch.full((shape[0], *shape[2:]), 20)
+    z.requires_grad_()
+    found, exact = (
+        f(z, y, t, temperature=1.0, reduction="none")
+        for f in (selfkd.distill, selfkd.reference.distill)
+    )
+    torch.testing.assert_close(found, exact, equal_nan=True)
+    assert found.flatten()[:5].isfinite().tolist() == [True, True, False, False, False]
+    assert found.flatten()[2] == torch.inf
+    grads = [torch.autograd.grad(x.sum(), z)[0] for x in (found, exact)]
+    torch.testing.assert_close(*grads, equal_nan=True)
+
+
+@needs_torch_backend
+def test_equal_rows_give_exactly_zero(generator: torch.Generator) -> None:
+    z = (30 * torch.randn(9, 50, generator=generator)).requires_grad_()
+    for temperature in (1.0, 4.0):
+        loss = selfkd.distill(z, None, z.detach().clone(), temperature=temperature)
+        assert loss == 0
+        assert torch.autograd.grad(loss, z)[0].abs().max() < 1e-8
+
+
+# ---- published losses: docs/losses.md says the same ----
+
+
+def soft_cross_entropy(z: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return -(q * F.log_softmax(z, 1)).sum(1).mean()
+
+
+def kl(z: torch.Tensor, t: torch.Tensor, T: float) -> torch.Tensor:
+    return F.kl_div(F.log_softmax(z / T, 1), F.softmax(t / T, 1), reduction="batchmean")
+
+
+PUBLISHED = {
+    "kd": (
+        lambda z, y, t: 0.1 * F.cross_entropy(z, y) + 0.9 * 16 * kl(z, t, 4.0),
+        lambda z, y, t: selfkd.distill(z, y, t, ce_weight=0.1, teacher_weights=0.9),
+    ),
+    "frskd": (
+        lambda z, y, t: F.cross_entropy(z, y) + 2 * 16 * kl(z, t, 4.0),
+        lambda z, y, t: selfkd.distill(z, y, t, teacher_weights=2.0),
+    ),
+    "cs_kd": (
+        lambda z, y, t: F.cross_entropy(z, y) + 3 * 16 * kl(z, t, 4.0),
+        lambda z, y, t: selfkd.distill(z, y, t, teacher_weights=3.0),
+    ),
+    "dml": (
+        lambda z, y, t: F.cross_entropy(z, y) + kl(z, t, 1.0),
+        lambda z, y, t: selfkd.distill(z, y, t, temperature=1.0),
+    ),
+    "tf_kd_virtual_teacher": (  # softmax(d/20) against the student at temperature 1, mean over N and C
+        lambda z, y, t: (
+            0.9 * F.cross_entropy(z, y)
+            + 10 * F.kl_div(F.log_softmax(z, 1), F.softmax(virtual(z, y) / 20, 1), reduction="mean")
+        ),
+        lambda z, y, t: selfkd.distill(
+            z,
+            y,
+            virtual(z, y),
+            ce_weight=0.9,
+            teacher_weights=10 / z.shape[1],
+            temperature=1.0,
+            teacher_temperature=20.0,
+        ),
+    ),
+    "ps_kd": (
+        lambda z, y, t: soft_cross_entropy(
+            z, 0.7 * F.one_hot(y, z.shape[1]) + 0.3 * F.softmax(t, 1)
+        ),
+        lambda z, y, t: selfkd.distill(
+            z,
+            y,
+            F.softmax(t, 1),
+            ce_weight=0.7,
+            teacher_weights=0.3,
+            temperature=1.0,
+            teacher_kind="probs",
+        ),
+    ),
+    "byot": (
+        lambda z, y, t: (
+            0.7 * F.cross_entropy(z, y) + 0.3 * 9 * soft_cross_entropy(z / 3, F.softmax(t / 3, 1))
+        ),
+        lambda z, y, t: selfkd.distill(
+            z, y, t, ce_weight=0.7, teacher_weights=0.3, temperature=3.0
+        ),
+    ),
+}
+
+
+def virtual(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Tf-KD's teacher: 0.99 for the class, the rest for the others."""
+    correct = F.one_hot(y, z.shape[1])
+    return torch.where(correct == 1, 0.99, 0.01 / (z.shape[1] - 1)).to(z)
+
+
+def entropy(q: torch.Tensor) -> torch.Tensor:
+    return -(q * q.log()).sum(1).mean()
+
+
+@needs_torch_backend
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_losses(name: str, generator: torch.Generator) -> None:
+    z, t = (3 * torch.randn(16, 10, generator=generator, dtype=torch.float64) for _ in range(2))
+    y = torch.randint(0, 10, (16,), generator=generator)
+    z.requires_grad_()
+    published, ours = (f(z, y, t) for f in PUBLISHED[name])
+    constant = {"ps_kd": 0.3 * entropy(F.softmax(t, 1)), "byot": 2.7 * entropy(F.softmax(t / 3, 1))}
+    torch.testing.assert_close(ours + constant.get(name, 0), published)
+    grads = [torch.autograd.grad(x, z)[0] for x in (ours, published)]
+    torch.testing.assert_close(*grads)
+
+
+@needs_torch_backend
+def test_frskd_segmentation(generator: torch.Generator) -> None:
+    """Cross-entropy without label 255, KL over all pixels, at T = 1."""
+    z, t = (torch.randn(2, 21, 6, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    y = torch.randint(0, 21, (2, 6, 8), generator=generator)
+    y[:, :2] = 255
+    per_pixel = F.kl_div(F.log_softmax(z, 1), F.softmax(t, 1), reduction="sum") / y.numel()
+    expected = F.cross_entropy(z, y, ignore_index=255) + 0.5 * per_pixel
+    found = selfkd.distill(z, y, t, teacher_weights=0.5, temperature=1.0, ignore_index=255)
+    torch.testing.assert_close(found, expected)
+
+
+# ---- sentences ----
+
+Z, Y = torch.ones(4, 6), torch.zeros(4, dtype=torch.int64)
+P = torch.full((4, 6), 1 / 6)
+SENTENCES: dict[str, tuple[type[Exception], dict[str, Any]]] = {
+    r"distill: neither target nor teachers is given, expected at least one of them": (
+        ValueError,
+        {},
+    ),
+    r"distill: teachers has 3 tensors, expected at most 2; add a third by a second call": (
+        ValueError,
+        {"teachers": (Z, Z, Z)},
+    ),
+    r"distill: teacher has size 5 in dimension C, expected 6": (
+        ValueError,
+        {"teachers": torch.ones(4, 5)},
+    ),
+    r"distill: target is 6 at position \[2\], expected 0 to 5, or ignore_index, -100": (
+        ValueError,
+        {"target": torch.tensor([0, 1, 6, 7])},
+    ),
+    r"distill: target is -1 at position \[0\], expected 0 to 5, or ignore_index, 255": (
+        ValueError,
+        {"target": torch.tensor([-1, 1, 2, 255]), "ignore_index": 255},
+    ),
+    r"distill: target has dtype int32, expected int64": (TypeError, {"target": Y.int()}),
+    r"distill: target has dtype float32, expected int64; for probabilities": (
+        ValueError,
+        {"target": P},
+    ),
+    r"distill: teacher has probabilities that sum to 6 at position \[0\], expected 1": (
+        ValueError,
+        {"teachers": Z, "teacher_kind": "probs"},
+    ),
+    r"distill: second_teacher has probabilities that sum to 16.31 at position \[0\], expected 1": (
+        ValueError,
+        {"teachers": (P, Z), "teacher_kind": ("probs", "log_probs")},
+    ),
+    r'distill: teacher_kind is "softmax", expected "logits", "probs" or "log_probs"': (
+        ValueError,
+        {"teachers": Z, "teacher_kind": "softmax"},
+    ),
+    r"distill: temperature has 2 values, expected one, or one for each teacher \(1\)": (
+        ValueError,
+        {"teachers": Z, "temperature": (1.0, 2.0)},
+    ),
+    r"distill: label_smoothing is 1.5, expected a number from 0 to 1": (
+        ValueError,
+        {"target": Y, "label_smoothing": 1.5},
+    ),
+    r"distill: temperature is 0, expected a finite number > 0": (
+        ValueError,
+        {"teachers": Z, "temperature": 0.0},
+    ),
+    r"distill: teacher_weight is -1, expected a finite number >= 0": (
+        ValueError,
+        {"teachers": Z, "teacher_weights": -1.0},
+    ),
+    r"distill: mask_teachers is True, expected a target with it": (
+        ValueError,
+        {"teachers": Z, "mask_teachers": True},
+    ),
+}
+
+
+@needs_torch_backend
+@pytest.mark.parametrize("sentence", SENTENCES)
+def test_sentences(sentence: str) -> None:
+    error, arguments = SENTENCES[sentence]
+    with pytest.raises(error, match="^" + sentence):
+        selfkd.distill(Z, **arguments)
+
+
+@needs_torch_backend
+def test_position_of_a_bad_target_in_an_image() -> None:
+    target = torch.zeros(2, 3, 20, dtype=torch.int64)
+    target[1, 2, 17] = 9
+    with pytest.raises(ValueError, match=r"target is 9 at position \[1, 2, 17\], expected 0 to 3"):
+        selfkd.distill(torch.ones(2, 4, 3, 20), target)
+    values = harness.schema_values(OP, {"logits": torch.ones(2, 4, 3, 20), "target": target})
+    with pytest.raises(RuntimeError, match=r"target is 9 at position \[1, 2, 17\]"):
+        torch.ops.selfkd.distill(*values)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import selfkd
 from conftest import ROOT
 
@@ -40,15 +41,14 @@ def test_load_library() -> None:
     assert "loss" in out
 
 
-def test_training(tmp_path: Path) -> None:
-    """Fused and reference learn digits along one curve; without the loss the curve is another."""
-    out = run(sys.executable, ROOT / "examples" / "sd_dropout.py", "--control", cwd=tmp_path)
-    row = next(line for line in out.splitlines() if "held-out accuracy" in line)
+def check_curves(out: str, csv_file: Path, least: float) -> list[float]:
+    """Fused and reference run along one curve, the run with weight 0 elsewhere; returns the accuracies."""
+    row = next(line for line in out.splitlines() if "held-out accuracy" in line and "│" in line)
     accuracies = [float(word.rstrip("%")) for word in row.split() if word.endswith("%")]
     assert len(accuracies) == 3
-    assert min(accuracies) >= 95
-    assert (tmp_path / "runs" / "sd_dropout.png").stat().st_size > 10_000
-    with (tmp_path / "runs" / "sd_dropout.csv").open() as file:
+    assert min(accuracies[:2]) >= least
+    assert csv_file.with_suffix(".png").stat().st_size > 10_000
+    with csv_file.open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) >= 300
 
@@ -58,3 +58,39 @@ def test_training(tmp_path: Path) -> None:
     assert apart("fused", "reference") < 1e-4
     assert apart("weight 0", "reference") > 1e-2
     assert apart("weight 0", "fused") > 1e-2
+    return accuracies
+
+
+def test_sd_dropout(tmp_path: Path) -> None:
+    """Fused and reference learn digits along one curve; without the loss the curve is another."""
+    out = run(sys.executable, ROOT / "examples" / "sd_dropout.py", "--control", cwd=tmp_path)
+    accuracies = check_curves(out, tmp_path / "runs" / "sd_dropout.csv", least=95)
+    assert accuracies[2] >= 95
+
+
+def test_simreg(tmp_path: Path) -> None:
+    """A student without labels learns the features of a teacher."""
+    script = ROOT / "examples" / "simreg.py"
+    out = run(sys.executable, script, "--control", "--steps", 300, cwd=tmp_path)
+    accuracies = check_curves(out, tmp_path / "runs" / "simreg.csv", least=97.5)
+    assert accuracies[2] < min(accuracies[:2])
+
+
+def test_aikd(tmp_path: Path) -> None:
+    """A student of a pre-trained network, of its previous epoch and of a discriminator."""
+    script = ROOT / "examples" / "aikd.py"
+    out = run(sys.executable, script, "--control", "--steps", 300, cwd=tmp_path)
+    assert check_curves(out, tmp_path / "runs" / "ai_kd.csv", least=95)[2] >= 95
+
+
+@pytest.mark.parametrize("example", ["aikd", "simreg"])
+def test_example_goes_on_from_a_checkpoint(example: str, tmp_path: Path) -> None:
+    """The second run takes the teacher and most steps from the file, and ends as the first."""
+    command = [sys.executable, ROOT / "examples" / f"{example}.py", "--impl", "fused"]
+    curves = []
+    for _ in range(2):
+        run(*command, "--steps", 120, "--checkpoint", "state.pt", cwd=tmp_path)
+        (file,) = (tmp_path / "runs").glob("*.csv")
+        curves.append(file.read_text())
+    assert len(curves[0].splitlines()) == 121
+    assert curves[0] == curves[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import harness
@@ -16,6 +15,7 @@ from selfkd import library
 
 OP = "sd_dropout_kl"
 NAN, INF = torch.nan, torch.inf
+F32 = torch.float32
 
 
 def pair(
@@ -271,17 +271,7 @@ def test_gradcheck(shape: tuple[int, ...], reduction: str, generator: torch.Gene
 def test_double_backward_agrees_with_kernel_and_reference(
     detach: bool, generator: torch.Generator
 ) -> None:
-    u, v = leaf_pair(generator, 4, 6)
-    found, kernel = [], library.library().selfkd_call_count(b"sd_dropout_kl_backward")
-    plain = torch.autograd.grad(selfkd.sd_dropout_kl(u, v, detach_target=detach), (u, v))
-    assert library.library().selfkd_call_count(b"sd_dropout_kl_backward") == kernel + 1
-    for function in (selfkd.sd_dropout_kl, selfkd.reference.sd_dropout_kl):
-        grads = torch.autograd.grad(function(u, v, detach_target=detach), (u, v), create_graph=True)
-        second = torch.autograd.grad(sum((grad**2).sum() for grad in grads), (u, v))
-        found.append((*grads, *second))
-    assert library.library().selfkd_call_count(b"sd_dropout_kl_backward") == kernel + 1
-    torch.testing.assert_close(found[0], found[1])
-    torch.testing.assert_close(found[0][:2], plain)
+    harness.check_double_backward(OP, pair(4, 6)(generator), {"detach_target": detach})
 
 
 @needs_torch_backend
@@ -299,38 +289,22 @@ def test_one_tensor_on_both_sides_and_one_live_side(generator: torch.Generator) 
 @needs_torch_backend
 @pytest.mark.parametrize("reduction", [0, 1])
 def test_opcheck(reduction: int, generator: torch.Generator) -> None:
-    u, v = leaf_pair(generator, 4, 6, dtype=torch.float32)
-    weight = torch.rand(4, generator=generator)
-    numbers = (3.0, 1.0, 1.0, False)
-    arguments = (u, v, weight, True, u, False, *numbers, reduction)
-    torch.library.opcheck(torch.ops.selfkd.sd_dropout_kl.default, arguments)
-    _, _, saved, denominator = (x.detach() for x in torch.ops.selfkd.sd_dropout_kl(*arguments))
+    tensors = harness.cast(pair(4, 6)(generator), OP, F32)
+    tensors["weight"] = torch.rand(4, generator=generator)
     grad = torch.rand(4, generator=generator) if reduction == 0 else torch.tensor(2.0)
-    backward = (grad, u.detach(), v.detach(), weight, True, saved, denominator, *numbers)
-    torch.library.opcheck(torch.ops.selfkd.sd_dropout_kl_backward.default, backward)
+    harness.check_operator(OP, tensors, {"reduction": reduction}, grad)
 
 
 @needs_torch_backend
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(dynamic: bool, generator: torch.Generator) -> None:
-    def training_loss(u: torch.Tensor, v: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return 2 * selfkd.sd_dropout_kl(u * 1.5, v, weight=weight, divisor=4.0) + u.sum()
-
-    torch._dynamo.reset()
-    compiled = torch.compile(training_loss, fullgraph=True, dynamic=dynamic)
-    counts = [library.library().selfkd_call_count(b"sd_dropout_kl_backward")]
-    for n in (4, 7):
-        u, v = leaf_pair(generator, n, 6, dtype=torch.float32)
-        weight = torch.rand(n, generator=generator)
-        found, expected = compiled(u, v, weight), training_loss(u, v, weight)
-        torch.testing.assert_close(found, expected)
-        torch.testing.assert_close(
-            torch.autograd.grad(found, (u, v)), torch.autograd.grad(expected, (u, v))
+    batches = [
+        harness.cast(
+            {**pair(n, 6)(generator), "weight": torch.rand(n, generator=generator)}, OP, F32
         )
-        counts.append(library.library().selfkd_call_count(b"sd_dropout_kl_backward"))
-    assert [b - a for a, b in itertools.pairwise(counts)] == [2, 2], (
-        "the compiled backward skipped the kernel"
-    )
+        for n in (4, 7)
+    ]
+    harness.check_compile(OP, batches, {"divisor": 4.0}, dynamic)
 
 
 @needs_torch_backend
@@ -375,12 +349,7 @@ def test_threads(shape: tuple[int, ...], generator: torch.Generator) -> None:
 
 @needs_torch_backend
 def test_memory_for_backward_is_at_most_32_bytes_a_row(generator: torch.Generator) -> None:
-    u, v = leaf_pair(generator, 64, 1000, dtype=torch.float32)
-    kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        selfkd.sd_dropout_kl(u, v)
-    own = {x.data_ptr(): x.nbytes for x in kept if x.data_ptr() not in (u.data_ptr(), v.data_ptr())}
-    assert sum(own.values()) <= 32 * 64 + 8
+    harness.check_saved_bytes(OP, harness.cast(pair(64, 1000)(generator), OP, F32), rows=64)
 
 
 @needs_torch_backend
@@ -412,9 +381,7 @@ def test_float64_against_long_double(shape: tuple[int, ...], generator: torch.Ge
 
 @needs_torch_backend
 def test_torch_func_is_refused_with_a_sentence(generator: torch.Generator) -> None:
-    u, v = leaf_pair(generator, 4, 6)
-    with pytest.raises(RuntimeError, match=r"torch\.func|functorch|vmap"):
-        torch.func.grad(selfkd.sd_dropout_kl)(u.detach(), v.detach())
+    harness.check_torch_func_is_refused(OP, pair(4, 6)(generator))
 
 
 # ---- the module ----

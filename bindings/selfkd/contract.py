@@ -153,8 +153,8 @@ def accumulator(dtype: str) -> str:
 def number_rule(name: str, item: str, value: float, rule: str) -> None:
     """Raise ValueError when a number is outside its range."""
     expected = {
-        "POSITIVE": None if value > 0 and math.isfinite(value) else "a finite number > 0",
-        "NONNEGATIVE": None if value >= 0 and math.isfinite(value) else "a finite number >= 0",
+        "POSITIVE": None if 0 < value < math.inf else "a finite number > 0",
+        "NONNEGATIVE": None if 0 <= value < math.inf else "a finite number >= 0",
         "FRACTION": None if 0 <= value <= 1 else "a number from 0 to 1",
     }.get(rule)
     if "|" in rule and not 0 <= value < len(choices := rule.split("|")):

@@ -49,7 +49,7 @@ def _teachers(
     teachers: torch.Tensor | Sequence[torch.Tensor],
     weights: float | Sequence[float],
     temperature: float | Sequence[float],
-    own: float | None | Sequence[float | None],
+    own: float | Sequence[float | None] | None,
     kind: str | Sequence[str],
 ) -> list[_Teacher]:
     """The arguments of each teacher; its own temperature is that of the student, or 1 for probabilities."""
@@ -60,7 +60,8 @@ def _teachers(
             f"{_OP}: teachers has {n} tensors, expected at most 2; add a third by a second call with "
             "ce_weight=0, or average teachers' probabilities"
         )
-    kinds, temperatures = _each("teacher_kind", kind, n), _each("temperature", temperature, n)
+    kinds = [kind] * n if isinstance(kind, str) else _each("teacher_kind", kind, n)
+    temperatures = _each("temperature", temperature, n)
     owns = [
         (t if k == "logits" else 1.0) if o is None else o
         for o, t, k in zip(_each("teacher_temperature", own, n), temperatures, kinds, strict=True)
@@ -71,7 +72,9 @@ def _teachers(
 
 def _check(logits: torch.Tensor, target: Any, count: int, mask_teachers: bool) -> None:
     if target is None and count == 0:
-        raise ValueError(f"{_OP}: neither target nor teachers is given, expected at least one of them")
+        raise ValueError(
+            f"{_OP}: neither target nor teachers is given, expected at least one of them"
+        )
     if target is None and mask_teachers:
         raise ValueError(f"{_OP}: mask_teachers is True, expected a target with it")
     if target is not None and target.is_floating_point() and target.shape == logits.shape:
@@ -101,7 +104,7 @@ def reference(
     *,
     teacher_weights: float | Sequence[float] = 1.0,
     temperature: float | Sequence[float] = 4.0,
-    teacher_temperature: float | None | Sequence[float | None] = None,
+    teacher_temperature: float | Sequence[float | None] | None = None,
     teacher_kind: str | Sequence[str] = "logits",
     ce_weight: float = 1.0,
     label_smoothing: float = 0.0,
@@ -155,22 +158,25 @@ def reference(
     return DistillParts(loss, ce.detach(), kl.detach()) if return_parts else loss
 
 
+_OF_A_TEACHER = {  # the contract's names, those of the functions, and what stands for None
+    "teacher": ("teachers", None),
+    "teacher_weight": ("teacher_weights", 1.0),
+    "temperature": ("temperature", 4.0),
+    "teacher_temperature": ("teacher_temperature", 4.0),
+    "teacher_kind": ("teacher_kind", "logits"),
+}
+
+
 def by_contract(function: Callable[..., Any], **named: Any) -> Any:
     """Call :func:`distill` or its reference with the arguments of the contract."""
-    teachers: dict[str, list[Any]] = {}
+    columns: dict[str, list[Any]] = {public: [] for public, _ in _OF_A_TEACHER.values()}
     for prefix in ("", "second_"):
-        for name in ("teacher", "teacher_weight", "temperature", "teacher_temperature", "teacher_kind"):
-            value = named.pop(prefix + name, None)
-            teachers.setdefault(name, []).append(value)
-    given = [k for k in range(2) if teachers["teacher"][k] is not None]
-    defaults = {"teacher_weight": 1.0, "temperature": 4.0, "teacher_temperature": 4.0, "teacher_kind": "logits"}
-    public = {
-        {"teacher": "teachers", "teacher_weight": "teacher_weights"}.get(name, name): [
-            defaults.get(name) if values[k] is None else values[k] for k in given
-        ]
-        for name, values in teachers.items()
-    }
-    return function(**named, **public)
+        values = [named.pop(prefix + name, None) for name in _OF_A_TEACHER]
+        if values[0] is None:
+            continue
+        for value, (public, default) in zip(values, _OF_A_TEACHER.values(), strict=True):
+            columns[public].append(default if value is None else value)
+    return function(**named, **columns)
 
 
 _call = operators.register(_OP, lambda **named: by_contract(reference, **named))
@@ -185,7 +191,7 @@ def distill(
     *,
     teacher_weights: float | Sequence[float] = 1.0,
     temperature: float | Sequence[float] = 4.0,
-    teacher_temperature: float | None | Sequence[float | None] = None,
+    teacher_temperature: float | Sequence[float | None] | None = None,
     teacher_kind: str | Sequence[str] = "logits",
     ce_weight: float = 1.0,
     label_smoothing: float = 0.0,
@@ -275,7 +281,9 @@ def distill(
     for k in range(2):
         given = k < len(found)
         values += [
-            arguments.logits_view(_OP, f"teachers[{k}]", found[k].logits.detach(), dim) if given else z,
+            arguments.logits_view(_OP, f"teachers[{k}]", found[k].logits.detach(), dim)
+            if given
+            else z,
             given,
         ]
     values += [z if weight is None else arguments.weight_view(_OP, weight), weight is not None]
@@ -286,7 +294,12 @@ def distill(
     values += [ce_weight, label_smoothing, ignore_index]
     for k in range(2):
         teacher = found[k] if k < len(found) else _Teacher(z, 0.0, 4.0, 4.0, "logits")
-        values += [teacher.weight, teacher.temperature, teacher.own_temperature, _kind(teacher.kind)]
+        values += [
+            teacher.weight,
+            teacher.temperature,
+            teacher.own_temperature,
+            _kind(teacher.kind),
+        ]
     values += [mask_teachers, _reduction(reduction)]
     if not return_parts:
         return _call(*values)

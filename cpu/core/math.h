@@ -132,6 +132,39 @@ static inline real sk_expm1(real x) {
 #endif
 }
 
+/* e^x for x <= 0, to 1.1 ULP (double: that of exp), subnormal results included; NaN stays NaN. x =
+ * n log 2 + f, |f| <= 0.35, log 2 in two parts; 2^n in two factors, for one would be no normal
+ * float.
+ */
+static inline real sk_exp_below(real x) {
+#ifdef SK_REAL_IS_DOUBLE
+    return exp(x);
+#else
+    x = x < -110.0f ? -110.0f : x;            /* 0 already */
+    const float shift = 12582912.0f + 127.0f; /* 1.5 * 2^23: leaves n + 127 in the low bits */
+    const float n = (x * (float)SK_LOG2E + shift) - shift;
+    const float f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    const float y = (sk_exp_rest(f) * f * f + f) + 1.0f;
+    const float half = n * 0.5f + shift, rest = (n - (half - shift)) + shift;
+    return y * sk_float(sk_float_bits(half) << 23) * sk_float(sk_float_bits(rest) << 23);
+#endif
+}
+
+/* log(1 + x) for 0 <= x <= 1, to 2.9 ULP (double: that of log1p): 2 artanh s with s = x / (2 + x),
+ * a minimax polynomial in s^2. */
+static inline real sk_log1p(real x) {
+#ifdef SK_REAL_IS_DOUBLE
+    return log1p(x);
+#else
+    const float s = x / (2.0f + x), z = s * s;
+    float y = 2.815777957e-1f;
+    y = y * z + 2.796515822e-1f;
+    y = y * z + 4.002459645e-1f;
+    y = y * z + 6.666632295e-1f;
+    return (y * z + 2.0f) * s;
+#endif
+}
+
 /* A double as the sum of two reals, for subtracting it from a real without losing digits. */
 typedef struct sk_split {
     real high, low;

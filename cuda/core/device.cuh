@@ -201,23 +201,49 @@ SK_DEVICE bool sk_any_class(int64_t base, int i, int64_t C) {
     return base + (int64_t)(i / kVec) * kGroup * kVec < C;
 }
 
-/* This thread's items of the step; `absent` for those beyond C. */
-template <typename T, int kGroup, int kVec>
-SK_DEVICE void sk_load(const T *row, int64_t stride, int64_t base, int64_t C, sk_real<T> absent,
-                       sk_real<T> (&to)[sk_items<T>]) {
+/* kBytes of memory in one access, or in several of 16 bytes. */
+template <int kBytes>
+struct sk_bits {
+    uint4 part[kBytes / 16];
+};
+template <>
+struct sk_bits<8> {
+    uint2 part;
+};
+template <>
+struct sk_bits<4> {
+    unsigned part;
+};
+
+/* This thread's items of the step; `absent` for those beyond C. Steps and items are those of T,
+ * however the row is stored. */
+template <typename T, int kGroup, int kVec, typename Stored>
+SK_DEVICE void sk_load(const Stored *row, int64_t stride, int64_t base, int64_t C,
+                       sk_real<T> absent, sk_real<T> (&to)[sk_items<T>]) {
     SK_UNROLL for (int i = 0; i < sk_items<T>; i += kVec) {
         const int64_t c = sk_class<kGroup, kVec>(base, i);
         const bool present = c < C;
         if constexpr (kVec == 1) {
-            to[i] = present ? sk_widen(row[c * stride]) : absent;
+            to[i] = present ? (sk_real<T>)sk_widen(row[c * stride]) : absent;
         } else {
-            uint4 bits = {};
-            if (present) bits = *(const uint4 *)(row + c);
-            T x[kVec];
+            typedef sk_bits<kVec * sizeof(Stored)> bits_of;
+            bits_of bits = {};
+            if (present) bits = *(const bits_of *)(row + c);
+            Stored x[kVec];
             memcpy(x, &bits, sizeof x);
-            SK_UNROLL for (int k = 0; k < kVec; k++) to[i + k] = present ? sk_widen(x[k]) : absent;
+            SK_UNROLL for (int k = 0; k < kVec; k++) to[i + k] =
+                present ? (sk_real<T>)sk_widen(x[k]) : absent;
         }
     }
+}
+
+/* The same of row [n, s] of a tensor with a dtype of its own (CONSTANT). */
+template <typename T, int kGroup, int kVec>
+SK_DEVICE void sk_load_constant(const sk_arg &x, int64_t n, int64_t s, int64_t base, int64_t C,
+                                sk_real<T> absent, sk_real<T> (&to)[sk_items<T>]) {
+    SK_SWITCH_FLOATING(
+        x.dtype, Stored,
+        sk_load<T, kGroup, kVec>(sk_row<Stored>(x, n, s), x.stride[1], base, C, absent, to));
 }
 
 template <typename T, int kGroup, int kVec>

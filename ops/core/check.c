@@ -401,7 +401,7 @@ int sk_bind(sk_call *call, int item) {
     arg->data = t->data ? (char *)t->data + t->byte_offset : NULL;
     arg->dtype = (int32_t)sk_dtype_of(t->dtype);
     int fixed = t->ndim;
-    if (it->kind == SK_LIKE || has_trailing(it->shape)) {
+    if (call->trailing >= 0 && (it->kind == SK_LIKE || has_trailing(it->shape))) {
         const int trailing =
             call->tensor[call->trailing].ndim - fixed_rank(call->op->items[call->trailing].shape);
         fixed = t->ndim - trailing;

@@ -1,5 +1,17 @@
 """Loss modules."""
 
+from .aikd import AIKDLoss, AIKDParts, Discriminator, PreviousEpoch
+from .schedules import sigmoid_rampup
 from .sd_dropout import SDDropout
+from .simreg import SimRegHead, SimRegLoss
 
-__all__ = ["SDDropout"]
+__all__ = [
+    "AIKDLoss",
+    "AIKDParts",
+    "Discriminator",
+    "PreviousEpoch",
+    "SDDropout",
+    "SimRegHead",
+    "SimRegLoss",
+    "sigmoid_rampup",
+]

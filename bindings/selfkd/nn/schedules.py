@@ -1,0 +1,24 @@
+"""Schedules of loss weights over the epochs, as plain functions."""
+
+from __future__ import annotations
+
+import math
+
+
+def sigmoid_rampup(epoch: float, length: float) -> float:
+    """exp(-5 (1 - t)^2) with t = epoch / length: from 0.0067 at epoch 0 to 1 at `length` and after.
+
+    Parameters
+    ----------
+    epoch
+        Where training is; fractions of an epoch are fine. Before 0 counts as 0.
+    length
+        Epochs of the ramp; 0 or less: no ramp, always 1.
+
+    Notes
+    -----
+    Source: Laine and Aila, "Temporal Ensembling for Semi-Supervised Learning", arXiv 1610.02242.
+    """
+    if epoch >= length:
+        return 1.0
+    return math.exp(-5 * (1 - max(epoch, 0) / length) ** 2)

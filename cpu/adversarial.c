@@ -1,0 +1,192 @@
+/* Adversarial losses on the CPU: see ops/adversarial.h for the formulas.
+ *
+ * Both sides come from one function of a term: the fakes' b(f) is a(-f), but for lsgan, where the
+ * fakes have a target of their own. So a term is named by y = r or y = -f. */
+#include "adversarial.h"
+#include "cpu/core/chunk.h"
+#include "cpu/core/kernel.h"
+#include "cpu/core/math.h"
+#include "cpu/core/reduce.h"
+
+SK_PARAMS(adversarial)
+SK_PARAMS(adversarial_backward)
+typedef struct adversarial_params forward_params;
+typedef struct adversarial_backward_params backward_params;
+
+enum { SCORES = 1024 }; /* of each side in a task */
+
+/* The scores of one side: y = sign * score, and lsgan's target for y. */
+typedef struct side {
+    real sign, target;
+} side;
+static const side REAL = {1, 1}, FAKE = {-1, 0};
+
+/* What kind of term the call has: the generator's hinge is open, like wgan. */
+static int64_t term_of(int64_t mode, int64_t of) {
+    return of == SK_GENERATOR && mode == SK_HINGE ? SK_WGAN : mode;
+}
+
+/* e^-|x|: softplus and sigmoid both are functions of it that lose nothing. */
+static inline real decay(real x) { return sk_exp_below(x < 0 ? x : -x); }
+
+SK_SPECIAL real value(int64_t term, real y, real target) {
+    const real room = 1 - y, d = y - target;
+    switch (term) {
+    case SK_BCE:
+        return (y > 0 ? 0 : -y) + sk_log1p(decay(y));
+    case SK_HINGE:
+        return room <= 0 ? 0 : room; /* a NaN stays one */
+    case SK_LSGAN:
+        return (real)0.5 * d * d;
+    default:
+        return -y;
+    }
+}
+
+/* Its derivative by y. */
+SK_SPECIAL real slope(int64_t term, real y, real target) {
+    switch (term) {
+    case SK_BCE:
+        return -(y > 0 ? decay(y) : 1) / (1 + decay(y));
+    case SK_HINGE:
+        return 1 - y <= 0 ? 0 : -1;
+    case SK_LSGAN:
+        return y - target;
+    default:
+        return -1;
+    }
+}
+
+/* ---- Forward ---- */
+
+SK_SPECIAL void values(int64_t term, side of, int64_t n, const real *score, real *restrict to) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) to[i] = value(term, of.sign * score[i], of.target);
+}
+
+/* Leaves in `to` the terms of scores at .. at + n. */
+static void load_values(int64_t term, side of, const sk_arg *x, int64_t at, int64_t n, real *to) {
+    SK_ALIGNED real buffer[SCORES];
+    const real *score = sk_read(x, at * x->stride[0], x->stride[0], n, buffer);
+    const int64_t lanes = sk_groups(n) * SK_LANES;
+    switch (term) {
+    case SK_BCE:
+        values(SK_BCE, of, lanes, score, to);
+        break;
+    case SK_HINGE:
+        values(SK_HINGE, of, lanes, score, to);
+        break;
+    case SK_LSGAN:
+        values(SK_LSGAN, of, lanes, score, to);
+        break;
+    default:
+        values(SK_WGAN, of, lanes, score, to);
+    }
+}
+
+/* How many of the scores at .. at + SCORES there are. */
+static inline int64_t part(int64_t count, int64_t at) {
+    const int64_t left = count - at;
+    return left < 0 ? 0 : sk_min(left, SCORES);
+}
+
+/* Leaves rows and fake_rows of one task. */
+static void forward_task(const forward_params *p, int64_t at) {
+    SK_ALIGNED real real_rows[SCORES], fake_rows[SCORES];
+    const int64_t term = term_of(p->mode, p->side);
+    const int64_t n = part(SK_DIM(p, N), at), m = part(SK_DIM(p, M), at);
+    if (n > 0) load_values(term, REAL, &p->real, at, n, real_rows);
+    if (m > 0) {
+        load_values(term, FAKE, &p->fake, at, m, fake_rows);
+        sk_put(&p->fake_rows, at, 1, m, fake_rows);
+        for (int64_t i = 0; i < sk_min(n, m) && p->reduction == SELFKD_NONE; i++)
+            real_rows[i] += fake_rows[i];
+    }
+    if (n > 0) sk_put(&p->rows, at, 1, n, real_rows);
+}
+
+/* ---- Backward ---- */
+
+SK_SPECIAL void slopes(int64_t term, side of, int64_t n, const real *score, const real *factor,
+                       real *restrict to) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++)
+        to[i] = of.sign * factor[i] * slope(term, of.sign * score[i], of.target);
+}
+
+/* Leaves the gradient of scores at .. at + n, whose incoming gradient is grad / denominator. */
+static void differentiate(int64_t term, side of, const sk_arg *x, const sk_arg *grad,
+                          double denominator, int64_t rows, int64_t at, int64_t n,
+                          const sk_arg *to) {
+    SK_ALIGNED real buffer[SCORES], factor[SCORES], result[SCORES];
+    const real *score = sk_read(x, at * x->stride[0], x->stride[0], n, buffer);
+    const int64_t lanes = sk_groups(n) * SK_LANES, stride = grad->stride[0];
+    const int64_t known = stride == 0 ? n : sk_min(n, part(rows, at)); /* 0-d: one for all */
+    for (int64_t i = 0; i < lanes; i++)
+        factor[i] = i < known ? (real)(sk_load_one(grad, (at + i) * stride) / denominator) : 0;
+    switch (term) {
+    case SK_BCE:
+        slopes(SK_BCE, of, lanes, score, factor, result);
+        break;
+    case SK_HINGE:
+        slopes(SK_HINGE, of, lanes, score, factor, result);
+        break;
+    case SK_LSGAN:
+        slopes(SK_LSGAN, of, lanes, score, factor, result);
+        break;
+    default:
+        slopes(SK_WGAN, of, lanes, score, factor, result);
+    }
+    sk_put(to, at * to->stride[0], to->stride[0], n, result);
+}
+
+static void backward_task(const backward_params *p, int64_t at) {
+    const int64_t term = term_of(p->mode, p->side), N = SK_DIM(p, N), M = SK_DIM(p, M);
+    const int64_t n = part(N, at), m = part(M, at);
+    const bool mean = p->reduction == SELFKD_MEAN;
+    if (n > 0)
+        differentiate(term, REAL, &p->real, &p->grad, mean ? (double)N : 1, N, at, n,
+                      &p->grad_real);
+    if (m > 0)
+        differentiate(term, FAKE, &p->fake, &p->grad, mean ? (double)M : 1, N, at, m,
+                      &p->grad_fake);
+}
+
+/* ---- The kernels ---- */
+
+static sk_work work_of(int64_t N, int64_t M) {
+    const int64_t longer = N > M ? N : M;
+    return (sk_work){(longer + SCORES - 1) / SCORES, 2 * SCORES, "scores"};
+}
+
+static sk_work forward_work(const void *params) {
+    const forward_params *p = params;
+    return work_of(SK_DIM(p, N), SK_DIM(p, M));
+}
+
+static void adversarial_rows(const void *params, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) forward_task(params, i * SCORES);
+}
+
+static void forward_finish(const void *params) {
+    const forward_params *p = params;
+    const int64_t N = SK_DIM(p, N), M = SK_DIM(p, M);
+    const bool mean = p->reduction == SELFKD_MEAN, fakes = M > 0 || p->side == SK_DISCRIMINATOR;
+    double loss = sk_sum(&p->rows, N, 1) / (mean ? (double)N : 1);
+    if (fakes && p->reduction != SELFKD_NONE)
+        loss += sk_sum(&p->fake_rows, M, 1) / (mean ? (double)M : 1);
+    *(real *)p->loss.data = (real)loss;
+}
+
+static sk_work backward_work(const void *params) {
+    const backward_params *p = params;
+    return work_of(SK_DIM(p, N), SK_DIM(p, M));
+}
+
+static void adversarial_backward_rows(const void *params, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) backward_task(params, i * SCORES);
+}
+
+const sk_cpu_kernel SK_CPU(adversarial) = {forward_work, adversarial_rows, forward_finish, NULL};
+const sk_cpu_kernel SK_CPU(adversarial_backward) = {backward_work, adversarial_backward_rows, NULL,
+                                                    NULL};
