@@ -249,8 +249,10 @@ def test_python_defaults_are_the_contracts() -> None:
         signature = inspect.signature(function)
         assert signature == inspect.signature(getattr(selfkd.reference, name))
         for item in contract.contract(name).items:
-            if item.is_number:
+            if item.is_number and item.name in signature.parameters:
                 default = signature.parameters[item.name].default
+                if default is None:  # another argument's value
+                    continue
                 if item.choices:
                     default = item.choices.index(default)
                 assert default == item.default, f"{name}: {item.name}"

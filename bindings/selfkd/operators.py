@@ -172,7 +172,7 @@ def _gradient(plan: _Plan, reference: Callable[..., torch.Tensor]) -> type[torch
     return type(plan.forward.name, (Gradient,), {})  # a backward node is named after its class
 
 
-def register(op: str, reference: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def register(op: str, reference: Callable[..., torch.Tensor]) -> Operator:
     """Register fake kernels and gradient of an operator, and return the function that calls it.
 
     Parameters
@@ -185,10 +185,9 @@ def register(op: str, reference: Callable[..., torch.Tensor]) -> Callable[..., t
 
     Returns
     -------
-    Callable
-        Takes the operator's arguments in the schema's order and returns its result: ``rows`` for
-        reduction "none", else the first output. Where the operator raises RuntimeError for an
-        argument, this raises ValueError or TypeError with the same sentence.
+    Operator
+        Where the operator raises RuntimeError for an argument, it raises ValueError or TypeError
+        with the same sentence.
     """
     of = contract(op)
     registry = _registry()
@@ -206,22 +205,43 @@ def register(op: str, reference: Callable[..., torch.Tensor]) -> Callable[..., t
 
     registry.impl(op, autograd, "Autograd")  # type: ignore[no-untyped-call]
 
-    def call(*values: Any) -> torch.Tensor:
+    return Operator(of, plan, gradient)
+
+
+class Operator:
+    """An operator as Python functions call it: with all arguments, in the schema's order."""
+
+    def __init__(self, of: Contract, plan: _Plan, gradient: type[torch.autograd.Function]) -> None:
+        self._of, self._plan, self._gradient = of, plan, gradient
+        self._run = getattr(torch.ops.selfkd, of.name).default
+
+    def __call__(self, *values: Any) -> torch.Tensor:
+        """The result: ``rows`` for reduction "none", else the first output."""
         try:
-            # In eager mode straight to the gradient's node: half the dispatch of `run`, which
+            # In eager mode straight to the gradient's node: half the dispatch of `_run`, which
             # the compiler needs.
             if (
                 torch.is_grad_enabled()
                 and not torch.compiler.is_compiling()
                 and torch._C._any_requires_grad(*values)
             ):
-                return gradient.apply(False, *values)  # type: ignore[no-any-return, no-untyped-call]
-            return _as_tuple(run(*values))[plan.result(values)]
+                return self._gradient.apply(False, *values)  # type: ignore[no-any-return, no-untyped-call]
+            return _as_tuple(self._run(*values))[self._plan.result(values)]
         except RuntimeError as error:
-            contracts.check(of, by_name(of, values))
-            sentence = library.text("selfkd_message")
-            if sentence and sentence in str(error):  # about a value, which only the kernel sees
-                raise ValueError(sentence) from None
+            self._explain(error, values)
             raise
 
-    return call
+    def outputs(self, *values: Any) -> tuple[torch.Tensor, ...]:
+        """All outputs; only the result has a gradient."""
+        try:
+            return _as_tuple(self._run(*values))
+        except RuntimeError as error:
+            self._explain(error, values)
+            raise
+
+    def _explain(self, error: RuntimeError, values: tuple[Any, ...]) -> None:
+        """Raise ValueError or TypeError with the operator's sentence if it is about an argument."""
+        contracts.check(self._of, by_name(self._of, values))
+        sentence = library.text("selfkd_message")
+        if sentence and sentence in str(error):  # about a value, which only the kernel sees
+            raise ValueError(sentence) from None

@@ -38,22 +38,17 @@ static inline real sk_logit(real x) { return x < SK_LOWEST ? SK_LOWEST : x; }
 /* What the largest logit of a row makes its anchor: NaN where all are -inf, as softmax has it. */
 static inline real sk_anchor(real top) { return top == -INFINITY ? (real)NAN : sk_logit(top); }
 
-/* How y is found: PLAIN is right as long as y is not much smaller than the gap between the anchors,
- * EXACT to the last digits however large the gap, APART where the sides have temperatures of their
- * own. PLAIN and EXACT give exactly 0 for equal logits without a gap. */
+/* How y = u/T - v/T' - gap is found: PLAIN is right as long as y is not much smaller than the gap,
+ * EXACT to the last digits however large the gap, APART (in double) where the temperatures differ.
+ * PLAIN and EXACT give exactly 0 for equal logits without a gap. */
 enum sk_form { SK_PLAIN, SK_EXACT, SK_APART };
 
-/* The anchors of a pair as the forms want them: gap = hu - hv. */
-typedef struct sk_anchors {
-    real u, v;
-    sk_split gap;
-} sk_anchors;
-
-static inline real sk_log_ratio(enum sk_form form, real u, real v, sk_anchors h, const sk_scale *t,
+/* gap is that of u - v, hu - hv; APART: that of y, hu/T - hv/T'. */
+static inline real sk_log_ratio(enum sk_form form, real u, real v, sk_split gap, const sk_scale *t,
                                 const sk_scale *t_v) {
-    if (form == SK_APART) return (u - h.u) * t->inverse_T - (v - h.v) * t_v->inverse_T;
-    if (form == SK_EXACT) return sk_difference(u, v, h.gap) * t->inverse_T;
-    return ((u - v) - h.gap.high) * t->inverse_T;
+    if (form == SK_APART) return (real)((u / t->T - v / t_v->T) - ((double)gap.high + gap.low));
+    if (form == SK_EXACT) return sk_difference(u, v, gap) * t->inverse_T;
+    return ((u - v) - gap.high) * t->inverse_T;
 }
 
 typedef struct sk_compared {
@@ -99,7 +94,8 @@ SK_SPECIAL void sk_compare_group(enum sk_form form, bool both, enum sk_exps exps
     sk_to_lanes(r, g, m->hu, hu);
     sk_to_lanes(r, g, m->hv, hv);
     for (int k = 0; k < SK_LANES; k++) {
-        const sk_split gap = sk_split_of((double)hu[k] - hv[k]);
+        const double apart = form == SK_APART ? hu[k] / t.T - hv[k] / t_v.T : (double)hu[k] - hv[k];
+        const sk_split gap = sk_split_of(apart);
         high[k] = gap.high;
         low[k] = gap.low;
     }
@@ -109,11 +105,11 @@ SK_SPECIAL void sk_compare_group(enum sk_form form, bool both, enum sk_exps exps
         sk_fetch(next_v, i);
 #pragma omp simd
         for (int k = 0; k < SK_LANES; k++) {
-            const sk_anchors h = {hu[k], hv[k], {high[k], low[k]}};
+            const sk_split gap = {high[k], low[k]};
             const real a = sk_logit(u[at + k]), b = sk_logit(v[at + k]);
-            const real p = exps == SK_REUSE ? e[kept + k] : sk_exp_of(a - h.u, &t);
-            const real q = sk_exp_of(b - h.v, &t_v);
-            const real y = sk_log_ratio(form, a, b, h, &t, &t_v);
+            const real p = exps == SK_REUSE ? e[kept + k] : sk_exp_of(a - hu[k], &t);
+            const real q = sk_exp_of(b - hv[k], &t_v);
+            const real y = sk_log_ratio(form, a, b, gap, &t, &t_v);
             const sk_compared x = sk_compare(p, q, y);
             if (exps == SK_KEEP) e[kept + k] = p;
             p_[k] += p;
@@ -147,7 +143,8 @@ static inline double sk_log_gap(double r, double log1p_r) {
 
 /* lse(u/T), log-ratio dl, KL(p||q) (if both are wanted) and KL(q||p); both KL are NaN where they
  * lost too many digits: to the subtraction of h(r), to the rounding of u - v (2^-25 of the gap, to
- * be small against the spread of y, which is sqrt(2 KL)), or to infinities. */
+ * be small against the spread of y, which is sqrt(2 KL); with temperatures apart, that of each
+ * logit), or to infinities. */
 typedef struct sk_concluded {
     double lse, dl, forward, reverse;
 } sk_concluded;
@@ -157,13 +154,14 @@ static inline sk_concluded sk_conclude(enum sk_form form, bool both, const sk_co
     const double p = m->sum[SK_P][i], q = m->sum[SK_Q][i], d = m->sum[SK_D][i];
     const double gap =
         form == SK_APART ? m->hu[i] / T - m->hv[i] / T_v : ((double)m->hu[i] - m->hv[i]) / T;
-    const double r = d / q, h = sk_log_gap(r, sk_log(p / q));
+    const double r = d / q; /* 1 + r is P/Q, and agrees with r in its errors, unless it cancels */
+    const double h = sk_log_gap(r, sk_log(r > -0.5 ? 1 + r : p / q));
     const double gq = m->sum[SK_GQ][i] / q, reverse = gq - h;
     const double gp = both ? (m->sum[SK_DY][i] - m->sum[SK_GQ][i]) / p : gq;
     const double forward = both ? gp - (r * d / p - h) : reverse;
     const double least = forward < reverse ? forward : reverse;
     const double most = forward < reverse ? reverse : forward;
-    const bool good = (gp <= 16 * forward) & (gq <= 16 * reverse) & (most < SK_INFINITE) &
+    const bool good = (gp <= 6 * forward) & (gq <= 6 * reverse) & (most < SK_INFINITE) &
                       ((form != SK_PLAIN) | (gap * gap <= 512 * least));
     return (sk_concluded){m->hu[i] / T + sk_log(p), gap + (r - h), good ? forward : (double)NAN,
                           good ? reverse : (double)NAN};

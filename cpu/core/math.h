@@ -80,6 +80,27 @@ static inline double sk_log(double x) {
     return x > 0 ? y : (double)NAN;
 }
 
+/* log of a probability x, to 2 ULP; -inf for 0 and numbers below 1e-38 (double: 1e-308), NaN for
+ * negative ones and NaN. The same method in float, where four terms of the series are enough. */
+static inline real sk_log_of(real x) {
+#ifdef SK_REAL_IS_DOUBLE
+    return x < DBL_MIN && x >= 0 ? -INFINITY : sk_log(x);
+#else
+    const uint32_t root = 0x3f3504f3, one = 0x3f800000;
+    const uint32_t exponent = (sk_float_bits(x) - root + one) >> 23; /* k + 127 */
+    const float k = (float)(int32_t)exponent - 127.0f;
+    const float f = sk_float(sk_float_bits(x) - (exponent << 23) + one) - 1.0f;
+    const float s = f / (2.0f + f), z = s * s, half = 0.5f * f * f;
+    float r = 2.0f / 9;
+    r = r * z + 2.0f / 7;
+    r = r * z + 2.0f / 5;
+    r = r * z + 2.0f / 3;
+    const float low = s * (half + r * z) + k * 9.05800061e-6f;
+    const float y = k * 6.93138123e-1f - ((half - low) - f);
+    return x >= FLT_MIN ? y : x >= 0 ? -INFINITY : NAN;
+#endif
+}
+
 /* (e^x - 1 - x) / x^2 for |x| <= 1, its even and odd part by a minimax polynomial each, to 1.4e-7
  * (double: series, to 1e-15). */
 static inline real sk_exp_rest(real x) {

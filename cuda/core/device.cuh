@@ -10,6 +10,8 @@
 #include <cuda_runtime.h>
 #include <math.h>
 #include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <initializer_list>
@@ -108,6 +110,32 @@ SK_DEVICE real sk_weight(const sk_arg &weight, int64_t n, int64_t s) {
     if (!weight.data) return 1;
     if (weight.dtype == SK_DT_BOOL) return *sk_cell<uint8_t>(weight, n, s) != 0;
     return *sk_cell<real>(weight, n, s);
+}
+
+/* A tensor of any floating dtype, element by element. */
+SK_DEVICE double sk_load_any(const sk_arg &x, int64_t at) {
+    switch (x.dtype) {
+    case SK_DT_F16:
+        return sk_widen(((const __half *)x.data)[at]);
+    case SK_DT_BF16:
+        return sk_widen(((const __nv_bfloat16 *)x.data)[at]);
+    case SK_DT_F32:
+        return ((const float *)x.data)[at];
+    default:
+        return ((const double *)x.data)[at];
+    }
+}
+
+/* Ends the kernel with an error, as PyTorch's device assertions do. */
+SK_DEVICE void sk_assert(bool holds, const char *what) {
+#ifdef __CUDA_ARCH__
+    if (!holds) __assert_fail(what, __FILE__, __LINE__, "selfkd");
+#else
+    if (!holds) {
+        fprintf(stderr, "selfkd: %s\n", what);
+        abort();
+    }
+#endif
 }
 
 /* ---- arithmetic ---- */
@@ -269,23 +297,24 @@ SK_DEVICE void sk_group_reduce(T (&x)[kCount], Op op) {
 }
 
 /* Sums x over all threads of the grid. True, with the sums in x, in the block that finishes last;
- * the others leave their part in scratch: a zeroed ticket, then two doubles for each block. */
-SK_DEVICE bool sk_grid_sum(double (&x)[2], void *scratch) {
+ * the others leave their part in scratch: a zeroed ticket, then kCount doubles for each block. */
+template <int kCount>
+SK_DEVICE bool sk_grid_sum(double (&x)[kCount], void *scratch) {
     unsigned *const ticket = (unsigned *)scratch;
     volatile double *const parts = (volatile double *)((char *)scratch + 16);
     sk_group_reduce<SK_BLOCK>(x, sk_add());
     SK_SHARED(bool, last, 1);
     if (threadIdx.x == 0) {
-        for (int k = 0; k < 2; k++) parts[2 * blockIdx.x + k] = x[k];
+        for (int k = 0; k < kCount; k++) parts[kCount * blockIdx.x + k] = x[k];
         __threadfence(); /* the part is visible before the ticket says so */
         *last = atomicAdd(ticket, 1u) == gridDim.x - 1;
     }
     __syncthreads();
     if (!*last) return false;
     __threadfence();
-    for (int k = 0; k < 2; k++) {
+    for (int k = 0; k < kCount; k++) {
         x[k] = 0;
-        for (unsigned i = threadIdx.x; i < gridDim.x; i += SK_BLOCK) x[k] += parts[2 * i + k];
+        for (unsigned i = threadIdx.x; i < gridDim.x; i += SK_BLOCK) x[k] += parts[kCount * i + k];
     }
     sk_group_reduce<SK_BLOCK>(x, sk_add());
     return true;

@@ -1,0 +1,296 @@
+"""Distillation: cross-entropy and the KL divergence from up to two teachers, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+
+from . import arguments, contract, operators
+
+_OP = "distill"
+_KINDS = ("logits", "probs", "log_probs")
+_T = TypeVar("_T")
+
+
+class DistillParts(NamedTuple):
+    """What :func:`selfkd.distill` returns with ``return_parts=True``: ``loss = ce + kl``.
+
+    Only `loss` has a gradient.
+    """
+
+    loss: torch.Tensor
+    ce: torch.Tensor
+    kl: torch.Tensor
+
+
+class _Teacher(NamedTuple):
+    logits: torch.Tensor
+    weight: float
+    temperature: float
+    own_temperature: float
+    kind: str
+
+
+def _each(name: str, value: _T | Sequence[_T], count: int) -> list[_T]:
+    """`value` for each teacher: one for all, or a sequence of as many."""
+    if not isinstance(value, (tuple, list)):
+        return [value] * count  # type: ignore[list-item]
+    if len(value) != count:
+        raise ValueError(
+            f"{_OP}: {name} has {len(value)} values, expected one, or one for each teacher ({count})"
+        )
+    return list(value)
+
+
+def _teachers(
+    teachers: torch.Tensor | Sequence[torch.Tensor],
+    weights: float | Sequence[float],
+    temperature: float | Sequence[float],
+    own: float | None | Sequence[float | None],
+    kind: str | Sequence[str],
+) -> list[_Teacher]:
+    """The arguments of each teacher; its own temperature is that of the student, or 1 for probabilities."""
+    found = [teachers] if isinstance(teachers, torch.Tensor) else list(teachers)
+    n = len(found)
+    if n > 2:
+        raise ValueError(
+            f"{_OP}: teachers has {n} tensors, expected at most 2; add a third by a second call with "
+            "ce_weight=0, or average teachers' probabilities"
+        )
+    kinds, temperatures = _each("teacher_kind", kind, n), _each("temperature", temperature, n)
+    owns = [
+        (t if k == "logits" else 1.0) if o is None else o
+        for o, t, k in zip(_each("teacher_temperature", own, n), temperatures, kinds, strict=True)
+    ]
+    columns = (found, _each("teacher_weights", weights, n), temperatures, owns, kinds)
+    return [_Teacher(*row) for row in zip(*columns, strict=True)]
+
+
+def _check(logits: torch.Tensor, target: Any, count: int, mask_teachers: bool) -> None:
+    if target is None and count == 0:
+        raise ValueError(f"{_OP}: neither target nor teachers is given, expected at least one of them")
+    if target is None and mask_teachers:
+        raise ValueError(f"{_OP}: mask_teachers is True, expected a target with it")
+    if target is not None and target.is_floating_point() and target.shape == logits.shape:
+        raise ValueError(
+            f"{_OP}: target has dtype {str(target.dtype).removeprefix('torch.')}, expected int64; for "
+            'probabilities (mixup, class weights) pass them as a teacher of kind "probs" at temperature 1, '
+            "or add F.cross_entropy(logits, target) to the loss"
+        )
+
+
+def _kl_rows(logits: torch.Tensor, teacher: _Teacher) -> torch.Tensor:
+    """T^2 KL(q||p) for each position."""
+    given = teacher.logits.to(logits.dtype).detach()
+    if teacher.kind == "probs":
+        given = given.log()
+    log_q = F.log_softmax(given / teacher.own_temperature, 1)
+    log_p = F.log_softmax(logits / teacher.temperature, 1)
+    excluded = log_q == -torch.inf
+    d = log_q.masked_fill(excluded, 0) - log_p.masked_fill(excluded, 0)
+    return teacher.temperature**2 * (log_q.exp() * d).sum(1)
+
+
+def reference(
+    logits: torch.Tensor,
+    target: torch.Tensor | None = None,
+    teachers: torch.Tensor | Sequence[torch.Tensor] = (),
+    *,
+    teacher_weights: float | Sequence[float] = 1.0,
+    temperature: float | Sequence[float] = 4.0,
+    teacher_temperature: float | None | Sequence[float | None] = None,
+    teacher_kind: str | Sequence[str] = "logits",
+    ce_weight: float = 1.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    mask_teachers: bool = False,
+    weight: torch.Tensor | None = None,
+    reduction: str = "mean",
+    divisor: float | torch.Tensor | None = None,
+    dim: int = 1,
+    return_parts: bool = False,
+) -> torch.Tensor | DistillParts:
+    """:func:`selfkd.distill` in plain PyTorch, differentiable any number of times.
+
+    Same arguments and results; arithmetic in float32, or float64 for float64 logits.
+    """
+    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    found = _teachers(teachers, teacher_weights, temperature, teacher_temperature, teacher_kind)
+    _check(logits, target, len(found), mask_teachers)
+    logits = logits.movedim(dim, 1).to(acc)
+    found = [x._replace(logits=x.logits.movedim(dim, 1)) for x in found if x.weight != 0]
+    live = torch.ones_like(logits[:, 0], dtype=torch.bool)
+    if weight is not None:  # what is skipped must not reach the gradient either
+        live = weight != 0
+        logits = logits.masked_fill(~live.unsqueeze(1), 0)
+    w = live.to(acc) if weight is None else weight.to(acc)
+    valid = live if target is None else live & (target != ignore_index)
+    taught = valid if mask_teachers else live
+
+    ce_rows, kl_rows = torch.zeros_like(w), torch.zeros_like(w)
+    if target is not None and ce_weight != 0:
+        rows = F.cross_entropy(
+            logits,
+            target.masked_fill(~valid, 0),
+            label_smoothing=label_smoothing,
+            reduction="none",
+        )
+        ce_rows = torch.where(valid, ce_weight * w * rows, 0)
+    for teacher in found:
+        rows = torch.where(taught, teacher.weight * w * _kl_rows(logits, teacher), 0)
+        kl_rows = kl_rows + rows
+    if reduction == "none":
+        ce, kl = ce_rows, kl_rows
+    else:
+        ce = arguments.reduce_rows(ce_rows, w * valid, reduction, divisor)
+        kl = arguments.reduce_rows(kl_rows, w * taught, reduction, divisor)
+        if target is None or ce_weight == 0:
+            ce = ce_rows.sum()
+        if not found:
+            kl = kl_rows.sum()
+    loss = ce + kl
+    return DistillParts(loss, ce.detach(), kl.detach()) if return_parts else loss
+
+
+def by_contract(function: Callable[..., Any], **named: Any) -> Any:
+    """Call :func:`distill` or its reference with the arguments of the contract."""
+    teachers: dict[str, list[Any]] = {}
+    for prefix in ("", "second_"):
+        for name in ("teacher", "teacher_weight", "temperature", "teacher_temperature", "teacher_kind"):
+            value = named.pop(prefix + name, None)
+            teachers.setdefault(name, []).append(value)
+    given = [k for k in range(2) if teachers["teacher"][k] is not None]
+    defaults = {"teacher_weight": 1.0, "temperature": 4.0, "teacher_temperature": 4.0, "teacher_kind": "logits"}
+    public = {
+        {"teacher": "teachers", "teacher_weight": "teacher_weights"}.get(name, name): [
+            defaults.get(name) if values[k] is None else values[k] for k in given
+        ]
+        for name, values in teachers.items()
+    }
+    return function(**named, **public)
+
+
+_call = operators.register(_OP, lambda **named: by_contract(reference, **named))
+_reduction = contract.Choice(_OP, "reduction")
+_kind = contract.Choice(_OP, "teacher_kind")
+
+
+def distill(
+    logits: torch.Tensor,
+    target: torch.Tensor | None = None,
+    teachers: torch.Tensor | Sequence[torch.Tensor] = (),
+    *,
+    teacher_weights: float | Sequence[float] = 1.0,
+    temperature: float | Sequence[float] = 4.0,
+    teacher_temperature: float | None | Sequence[float | None] = None,
+    teacher_kind: str | Sequence[str] = "logits",
+    ce_weight: float = 1.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    mask_teachers: bool = False,
+    weight: torch.Tensor | None = None,
+    reduction: str = "mean",
+    divisor: float | torch.Tensor | None = None,
+    dim: int = 1,
+    return_parts: bool = False,
+) -> torch.Tensor | DistillParts:
+    r"""Cross-entropy plus the KL divergence from up to two teachers, in one pass over the student's logits.
+
+    .. math::
+        w_{ce} \, CE(z, y) + \sum_k a_k \, T_k^2 \, KL(q_k \| p_k), \quad
+        p_k = softmax(z/T_k), \; q_k = softmax(t_k/T'_k)
+
+    Parameters
+    ----------
+    logits
+        The student's, shape (N, C) or (N, C, ...), float16, bfloat16, float32 or float64. Any strides;
+        classes contiguous and positions contiguous are both read in place.
+    target
+        Class of each position, int64, shape of the logits without classes; None: no cross-entropy. An
+        empty mean (every position ignored) is nan, as in :func:`torch.nn.functional.cross_entropy`.
+    teachers
+        One tensor or up to two, each of the logits' shape and any floating dtype, on their device; they
+        may be expanded, and never get a gradient.
+    teacher_weights, temperature, teacher_temperature, teacher_kind
+        a_k >= 0 (a teacher of weight 0 is not looked at), T_k > 0, T'_k > 0 (default: T_k, or 1 for
+        probabilities), and what the tensor holds: ``"logits"``, ``"probs"`` or ``"log_probs"``
+        (probabilities are renormalised: q = softmax(log p / T')). One value, or one for each teacher.
+    ce_weight
+        w_ce >= 0.
+    label_smoothing, ignore_index
+        As for :func:`torch.nn.functional.cross_entropy`.
+    mask_teachers
+        Leave the positions whose target is `ignore_index` out of the KL terms too.
+    weight
+        Weight of each position, or a bool mask: shape of the logits without classes, float32 (float64
+        with float64 logits) or bool. A position of weight 0 is skipped: value 0 and gradient 0, even
+        where its logits are NaN.
+    reduction
+        ``"mean"``: each term's weighted sum over the sum of the weights of its positions; ``"sum"``;
+        ``"none"``: one value for each position.
+    divisor
+        Denominator of ``"mean"`` in place of the sums of the weights: a positive number or a 0-d tensor,
+        such as a token count over all ranks.
+    dim
+        Dimension of the classes.
+    return_parts
+        Return :class:`DistillParts` (loss, ce, kl), the last two for logging: detached, and already on
+        the device.
+
+    Returns
+    -------
+    torch.Tensor or DistillParts
+        0-d (``"none"``: shape of the logits without classes), float32, or float64 for float64 logits.
+
+    Raises
+    ------
+    TypeError
+        A dtype or device that is not accepted.
+    ValueError
+        A shape or number that is not accepted; more than two teachers; neither target nor teachers; on
+        the CPU also a target out of range and probabilities that do not sum to 1 (within 1 %). On CUDA a
+        target out of range is a device assertion.
+
+    Notes
+    -----
+    Sources: Hinton, Vinyals, Dean, arXiv 1503.02531; FRSKD's soft-label term, arXiv 2103.08273; PS-KD,
+    arXiv 2006.12000. ``docs/losses.md`` says which call reproduces which published loss. Class weights and
+    mixed targets: add ``F.cross_entropy`` to ``distill(..., ce_weight=0)``.
+
+    Examples
+    --------
+    >>> loss = selfkd.distill(student(x), y, teacher(x), temperature=4.0)
+    >>> loss, ce, kl = selfkd.distill(z, y, (pretrained, previous), teacher_weights=(1.0, 0.3),
+    ...                               temperature=(4.0, 1.0), teacher_kind=("logits", "probs"),
+    ...                               return_parts=True)
+    """
+    found = _teachers(teachers, teacher_weights, temperature, teacher_temperature, teacher_kind)
+    _check(logits, target, len(found), mask_teachers)
+    z = arguments.logits_view(_OP, "logits", logits, dim)
+    values: list[Any] = [z]
+    values += [z, False] if target is None else [arguments.merged(target, 1), True]
+    for k in range(2):
+        given = k < len(found)
+        values += [
+            arguments.logits_view(_OP, f"teachers[{k}]", found[k].logits.detach(), dim) if given else z,
+            given,
+        ]
+    values += [z if weight is None else arguments.weight_view(_OP, weight), weight is not None]
+    values += [
+        z if divisor is None else arguments.divisor_tensor(_OP, divisor, reduction, z),
+        divisor is not None,
+    ]
+    values += [ce_weight, label_smoothing, ignore_index]
+    for k in range(2):
+        teacher = found[k] if k < len(found) else _Teacher(z, 0.0, 4.0, 4.0, "logits")
+        values += [teacher.weight, teacher.temperature, teacher.own_temperature, _kind(teacher.kind)]
+    values += [mask_teachers, _reduction(reduction)]
+    if not return_parts:
+        return _call(*values)
+    loss, ce, kl, rows, ce_rows, kl_rows, *_ = _call.outputs(*values)
+    if reduction == "none":
+        return DistillParts(rows, ce_rows, kl_rows)
+    return DistillParts(loss, ce, kl)

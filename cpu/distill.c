@@ -1,0 +1,683 @@
+/* Distillation on the CPU: see ops/distill.h for the formula, cpu/core/kl.h and ce.h for the
+ * numerics, cpu/core/chunk.h for rows, groups of lanes, tiles and runs.
+ *
+ * Forward visits the logits twice (largest logits; sums that cross-entropy and KL follow from),
+ * backward once. */
+#include "distill.h"
+#include "cpu/core/ce.h"
+#include "cpu/core/chunk.h"
+#include "cpu/core/kernel.h"
+#include "cpu/core/kl.h"
+#include "cpu/core/math.h"
+#include "cpu/core/reduce.h"
+
+SK_PARAMS(distill)
+SK_PARAMS(distill_backward)
+typedef struct distill_params forward_params;
+typedef struct distill_backward_params backward_params;
+
+enum { LOGITS, PROBS, LOG_PROBS };
+enum { TEACHERS = 2 };
+enum { LARGEST, LEVEL, LEVEL_T }; /* planes of `levels` */
+
+/* ---- the arguments of a teacher ---- */
+
+typedef struct teacher {
+    const sk_arg *x;
+    double weight; /* 0: not there */
+    sk_scale t, own;
+    enum sk_form form; /* where nothing speaks for the exact one */
+    enum sk_exps exps; /* reused where the exponentials of T are at hand */
+    bool is_probs;
+} teacher;
+
+static teacher teacher_of(const sk_arg *x, double weight, double T, double own, int64_t kind) {
+    return (teacher){x,
+                     x->data ? weight : 0,
+                     sk_scale_of(T),
+                     sk_scale_of(own),
+                     T == own ? SK_PLAIN : SK_APART,
+                     SK_KEEP,
+                     kind == PROBS};
+}
+
+/* Two teachers of one temperature share exp(logits/T), as do cross-entropy and a teacher at T = 1.
+ */
+static void share(bool ce, teacher *k) {
+    double kept = ce ? 1 : 0;
+    for (int i = 0; i < TEACHERS; i++) {
+        if (k[i].weight == 0) continue;
+        if (k[i].t.T == kept) k[i].exps = SK_REUSE;
+        kept = k[i].t.T;
+    }
+}
+
+#define TEACHERS_OF(p, k)                                                                          \
+    const bool has_ce = (p)->target.data && (p)->ce_weight != 0;                                   \
+    teacher k[TEACHERS] = {                                                                        \
+        teacher_of(&(p)->teacher, (p)->teacher_weight, (p)->temperature, (p)->teacher_temperature, \
+                   (p)->teacher_kind),                                                             \
+        teacher_of(&(p)->second_teacher, (p)->second_teacher_weight, (p)->second_temperature,      \
+                   (p)->second_teacher_temperature, (p)->second_teacher_kind)};                    \
+    share(has_ce, k)
+
+/* Replaces probabilities by their logarithms: n values, whole groups of lanes, in the buffer. */
+static const real *to_logs(const real *x, int64_t n, real *buffer) {
+    for (int64_t i = 0; i < n; i += SK_LANES) {
+#pragma omp simd
+        for (int k = 0; k < SK_LANES; k++) buffer[i + k] = sk_log_of(x[i + k]);
+    }
+    return buffer;
+}
+
+/* A tile of a teacher's logits. */
+static void load_teacher(const sk_rows *r, const teacher *k, int64_t c, int64_t classes, real *tile,
+                         const real **lanes) {
+    sk_load_tile(r, k->x, c, classes, tile, lanes);
+    if (!k->is_probs) return;
+    const int64_t row = sk_groups(sk_min(r->C, SK_ROW_C)) * SK_LANES;
+    for (int64_t i = 0; i < classes && r->positions; i++)
+        to_logs(tile + i * SK_PITCH, sk_scalars(r), tile + i * SK_PITCH);
+    for (int64_t g = 0; g < r->groups && !r->positions; g++)
+        lanes[g] = to_logs(lanes[g], sk_groups(classes) * SK_LANES, tile + g * row);
+}
+
+/* The class of each row, -1 where there is none: it is ignored, or there is no target. */
+static void load_targets(const sk_rows *r, const sk_arg *x, int64_t ignored, int32_t *to) {
+    for (int64_t i = 0; i < sk_scalars(r); i++) {
+        to[i] = -1;
+        if (i >= r->width || !x->data) continue;
+        const int64_t y = ((const int64_t *)x->data)[sk_row_at(r, x->stride[0], x->stride[1], i)];
+        if (y != ignored) to[i] = (int32_t)y;
+    }
+}
+
+/* ---- forward ---- */
+
+/* Per row: results of the visits. */
+typedef struct results {
+    SK_ALIGNED double ce[SK_PITCH], level[SK_PITCH]; /* -sum y log p; log P at T = 1 */
+    SK_ALIGNED double level_T[TEACHERS][SK_PITCH], dl[TEACHERS][SK_PITCH], kl[TEACHERS][SK_PITCH];
+} results;
+
+typedef struct sums {
+    sk_softmax softmax;
+    sk_comparison pair[TEACHERS];
+} sums;
+
+/* The first visit: leaves the anchors. */
+static void find_anchors(const forward_params *p, const sk_rows *r, const teacher *k,
+                         real tile[][SK_TILE], const real *x[][SK_GROUPS], sums *m) {
+    const int64_t step = sk_tile_classes(r);
+    for (int64_t i = 0; i < sk_scalars(r); i++)
+        m->softmax.h[i] = m->pair[0].hv[i] = m->pair[1].hv[i] = -INFINITY;
+    for (int64_t c = 0; c < r->C; c += step) {
+        const int64_t classes = sk_min(step, r->C - c), depth = sk_depth(r, classes);
+        sk_load_tile(r, &p->logits, c, classes, tile[TEACHERS], x[TEACHERS]);
+        for (int64_t g = 0; g < r->groups; g++) sk_raise(r, x[TEACHERS][g], depth, g, m->softmax.h);
+        for (int j = 0; j < TEACHERS; j++) {
+            if (k[j].weight == 0) continue;
+            load_teacher(r, &k[j], c, classes, tile[j], x[j]);
+            for (int64_t g = 0; g < r->groups; g++) sk_raise(r, x[j][g], depth, g, m->pair[j].hv);
+        }
+    }
+    for (int64_t i = 0; i < sk_scalars(r); i++) {
+        m->softmax.h[i] = sk_anchor(m->softmax.h[i]);
+        for (int j = 0; j < TEACHERS; j++) {
+            m->pair[j].hu[i] = m->softmax.h[i];
+            m->pair[j].hv[i] = sk_anchor(m->pair[j].hv[i]);
+        }
+    }
+}
+
+static void compare_group(const teacher *k, const sk_rows *r, const real *u, const real *v,
+                          sk_ahead next_u, sk_ahead next_v, int64_t depth, int64_t g, real *e,
+                          sk_comparison *m) {
+#define COMPARE(form, exps) \
+    sk_compare_group(form, false, exps, r, &k->t, &k->own, u, v, next_u, next_v, depth, g, e, m)
+    if (k->form == SK_EXACT)
+        COMPARE(SK_EXACT, SK_FRESH);
+    else if (k->form == SK_APART && k->exps == SK_REUSE)
+        COMPARE(SK_APART, SK_REUSE);
+    else if (k->form == SK_APART)
+        COMPARE(SK_APART, SK_KEEP);
+    else if (k->exps == SK_REUSE)
+        COMPARE(SK_PLAIN, SK_REUSE);
+    else
+        COMPARE(SK_PLAIN, SK_KEEP);
+#undef COMPARE
+}
+
+/* The second visit: leaves the sums. */
+static void add_up(const forward_params *p, const sk_rows *r, bool has_ce, const teacher *k,
+                   real tile[][SK_TILE], const real *x[][SK_GROUPS], sums *m) {
+    SK_ALIGNED real e[SK_ROW_C];
+    const sk_scale unit = sk_scale_of(1);
+    const int64_t step = sk_tile_classes(r);
+    for (int64_t c = 0; c < r->C; c += step) {
+        const int64_t classes = sk_min(step, r->C - c), depth = sk_depth(r, classes);
+        if (r->C > step) sk_load_tile(r, &p->logits, c, classes, tile[TEACHERS], x[TEACHERS]);
+        for (int j = 0; j < TEACHERS && r->C > step; j++)
+            if (k[j].weight != 0) load_teacher(r, &k[j], c, classes, tile[j], x[j]);
+        for (int64_t g = 0; g < r->groups; g++) {
+            const real *const z = x[TEACHERS][g];
+            const sk_ahead next = sk_next_tile(r, &p->logits, g, c);
+            if (has_ce) sk_add_exponentials(r, &unit, z, next, depth, g, e, &m->softmax);
+            if (has_ce && p->label_smoothing != 0) sk_add_above(r, z, classes, g, &m->softmax);
+            for (int j = 0; j < TEACHERS; j++)
+                if (k[j].weight != 0)
+                    compare_group(&k[j], r, z, x[j][g], next, sk_next_tile(r, k[j].x, g, c), depth,
+                                  g, e, &m->pair[j]);
+        }
+    }
+}
+
+/* The results that follow from a teacher's sums; NaN as KL of a row that is not good. */
+SK_SPECIAL void conclude(enum sk_form form, const sk_rows *r, const teacher *k, const real *h,
+                         const sk_comparison *m, double *level, double *dl, double *kl) {
+    const double T = k->t.T, own = k->own.T;
+#pragma omp simd
+    for (int64_t i = 0; i < r->width; i++) {
+        const sk_concluded x = sk_conclude(form, false, m, i, T, own);
+        level[i] = x.lse - h[i] / T;
+        dl[i] = x.dl;
+        kl[i] = x.reverse;
+    }
+}
+
+/* Element c of row i of the teacher, over its temperature. */
+static double teacher_at(const sk_rows *r, const teacher *k, int64_t i, int64_t c) {
+    const double x = sk_load_one(k->x, sk_class_at(r, k->x, i, c));
+    return (k->is_probs ? log(x) : x) / k->own.T;
+}
+
+/* A row in double, class by class, with 0 log 0 = 0. */
+static void careful_row(const forward_params *p, const sk_rows *r, const teacher *k, int64_t i,
+                        double h, double *level, double *dl, double *kl) {
+    double top = -INFINITY, sum_p = 0, sum_q = 0;
+    for (int64_t c = 0; c < r->C; c++) top = fmax(top, teacher_at(r, k, i, c));
+    for (int64_t c = 0; c < r->C; c++) {
+        sum_p += exp((sk_load_one(&p->logits, sk_class_at(r, &p->logits, i, c)) - h) / k->t.T);
+        sum_q += exp(teacher_at(r, k, i, c) - top);
+    }
+    *level = log(sum_p);
+    *dl = (h / k->t.T - top) + log(sum_p / sum_q);
+    *kl = 0 * (*level + *dl);
+    for (int64_t c = 0; c < r->C; c++) {
+        const double u = sk_load_one(&p->logits, sk_class_at(r, &p->logits, i, c)) / k->t.T;
+        const double v = teacher_at(r, k, i, c), q = exp((v - top) - log(sum_q));
+        const double d = u - v - *dl, p_c = exp((u - h / k->t.T) - *level);
+        if (q == 0)
+            *kl += p_c;
+        else
+            *kl += fabs(d) < 0.5 ? q * d * d * sk_exp_rest((real)d) : (p_c - q) - q * d;
+    }
+}
+
+/* Compares again what the first results left open: in the exact form, against T lse, or, where that
+ * does not help, in double. */
+static void compare_again(const forward_params *p, const sk_rows *r, const teacher *k, int j,
+                          const real *weight, real tile[][SK_TILE], const real *x[][SK_GROUPS],
+                          sums *m, results *to) {
+    double *const level = to->level_T[j], *const dl = to->dl[j], *const kl = to->kl[j];
+    const real *const h = m->softmax.h;
+    const double T = k[j].t.T;
+    sk_comparison *const pair = &m->pair[j];
+    int64_t open = 0;
+    for (int64_t i = 0; i < r->width; i++) open += weight[i] != 0 && isnan(kl[i]);
+    if (open > 0 && k[j].form == SK_PLAIN) {
+        SK_ALIGNED double again[3][SK_PITCH];
+        teacher only[TEACHERS] = {k[0], k[1]};
+        only[j].form = SK_EXACT;
+        only[1 - j].weight = 0;
+        for (int64_t i = 0; i < r->width; i++) { /* 0 stays 0 where they differ by a constant */
+            if (dl[i] == ((double)pair->hu[i] - pair->hv[i]) / T) continue;
+            pair->hu[i] = (real)(level[i] * T + h[i]);
+            pair->hv[i] = (real)(level[i] * T + h[i] - dl[i] * T);
+        }
+        sk_clear_sums(r, pair);
+        add_up(p, r, false, only, tile, x, m);
+        conclude(SK_EXACT, r, &k[j], h, pair, again[0], again[1], again[2]);
+        for (int64_t i = 0; i < r->width; i++) {
+            if (!isnan(kl[i])) continue;
+            level[i] = again[0][i];
+            dl[i] = again[1][i];
+            kl[i] = again[2][i];
+        }
+    }
+    for (int64_t i = 0; i < r->width && open > 0; i++)
+        if (weight[i] != 0 && isnan(kl[i]))
+            careful_row(p, r, &k[j], i, h[i], &level[i], &dl[i], &kl[i]);
+}
+
+/* -sum y log p of each row with a target. */
+static void conclude_ce(const forward_params *p, const sk_rows *r, const sk_softmax *m,
+                        const int32_t *target, results *to) {
+    SK_ALIGNED double below[SK_PITCH]; /* h - z_y */
+    const double smooth = p->label_smoothing, C = (double)r->C;
+    for (int64_t i = 0; i < r->width; i++) {
+        const int32_t y = target[i] < 0 ? 0 : target[i];
+        below[i] = m->h[i] - sk_logit(sk_load_one(&p->logits, sk_class_at(r, &p->logits, i, y)));
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < r->width; i++) {
+        const double level = sk_log_sum(m, i);
+        const double hard = below[i] > -SK_LOWEST / 2 ? (double)INFINITY : below[i] + level;
+        const double soft = smooth != 0 ? smooth * (level + m->sum[SK_ABOVE][i] / C) : 0;
+        to->level[i] = level;
+        to->ce[i] = (smooth != 1 ? (1 - smooth) * hard : 0) + soft;
+    }
+}
+
+static void forward_task(const forward_params *p, const sk_rows *r) {
+    TEACHERS_OF(p, k);
+    SK_ALIGNED real tile[TEACHERS + 1][SK_TILE], weight[SK_PITCH];
+    SK_ALIGNED int32_t target[SK_PITCH];
+    const real *x[TEACHERS + 1][SK_GROUPS];
+    sums m;
+    results to;
+    bool any = false;
+    sk_load_scalars(r, &p->weight, weight);
+    load_targets(r, &p->target, p->ignore_index, target);
+    for (int64_t i = 0; i < r->width; i++) any |= weight[i] != 0;
+    if (any) {
+        for (int i = 0; i < SK_CE_SUMS; i++)
+            memset(m.softmax.sum[i], 0, (size_t)sk_scalars(r) * sizeof(double));
+        for (int j = 0; j < TEACHERS; j++) sk_clear_sums(r, &m.pair[j]);
+        find_anchors(p, r, k, tile, x, &m);
+        add_up(p, r, has_ce, k, tile, x, &m);
+        if (has_ce) conclude_ce(p, r, &m.softmax, target, &to);
+        for (int j = 0; j < TEACHERS; j++) {
+            if (k[j].weight == 0) continue;
+            if (k[j].form == SK_PLAIN)
+                conclude(SK_PLAIN, r, &k[j], m.softmax.h, &m.pair[j], to.level_T[j], to.dl[j],
+                         to.kl[j]);
+            else
+                conclude(SK_APART, r, &k[j], m.softmax.h, &m.pair[j], to.level_T[j], to.dl[j],
+                         to.kl[j]);
+            compare_again(p, r, k, j, weight, tile, x, &m, &to);
+        }
+    }
+
+    const int64_t plane = p->levels.stride[0], at = r->n * r->S + r->s; /* outputs are compact */
+    real *const levels = (real *)p->levels.data + at, *const rows = (real *)p->rows.data + at,
+                *const ce_rows = (real *)p->ce_rows.data + at,
+                *const kl_rows = (real *)p->kl_rows.data + at;
+    double *const ratios = (double *)p->ratios.data + at;
+    for (int64_t i = 0; i < r->width; i++) {
+        const bool used = weight[i] != 0, ce = used && has_ce && target[i] >= 0;
+        const bool taught = used && (target[i] >= 0 || !p->mask_teachers || !p->target.data);
+        double kl = 0;
+        for (int j = 0; j < TEACHERS; j++) {
+            const bool there = used && k[j].weight != 0;
+            levels[(LEVEL_T + j) * plane + i] = there ? (real)to.level_T[j][i] : 0;
+            ratios[j * plane + i] = there ? to.dl[j][i] : 0;
+            if (there && taught) kl += k[j].weight * k[j].t.T * k[j].t.T * to.kl[j][i];
+        }
+        levels[LARGEST * plane + i] = used ? m.softmax.h[i] : 0;
+        levels[LEVEL * plane + i] = used && has_ce ? (real)to.level[i] : 0;
+        ce_rows[i] = ce ? (real)(p->ce_weight * weight[i] * to.ce[i]) : 0;
+        kl_rows[i] = taught ? (real)(weight[i] * kl) : 0;
+        rows[i] = ce_rows[i] + kl_rows[i];
+    }
+}
+
+/* The sum of the weights of all rows, or of those with a target. */
+static double sum_of_weights(const forward_params *p, bool with_target) {
+    real weight[SK_BLOCK];
+    const int64_t N = SK_DIM(p, N), S = SK_DIM(p, S);
+    const bool by_target = with_target && p->target.data;
+    double sum = 0;
+    if (!by_target) return p->weight.data ? sk_sum(&p->weight, N, S) : (double)N * (double)S;
+    for (int64_t n = 0; n < N; n++) {
+        for (int64_t s = 0; s < S; s += SK_BLOCK) {
+            const int64_t count = sk_min(SK_BLOCK, S - s), step = p->target.stride[1];
+            const int64_t *const target =
+                (const int64_t *)p->target.data + n * p->target.stride[0] + s * step;
+            double part = 0;
+            if (p->weight.data)
+                sk_copy(&p->weight, n * p->weight.stride[0] + s * p->weight.stride[1],
+                        p->weight.stride[1], count, weight);
+            for (int64_t i = 0; i < count; i++)
+                part += target[i * step] == p->ignore_index ? 0
+                        : p->weight.data                    ? (double)weight[i]
+                                                            : 1;
+            sum += part;
+        }
+    }
+    return sum;
+}
+
+static void forward_finish(const void *params) {
+    const forward_params *p = params;
+    const int64_t N = SK_DIM(p, N), S = SK_DIM(p, S);
+    const bool has_kl = (p->teacher.data && p->teacher_weight != 0) ||
+                        (p->second_teacher.data && p->second_teacher_weight != 0);
+    const bool has[2] = {p->target.data && p->ce_weight != 0, has_kl};
+    const sk_arg *const rows[2] = {&p->ce_rows, &p->kl_rows};
+    double part[2], denominator[2] = {1, 1};
+    for (int i = 0; i < 2; i++) {
+        if (p->reduction == SELFKD_MEAN)
+            denominator[i] = p->divisor.data ? sk_load_one(&p->divisor, 0)
+                                             : sum_of_weights(p, i == 0 || p->mask_teachers);
+        part[i] = has[i] ? sk_sum(rows[i], N, S) / denominator[i] : 0;
+        ((real *)p->denominators.data)[i] = (real)denominator[i];
+    }
+    *(real *)p->ce.data = (real)part[0];
+    *(real *)p->kl.data = (real)part[1];
+    *(real *)p->loss.data = (real)(part[0] + part[1]);
+}
+
+/* ---- backward ---- */
+
+/* What the gradients of a row need. Of cross-entropy: p_1 - y is CE_FACTOR e^(z - LARGEST_Z) +
+ * CE_REST, CE_TARGET for the target. Of a teacher: p is P_FACTOR e^((z - LARGEST_Z)/T), q Q_FACTOR
+ * e^((t - SHIFT)/T'); GAP as for sk_log_ratio. All times the row's factors. */
+enum { LARGEST_Z, CE_FACTOR, CE_REST, CE_TARGET, OF_TEACHER };
+enum { P_FACTOR, Q_FACTOR, SHIFT, GAP_HIGH, GAP_LOW, TEACHER_SCALARS };
+enum { SCALARS = OF_TEACHER + TEACHERS * TEACHER_SCALARS };
+typedef real row_scalars[SCALARS][SK_PITCH];
+
+/* Leaves the gradient of cross-entropy of a run, and the exponentials in e. */
+SK_SPECIAL void ce_run(bool positions, sk_run run, const int32_t *target, row_scalars m,
+                       const real *z, sk_ahead next, real *restrict e, real *restrict grad) {
+    const sk_scale t = sk_scale_of(1);
+    for (int64_t at = 0; at < run.n; at += SK_LANES) {
+        const int32_t first = (int32_t)(positions ? run.c : run.c + at);
+        sk_fetch(next, at / SK_LANES);
+#pragma omp simd
+        for (int k = 0; k < SK_LANES; k++) {
+            const int64_t i = positions ? run.row + at + k : run.row;
+            const int32_t c = positions ? first : first + k;
+            const real y = sk_exp_of(sk_logit(z[at + k]) - m[LARGEST_Z][i], &t);
+            const real of_target = m[CE_TARGET][i], other = m[CE_FACTOR][i] * y + m[CE_REST][i];
+            e[at + k] = y;
+            grad[at + k] = c == target[i] ? of_target : other;
+        }
+    }
+}
+
+/* Adds a teacher's p - q. */
+SK_SPECIAL void teacher_run(bool positions, bool apart, bool reuse, const teacher *k, sk_run run,
+                            real (*m)[SK_PITCH], const real *largest, const real *z, const real *x,
+                            sk_ahead next, real *restrict e, real *restrict grad) {
+    const sk_scale t = k->t, own = k->own;
+    for (int64_t at = 0; at < run.n; at += SK_LANES) {
+        sk_fetch(next, at / SK_LANES);
+#pragma omp simd
+        for (int j = 0; j < SK_LANES; j++) {
+            const int64_t i = positions ? run.row + at + j : run.row;
+            const real a = sk_logit(z[at + j]), b = sk_logit(x[at + j]);
+            const real y = reuse ? e[at + j] : sk_exp_of(a - largest[i], &t);
+            const real p = m[P_FACTOR][i] * y;
+            const real q = m[Q_FACTOR][i] * sk_exp_of(b - m[SHIFT][i], &own);
+            const sk_split gap = {m[GAP_HIGH][i], m[GAP_LOW][i]};
+            const real d = sk_log_ratio(apart ? SK_APART : SK_EXACT, a, b, gap, &t, &own);
+            e[at + j] = y;
+            grad[at + j] += d < (real)0.5 && d > (real)-0.5 ? q * sk_expm1(d) : p - q;
+        }
+    }
+}
+
+static void add_teacher(const sk_rows *r, const teacher *k, sk_run run, real (*m)[SK_PITCH],
+                        const real *largest, const real *z, const real *x, sk_ahead next, real *e,
+                        real *grad) {
+#define RUN(positions, apart, reuse) \
+    teacher_run(positions, apart, reuse, k, run, m, largest, z, x, next, e, grad)
+    const int which = 4 * r->positions + 2 * (k->form == SK_APART) + (k->exps == SK_REUSE);
+    switch (which) {
+    case 0:
+        RUN(false, false, false);
+        break;
+    case 1:
+        RUN(false, false, true);
+        break;
+    case 2:
+        RUN(false, true, false);
+        break;
+    case 3:
+        RUN(false, true, true);
+        break;
+    case 4:
+        RUN(true, false, false);
+        break;
+    case 5:
+        RUN(true, false, true);
+        break;
+    case 6:
+        RUN(true, true, false);
+        break;
+    default:
+        RUN(true, true, true);
+    }
+#undef RUN
+}
+
+/* What reaches a row: the factors of its cross-entropy and of each teacher; and its target's logit.
+ */
+typedef struct incoming {
+    SK_ALIGNED double ce[SK_PITCH], kl[TEACHERS][SK_PITCH];
+    SK_ALIGNED real of_target[SK_PITCH];
+    SK_ALIGNED int32_t target[SK_PITCH];
+    bool live[SK_PITCH]; /* else the gradient is 0 whatever the logits hold */
+    bool all_live;
+} incoming;
+
+static void load_incoming(const backward_params *p, const sk_rows *r, bool has_ce, const teacher *k,
+                          incoming *in) {
+    SK_ALIGNED real grad[SK_PITCH], weight[SK_PITCH];
+    const real *const denominator = (const real *)p->denominators.data;
+    const double per_ce = p->ce_weight / denominator[0];
+    const double per_kl = 1 / (double)denominator[p->denominators.stride[0]];
+    sk_load_scalars(r, &p->grad, grad);
+    sk_load_scalars(r, &p->weight, weight);
+    load_targets(r, &p->target, p->ignore_index, in->target);
+    in->all_live = true;
+    for (int64_t i = 0; i < sk_scalars(r); i++) {
+        const double factor = i < r->width ? (double)grad[i] * weight[i] : 0;
+        const bool labelled = in->target[i] >= 0;
+        const bool taught = labelled || !p->mask_teachers || !p->target.data;
+        in->ce[i] = has_ce && labelled && factor != 0 ? per_ce * factor : 0;
+        in->live[i] = in->ce[i] != 0;
+        for (int j = 0; j < TEACHERS; j++) {
+            in->kl[j][i] = taught && factor != 0 && k[j].weight != 0
+                               ? per_kl * factor * k[j].weight * k[j].t.T
+                               : 0;
+            in->live[i] |= in->kl[j][i] != 0;
+        }
+        in->all_live &= in->live[i];
+        in->of_target[i] = 0;
+        if (in->ce[i] != 0)
+            in->of_target[i] =
+                sk_logit(sk_load_one(&p->logits, sk_class_at(r, &p->logits, i, in->target[i])));
+    }
+}
+
+/* For each row, one of the planes of saved scalars. */
+#define LOAD_PLANE(type, arg, plane, to)   \
+    for (int64_t i = 0; i < r->width; i++) \
+    (to)[i] =                              \
+        ((const type *)(arg)               \
+             .data)[(plane) * (arg).stride[0] + sk_row_at(r, (arg).stride[1], (arg).stride[2], i)]
+
+static void set_ce_scalars(const backward_params *p, const sk_rows *r, const incoming *in,
+                           row_scalars m) {
+    SK_ALIGNED real level[SK_PITCH] = {0};
+    const sk_scale unit = sk_scale_of(1);
+    const real smooth = (real)p->label_smoothing, rest = smooth / (real)r->C;
+    LOAD_PLANE(real, p->levels, LEVEL, level);
+#pragma omp simd
+    for (int64_t i = 0; i < sk_scalars(r); i++) {
+        const real factor = (real)in->ce[i];
+        const real ce = (m[LARGEST_Z][i] - in->of_target[i]) + level[i];
+        const real p_1 = ce < (real)0.5 ? sk_expm1(-ce) : sk_exp_of(-ce, &unit) - 1;
+        m[CE_FACTOR][i] = factor * sk_exp_of(-level[i], &unit);
+        m[CE_REST][i] = -factor * rest;
+        m[CE_TARGET][i] = factor != 0 ? factor * (p_1 + smooth - rest) : 0;
+    }
+}
+
+static void set_teacher_scalars(const backward_params *p, const sk_rows *r, const teacher *k, int j,
+                                const double *factor, const real *h, real (*m)[SK_PITCH]) {
+    SK_ALIGNED real level[SK_PITCH] = {0};
+    SK_ALIGNED double dl[SK_PITCH] = {0};
+    const sk_scale unit = sk_scale_of(1), own = k->own;
+    const double T = k->t.T;
+    const bool apart = k->form == SK_APART;
+    LOAD_PLANE(real, p->levels, LEVEL_T + j, level);
+    LOAD_PLANE(double, p->ratios, j, dl);
+#pragma omp simd
+    for (int64_t i = 0; i < sk_scalars(r); i++) {
+        const double lse = (h[i] / T + level[i]) - dl[i]; /* the teacher's */
+        const real shift = (real)(lse * own.T);
+        const double off = shift - lse * own.T;
+        const sk_split gap = sk_split_of(apart ? dl[i] : dl[i] * T);
+        m[P_FACTOR][i] = (real)factor[i] * sk_exp_of(-level[i], &unit);
+        m[Q_FACTOR][i] = (real)factor[i] * sk_exp_of((real)off, &own);
+        m[SHIFT][i] = shift;
+        m[GAP_HIGH][i] = gap.high;
+        m[GAP_LOW][i] = gap.low;
+    }
+}
+
+static void clear_dead(const sk_rows *r, sk_run run, const bool *live, real *grad) {
+    for (int64_t at = 0; at < run.n; at++)
+        if (!live[r->positions ? run.row + at : run.row]) grad[at] = 0;
+}
+
+static void backward_task(const backward_params *p, const sk_rows *r) {
+    TEACHERS_OF(p, k);
+    SK_ALIGNED real buffer[4][SK_RUN];
+    SK_ALIGNED row_scalars m;
+    incoming in;
+    load_incoming(p, r, has_ce, k, &in);
+    memset(m[LARGEST_Z], 0, sizeof m[LARGEST_Z]);
+    LOAD_PLANE(real, p->levels, LARGEST, m[LARGEST_Z]);
+    if (has_ce) set_ce_scalars(p, r, &in, m);
+    for (int j = 0; j < TEACHERS; j++)
+        if (k[j].weight != 0)
+            set_teacher_scalars(p, r, &k[j], j, in.kl[j], m[LARGEST_Z],
+                                &m[OF_TEACHER + j * TEACHER_SCALARS]);
+    for (sk_run run = {0}; sk_next_run(r, &run);) {
+        const real *const z = sk_read_run(r, &p->logits, run, buffer[0]);
+        const sk_ahead next = sk_next_read(r, &p->logits, run);
+        real *const e = buffer[2], *const grad = sk_begin_run(r, &p->grad_logits, run, buffer[3]);
+        if (!has_ce)
+            memset(grad, 0, (size_t)(sk_groups(run.n) * SK_LANES) * sizeof *grad);
+        else if (r->positions)
+            ce_run(true, run, in.target, m, z, next, e, grad);
+        else
+            ce_run(false, run, in.target, m, z, next, e, grad);
+        for (int j = 0; j < TEACHERS; j++) {
+            if (k[j].weight == 0) continue;
+            const real *x = sk_read_run(r, k[j].x, run, buffer[1]);
+            if (k[j].is_probs) x = to_logs(x, run.n, buffer[1]);
+            add_teacher(r, &k[j], run, &m[OF_TEACHER + j * TEACHER_SCALARS], m[LARGEST_Z], z, x,
+                        sk_next_read(r, k[j].x, run), e, grad);
+        }
+        if (!in.all_live) clear_dead(r, run, in.live, grad);
+        sk_end_run(r, &p->grad_logits, run, grad);
+    }
+}
+
+/* ---- what only the values tell ---- */
+
+/* The first row whose target is no class. */
+static sk_bad bad_target(const forward_params *p) {
+    const sk_arg *const x = &p->target;
+    const int64_t C = SK_DIM(p, C);
+    for (int64_t n = 0; n < SK_DIM(p, N) && x->data; n++) {
+        const int64_t *const target = (const int64_t *)x->data + n * x->stride[0];
+        int bad = 0;
+        for (int64_t s = 0; s < SK_DIM(p, S); s++) {
+            const int64_t y = target[s * x->stride[1]];
+            bad |= ((uint64_t)y >= (uint64_t)C) & (y != p->ignore_index);
+        }
+        for (int64_t s = 0; s < SK_DIM(p, S) && bad; s++) {
+            const int64_t y = target[s * x->stride[1]];
+            if ((uint64_t)y >= (uint64_t)C && y != p->ignore_index)
+                return (sk_bad){n * SK_DIM(p, S) + s, offsetof(forward_params, target), (double)y};
+        }
+    }
+    return (sk_bad){-1, 0, 0};
+}
+
+/* The first row of a teacher whose probabilities do not sum to 1. */
+static sk_bad bad_sum(const forward_params *p, const sk_arg *x, int64_t kind, size_t item) {
+    SK_ALIGNED real tile[SK_TILE];
+    SK_ALIGNED double sum[SK_PITCH];
+    const real *lanes[SK_GROUPS];
+    const sk_scale unit = sk_scale_of(1);
+    const sk_rows all = sk_rows_of(x, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
+    const int64_t count = sk_work_of(&all, 1).count, step = sk_tile_classes(&all);
+    for (int64_t task = 0; task < count && x->data && kind != LOGITS; task++) {
+        const sk_rows r = sk_task(&all, task);
+        memset(sum, 0, sizeof sum);
+        for (int64_t c = 0; c < r.C; c += step) {
+            const int64_t classes = sk_min(step, r.C - c), depth = sk_depth(&r, classes);
+            sk_load_tile(&r, x, c, classes, tile, lanes);
+            for (int64_t g = 0; g < r.groups; g++) {
+                real part[SK_LANES] = {0};
+                for (int64_t i = 0; i < depth; i++) {
+                    const real *const a = lanes[g] + i * sk_pitch(&r);
+#pragma omp simd
+                    for (int j = 0; j < SK_LANES; j++)
+                        part[j] += kind == LOG_PROBS   ? sk_exp_of(sk_logit(a[j]), &unit)
+                                   : a[j] == -INFINITY ? 0
+                                                       : a[j];
+                }
+                sk_add_lanes(&r, g, part, sum);
+            }
+        }
+        for (int64_t i = 0; i < r.width; i++)
+            if (sum[i] < 0.99 || sum[i] > 1.01) return (sk_bad){r.n * r.S + r.s + i, item, sum[i]};
+    }
+    return (sk_bad){-1, 0, 0};
+}
+
+static sk_bad forward_first_bad(const void *params) {
+    const forward_params *p = params;
+    sk_bad bad = bad_target(p);
+    if (bad.row < 0)
+        bad = bad_sum(p, &p->teacher, p->teacher_kind, offsetof(forward_params, teacher));
+    if (bad.row < 0)
+        bad = bad_sum(p, &p->second_teacher, p->second_teacher_kind,
+                      offsetof(forward_params, second_teacher));
+    return bad;
+}
+
+/* ---- the kernels ---- */
+
+static sk_work forward_work(const void *params) {
+    const forward_params *p = params;
+    const sk_rows all = sk_rows_of(&p->logits, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
+    return sk_work_of(&all, 2);
+}
+
+static void distill_rows(const void *params, int64_t begin, int64_t end) {
+    const forward_params *p = params;
+    const sk_rows all = sk_rows_of(&p->logits, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
+    for (int64_t i = begin; i < end; i++) {
+        const sk_rows r = sk_task(&all, i);
+        forward_task(p, &r);
+    }
+}
+
+static sk_work backward_work(const void *params) {
+    const backward_params *p = params;
+    const sk_rows all = sk_rows_of(&p->logits, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
+    return sk_work_of(&all, 2);
+}
+
+static void distill_backward_rows(const void *params, int64_t begin, int64_t end) {
+    const backward_params *p = params;
+    const sk_rows all = sk_rows_of(&p->logits, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
+    for (int64_t i = begin; i < end; i++) {
+        const sk_rows r = sk_task(&all, i);
+        backward_task(p, &r);
+    }
+}
+
+const sk_cpu_kernel SK_CPU(distill) = {forward_work, distill_rows, forward_finish,
+                                       forward_first_bad};
+const sk_cpu_kernel SK_CPU(distill_backward) = {backward_work, distill_backward_rows, NULL, NULL};
