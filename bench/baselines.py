@@ -110,6 +110,7 @@ def adversarial(*shape: int, **need: float) -> Case:
         reference=selfkd.reference.adversarial,
         baselines={"bce_with_logits": bce_with_logits, "softplus": softplus_of_scores},
         inputs=lambda: [3 * torch.randn(shape) for _ in range(2)],
+        learning=2,
         bytes_moved=6 * math.prod(shape) * 4,
         need=need,
     )

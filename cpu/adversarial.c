@@ -121,9 +121,11 @@ static void differentiate(int64_t term, side of, const sk_arg *x, const sk_arg *
     SK_ALIGNED real buffer[SCORES], factor[SCORES], result[SCORES];
     const real *score = sk_read(x, at * x->stride[0], x->stride[0], n, buffer);
     const int64_t lanes = sk_groups(n) * SK_LANES, stride = grad->stride[0];
-    const int64_t known = stride == 0 ? n : sk_min(n, part(rows, at)); /* 0-d: one for all */
-    for (int64_t i = 0; i < lanes; i++)
-        factor[i] = i < known ? (real)(sk_load_one(grad, (at + i) * stride) / denominator) : 0;
+    const int64_t known = sk_min(n, part(rows, at));
+    const real all = stride == 0 ? (real)(sk_load_one(grad, 0) / denominator) : 0;
+    for (int64_t i = 0; i < lanes; i++) factor[i] = all; /* 0-d: one for all */
+    for (int64_t i = 0; i < known && stride != 0; i++)
+        factor[i] = (real)(sk_load_one(grad, (at + i) * stride) / denominator);
     switch (term) {
     case SK_BCE:
         slopes(SK_BCE, of, lanes, score, factor, result);

@@ -12,7 +12,7 @@ import pytest
 import selfkd
 import torch
 import torch.nn.functional as F
-from selfkd import library
+from selfkd import c, library
 
 OP = "adversarial"
 NAN, INF = torch.nan, torch.inf
@@ -253,6 +253,29 @@ def test_many_scores(backend: harness.Backend, generator: torch.Generator) -> No
 needs_torch_backend = pytest.mark.skipif(
     bool(harness.SIMT_LIBRARY), reason="the emulator has no PyTorch binding"
 )
+
+
+@pytest.mark.parametrize("backend", harness.backends(), ids=str)
+def test_every_output_of_the_operator(backend: harness.Backend, generator: torch.Generator) -> None:
+    """What ops/adversarial.h says of loss, rows and fake_rows, whatever the reduction."""
+    harness.prepare(backend)
+    tensors = scores(generator, 40, 40, "float32", backend.device)
+    real, fake = (F.softplus(s * x.cpu()) for s, x in zip((-1, 1), tensors.values(), strict=True))
+    for code, expected in enumerate([real.sum() + fake.sum(), real.mean() + fake.mean()]):
+        if backend.name in ("c", "simt"):
+            simt = backend.name == "simt"
+            lib = library.open_library(harness.SIMT_LIBRARY) if simt else library.library()
+            arguments = {**tensors, "mode": 0, "side": 0, "reduction": code}
+            outputs = harness.poisoned_outputs(OP, arguments)
+            library.check(c.run(lib, OP, arguments | outputs, device=2 if simt else None))
+            loss, rows, fake_rows = outputs.values()
+        else:
+            loss, rows, fake_rows = (
+                x.cpu() for x in torch.ops.selfkd.adversarial(*tensors.values(), 0, 0, code)
+            )
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(rows, real + fake if code == 0 else real)
+        torch.testing.assert_close(fake_rows, fake)
 
 
 @needs_torch_backend

@@ -234,34 +234,6 @@ def test_discriminator_sees_distributions_only(generator: torch.Generator) -> No
 # ---- AIKDLoss ----
 
 
-def distill_stand_in(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    teachers: list[torch.Tensor],
-    *,
-    teacher_weights: list[float],
-    temperature: list[float],
-    teacher_temperature: list[float],
-    teacher_kind: list[str],
-    label_smoothing: float,
-    ignore_index: int,
-    return_parts: bool,
-) -> tuple[torch.Tensor, ...]:
-    ce = F.cross_entropy(logits, target, label_smoothing=label_smoothing, ignore_index=ignore_index)
-    distilled = torch.zeros_like(ce)
-    columns = (teachers, teacher_weights, temperature, teacher_temperature, teacher_kind)
-    for x, weight, t, own, kind in zip(*columns, strict=True):
-        log_q = F.log_softmax((x.log() if kind == "probs" else x).detach() / own, 1)
-        distilled = distilled + weight * t**2 * kl(log_q, F.log_softmax(logits / t, 1))
-    return ce + distilled, ce.detach(), distilled.detach()
-
-
-@pytest.fixture(autouse=True)
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not hasattr(selfkd, "distill"):
-        monkeypatch.setattr(selfkd, "distill", distill_stand_in, raising=False)
-
-
 @pytest.fixture
 def given(generator: torch.Generator) -> dict[str, torch.Tensor]:
     def logits() -> torch.Tensor:

@@ -18,9 +18,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import selfkd
-
 from ..adversarial import adversarial
+from ..distill import distill
 
 
 class Discriminator(nn.Module):
@@ -334,7 +333,7 @@ class AIKDLoss(nn.Module):
             weights.append(self.previous_weight)
             temperatures.append(self.previous_temperature)
             kinds.append("probs")
-        loss, ce, kl = selfkd.distill(
+        loss, ce, kl = distill(
             logits,
             target,
             teachers,
