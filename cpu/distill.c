@@ -84,12 +84,20 @@ static void load_teacher(const sk_rows *r, const teacher *k, int64_t c, int64_t 
 
 /* The class of each row, -1 where there is none: it is ignored, or there is no target. */
 static void load_targets(const sk_rows *r, const sk_arg *x, int64_t ignored, int32_t *to) {
-    for (int64_t i = 0; i < sk_scalars(r); i++) {
-        to[i] = -1;
-        if (i >= r->width || !x->data) continue;
-        const int64_t y = ((const int64_t *)x->data)[sk_row_at(r, x->stride[0], x->stride[1], i)];
-        if (y != ignored) to[i] = (int32_t)y;
-    }
+    SK_ALIGNED int64_t y[SK_PITCH];
+    for (int64_t i = 0; i < sk_scalars(r); i++) to[i] = -1;
+    if (!x->data) return;
+    sk_load_indices(r, x->data, x->stride[0], x->stride[1], y);
+#pragma omp simd
+    for (int64_t i = 0; i < r->width; i++) to[i] = y[i] == ignored ? -1 : (int32_t)y[i];
+}
+
+/* The logits of the targets; of class 0 where there is none. */
+static void load_target_logits(const sk_rows *r, const sk_arg *x, const int32_t *target, real *to) {
+    SK_ALIGNED int32_t c[SK_PITCH];
+    for (int64_t i = 0; i < r->width; i++) c[i] = target[i] < 0 ? 0 : target[i];
+    sk_load_classes(r, x, c, to);
+    for (int64_t i = 0; i < r->width; i++) to[i] = sk_logit(to[i]);
 }
 
 /* ---- forward ---- */
@@ -253,19 +261,59 @@ static void compare_again(const forward_params *p, const sk_rows *r, const teach
 /* -sum y log p of each row with a target. */
 static void conclude_ce(const forward_params *p, const sk_rows *r, const sk_softmax *m,
                         const int32_t *target, results *to) {
-    SK_ALIGNED double below[SK_PITCH]; /* h - z_y */
+    SK_ALIGNED real z[SK_PITCH];
     const double smooth = p->label_smoothing, C = (double)r->C;
-    for (int64_t i = 0; i < r->width; i++) {
-        const int32_t y = target[i] < 0 ? 0 : target[i];
-        below[i] = m->h[i] - sk_logit(sk_load_one(&p->logits, sk_class_at(r, &p->logits, i, y)));
-    }
+    load_target_logits(r, &p->logits, target, z);
 #pragma omp simd
     for (int64_t i = 0; i < r->width; i++) {
-        const double level = sk_log_sum(m, i);
-        const double hard = below[i] > -SK_LOWEST / 2 ? (double)INFINITY : below[i] + level;
-        const double soft = smooth != 0 ? smooth * (level + m->sum[SK_ABOVE][i] / C) : 0;
+        const double level = sk_log_sum(m, i), below = m->h[i] - z[i];
+        const double hard = below > -SK_LOWEST / 2 ? (double)INFINITY : below + level;
+        const double above = m->sum[SK_ABOVE][i]; /* 0 without smoothing */
+        const double soft = smooth != 0 ? smooth * (level + above / C) : 0;
         to->level[i] = level;
         to->ce[i] = (smooth != 1 ? (1 - smooth) * hard : 0) + soft;
+    }
+}
+
+/* Leaves the task's rows and what is saved; without m all weights are 0. */
+static void save(const forward_params *p, const sk_rows *r, bool has_ce, const teacher *k,
+                 const real *weight, const int32_t *target, const sums *m, const results *x) {
+    SK_ALIGNED double kl[SK_PITCH] = {0};
+    const int64_t plane = p->levels.stride[0], at = r->n * r->S + r->s; /* outputs are compact */
+    real *restrict const levels = (real *)p->levels.data + at;
+    real *restrict const rows = (real *)p->rows.data + at;
+    real *restrict const ce_rows = (real *)p->ce_rows.data + at;
+    real *restrict const kl_rows = (real *)p->kl_rows.data + at;
+    double *restrict const ratios = (double *)p->ratios.data + at;
+    const bool all_taught = !p->mask_teachers || !p->target.data;
+    for (int j = 0; j < TEACHERS; j++) {
+        const bool there = m && k[j].weight != 0;
+        const double factor = k[j].weight * k[j].t.T * k[j].t.T;
+        for (int64_t i = 0; i < r->width && !there; i++)
+            levels[(LEVEL_T + j) * plane + i] = (real)(ratios[j * plane + i] = 0);
+        if (!there) continue;
+#pragma omp simd
+        for (int64_t i = 0; i < r->width; i++) {
+            const bool used = weight[i] != 0;
+            levels[(LEVEL_T + j) * plane + i] = used ? (real)x->level_T[j][i] : 0;
+            ratios[j * plane + i] = used ? x->dl[j][i] : 0;
+            kl[i] += used & ((target[i] >= 0) | all_taught) ? factor * x->kl[j][i] : 0;
+        }
+    }
+    for (int64_t i = 0; i < r->width && !m; i++)
+        levels[i] = levels[plane + i] = ce_rows[i] = kl_rows[i] = rows[i] = 0;
+    if (!m) return;
+#pragma omp simd
+    for (int64_t i = 0; i < r->width; i++) {
+        const bool used = weight[i] != 0;
+        const double ce =
+            has_ce & used & (target[i] >= 0) ? p->ce_weight * weight[i] * x->ce[i] : 0;
+        const real to_kl = used ? (real)(weight[i] * kl[i]) : 0;
+        levels[LARGEST * plane + i] = used ? m->softmax.h[i] : 0;
+        levels[LEVEL * plane + i] = has_ce & used ? (real)x->level[i] : 0;
+        ce_rows[i] = (real)ce;
+        kl_rows[i] = to_kl;
+        rows[i] = (real)ce + to_kl;
     }
 }
 
@@ -299,27 +347,7 @@ static void forward_task(const forward_params *p, const sk_rows *r) {
         }
     }
 
-    const int64_t plane = p->levels.stride[0], at = r->n * r->S + r->s; /* outputs are compact */
-    real *const levels = (real *)p->levels.data + at, *const rows = (real *)p->rows.data + at,
-                *const ce_rows = (real *)p->ce_rows.data + at,
-                *const kl_rows = (real *)p->kl_rows.data + at;
-    double *const ratios = (double *)p->ratios.data + at;
-    for (int64_t i = 0; i < r->width; i++) {
-        const bool used = weight[i] != 0, ce = used && has_ce && target[i] >= 0;
-        const bool taught = used && (target[i] >= 0 || !p->mask_teachers || !p->target.data);
-        double kl = 0;
-        for (int j = 0; j < TEACHERS; j++) {
-            const bool there = used && k[j].weight != 0;
-            levels[(LEVEL_T + j) * plane + i] = there ? (real)to.level_T[j][i] : 0;
-            ratios[j * plane + i] = there ? to.dl[j][i] : 0;
-            if (there && taught) kl += k[j].weight * k[j].t.T * k[j].t.T * to.kl[j][i];
-        }
-        levels[LARGEST * plane + i] = used ? m.softmax.h[i] : 0;
-        levels[LEVEL * plane + i] = used && has_ce ? (real)to.level[i] : 0;
-        ce_rows[i] = ce ? (real)(p->ce_weight * weight[i] * to.ce[i]) : 0;
-        kl_rows[i] = taught ? (real)(weight[i] * kl) : 0;
-        rows[i] = ce_rows[i] + kl_rows[i];
-    }
+    save(p, r, has_ce, k, weight, target, any ? &m : NULL, &to);
 }
 
 /* The sum of the weights of all rows, or of those with a target. */
@@ -458,54 +486,50 @@ static void add_teacher(const sk_rows *r, const teacher *k, sk_run run, real (*m
 typedef struct incoming {
     SK_ALIGNED double ce[SK_PITCH], kl[TEACHERS][SK_PITCH];
     SK_ALIGNED real of_target[SK_PITCH];
-    SK_ALIGNED int32_t target[SK_PITCH];
-    bool live[SK_PITCH]; /* else the gradient is 0 whatever the logits hold */
+    SK_ALIGNED int32_t target[SK_PITCH], live[SK_PITCH]; /* live 0: the gradient is 0 in any case */
     bool all_live;
 } incoming;
 
 static void load_incoming(const backward_params *p, const sk_rows *r, bool has_ce, const teacher *k,
                           incoming *in) {
-    SK_ALIGNED real grad[SK_PITCH], weight[SK_PITCH];
+    SK_ALIGNED real grad[SK_PITCH] = {0}, weight[SK_PITCH] = {0};
     const real *const denominator = (const real *)p->denominators.data;
-    const double per_ce = p->ce_weight / denominator[0];
+    const double per_ce = has_ce ? p->ce_weight / denominator[0] : 0;
     const double per_kl = 1 / (double)denominator[p->denominators.stride[0]];
+    const bool all_taught = !p->mask_teachers || !p->target.data;
+    double per_teacher[TEACHERS];
+    for (int j = 0; j < TEACHERS; j++)
+        per_teacher[j] = k[j].weight != 0 ? per_kl * k[j].weight * k[j].t.T : 0;
     sk_load_scalars(r, &p->grad, grad);
     sk_load_scalars(r, &p->weight, weight);
     load_targets(r, &p->target, p->ignore_index, in->target);
-    in->all_live = true;
+    memset(in->of_target, 0, sizeof in->of_target);
+    if (has_ce) load_target_logits(r, &p->logits, in->target, in->of_target);
+    int dead = 0;
+#pragma omp simd reduction(+ : dead)
     for (int64_t i = 0; i < sk_scalars(r); i++) {
-        const double factor = i < r->width ? (double)grad[i] * weight[i] : 0;
-        const bool labelled = in->target[i] >= 0;
-        const bool taught = labelled || !p->mask_teachers || !p->target.data;
-        in->ce[i] = has_ce && labelled && factor != 0 ? per_ce * factor : 0;
-        in->live[i] = in->ce[i] != 0;
-        for (int j = 0; j < TEACHERS; j++) {
-            in->kl[j][i] = taught && factor != 0 && k[j].weight != 0
-                               ? per_kl * factor * k[j].weight * k[j].t.T
-                               : 0;
-            in->live[i] |= in->kl[j][i] != 0;
-        }
-        in->all_live &= in->live[i];
-        in->of_target[i] = 0;
-        if (in->ce[i] != 0)
-            in->of_target[i] =
-                sk_logit(sk_load_one(&p->logits, sk_class_at(r, &p->logits, i, in->target[i])));
+        const double factor = (double)grad[i] * weight[i];
+        const bool used = factor != 0, labelled = used & (in->target[i] >= 0);
+        const bool taught = used & (labelled | all_taught);
+        in->ce[i] = labelled ? per_ce * factor : 0;
+        in->kl[0][i] = taught ? per_teacher[0] * factor : 0;
+        in->kl[1][i] = taught ? per_teacher[1] * factor : 0;
+        in->live[i] = (in->ce[i] != 0) | (in->kl[0][i] != 0) | (in->kl[1][i] != 0);
+        dead += !in->live[i];
     }
+    in->all_live = dead == 0;
 }
 
-/* For each row, one of the planes of saved scalars. */
-#define LOAD_PLANE(type, arg, plane, to)   \
-    for (int64_t i = 0; i < r->width; i++) \
-    (to)[i] =                              \
-        ((const type *)(arg)               \
-             .data)[(plane) * (arg).stride[0] + sk_row_at(r, (arg).stride[1], (arg).stride[2], i)]
+static void load_plane(const sk_rows *r, const sk_arg *x, int plane, real *to) {
+    sk_load_reals(r, (const real *)x->data + plane * x->stride[0], x->stride[1], x->stride[2], to);
+}
 
 static void set_ce_scalars(const backward_params *p, const sk_rows *r, const incoming *in,
                            row_scalars m) {
     SK_ALIGNED real level[SK_PITCH] = {0};
     const sk_scale unit = sk_scale_of(1);
     const real smooth = (real)p->label_smoothing, rest = smooth / (real)r->C;
-    LOAD_PLANE(real, p->levels, LEVEL, level);
+    load_plane(r, &p->levels, LEVEL, level);
 #pragma omp simd
     for (int64_t i = 0; i < sk_scalars(r); i++) {
         const real factor = (real)in->ce[i];
@@ -524,8 +548,9 @@ static void set_teacher_scalars(const backward_params *p, const sk_rows *r, cons
     const sk_scale unit = sk_scale_of(1), own = k->own;
     const double T = k->t.T;
     const bool apart = k->form == SK_APART;
-    LOAD_PLANE(real, p->levels, LEVEL_T + j, level);
-    LOAD_PLANE(double, p->ratios, j, dl);
+    load_plane(r, &p->levels, LEVEL_T + j, level);
+    sk_load_doubles(r, (const double *)p->ratios.data + j * p->ratios.stride[0],
+                    p->ratios.stride[1], p->ratios.stride[2], dl);
 #pragma omp simd
     for (int64_t i = 0; i < sk_scalars(r); i++) {
         const double lse = (h[i] / T + level[i]) - dl[i]; /* the teacher's */
@@ -540,7 +565,7 @@ static void set_teacher_scalars(const backward_params *p, const sk_rows *r, cons
     }
 }
 
-static void clear_dead(const sk_rows *r, sk_run run, const bool *live, real *grad) {
+static void clear_dead(const sk_rows *r, sk_run run, const int32_t *live, real *grad) {
     for (int64_t at = 0; at < run.n; at++)
         if (!live[r->positions ? run.row + at : run.row]) grad[at] = 0;
 }
@@ -552,7 +577,7 @@ static void backward_task(const backward_params *p, const sk_rows *r) {
     incoming in;
     load_incoming(p, r, has_ce, k, &in);
     memset(m[LARGEST_Z], 0, sizeof m[LARGEST_Z]);
-    LOAD_PLANE(real, p->levels, LARGEST, m[LARGEST_Z]);
+    load_plane(r, &p->levels, LARGEST, m[LARGEST_Z]);
     if (has_ce) set_ce_scalars(p, r, &in, m);
     for (int j = 0; j < TEACHERS; j++)
         if (k[j].weight != 0)

@@ -60,7 +60,7 @@ def _teachers(
             f"{_OP}: teachers has {n} tensors, expected at most 2; add a third by a second call with "
             "ce_weight=0, or average teachers' probabilities"
         )
-    kinds = [kind] * n if isinstance(kind, str) else _each("teacher_kind", kind, n)
+    kinds: list[str] = [kind] * n if isinstance(kind, str) else _each("teacher_kind", kind, n)
     temperatures = _each("temperature", temperature, n)
     owns = [
         (t if k == "logits" else 1.0) if o is None else o

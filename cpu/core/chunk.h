@@ -196,12 +196,49 @@ static inline int64_t sk_class_at(const sk_rows *r, const sk_arg *x, int64_t i, 
     return sk_row_at(r, x->stride[0], x->stride[2], i) + c * x->stride[1];
 }
 
-/* One scalar for each row. */
+/* Elements from one row to the next, or 0 where that varies. */
+static inline int64_t sk_row_step(const sk_rows *r, int64_t stride_n, int64_t stride_s) {
+    if (r->positions || stride_n == r->S * stride_s) return stride_s;
+    return r->S == 1 ? stride_n : 0;
+}
+
+/* One element of a tensor of shape (N, S) for each row. */
+#define SK_ROW_LOADER(name, type)                                                       \
+    static inline void name(const sk_rows *r, const void *data, int64_t stride_n,       \
+                            int64_t stride_s, type *restrict to) {                      \
+        const type *const x = (const type *)data + sk_row_at(r, stride_n, stride_s, 0); \
+        const int64_t step = sk_row_step(r, stride_n, stride_s);                        \
+        if (step == 1)                                                                  \
+            for (int64_t i = 0; i < r->width; i++) to[i] = x[i];                        \
+        else if (step != 0)                                                             \
+            for (int64_t i = 0; i < r->width; i++) to[i] = x[i * step];                 \
+        else                                                                            \
+            for (int64_t i = 0; i < r->width; i++)                                      \
+                to[i] = ((const type *)data)[sk_row_at(r, stride_n, stride_s, i)];      \
+    }
+SK_ROW_LOADER(sk_load_reals, real)
+SK_ROW_LOADER(sk_load_doubles, double)
+SK_ROW_LOADER(sk_load_indices, int64_t)
+
+/* The same of a weight (1 where none is given) or of an incoming gradient. */
 static inline void sk_load_scalars(const sk_rows *r, const sk_arg *x, real *to) {
-    if (r->positions)
-        sk_copy(x, sk_row_at(r, x->stride[0], x->stride[1], 0), x->stride[1], r->width, to);
-    for (int64_t i = 0; i < r->width && !r->positions; i++)
-        to[i] = sk_load_one(x, sk_row_at(r, x->stride[0], x->stride[1], i));
+    if (!x->data)
+        for (int64_t i = 0; i < r->width; i++) to[i] = 1;
+    else if (x->dtype != SK_DT_BOOL)
+        sk_load_reals(r, x->data, x->stride[0], x->stride[1], to);
+    else
+        for (int64_t i = 0; i < r->width; i++)
+            to[i] = sk_load_one(x, sk_row_at(r, x->stride[0], x->stride[1], i));
+}
+
+/* Class c[i] of row i. */
+static inline void sk_load_classes(const sk_rows *r, const sk_arg *x, const int32_t *c, real *to) {
+    const int64_t at = sk_class_at(r, x, 0, 0), step = sk_row_step(r, x->stride[0], x->stride[2]);
+    if (x->dtype == SK_DT_F32 && step != 0)
+        for (int64_t i = 0; i < r->width; i++)
+            to[i] = ((const float *)x->data)[at + i * step + c[i] * x->stride[1]];
+    else
+        for (int64_t i = 0; i < r->width; i++) to[i] = sk_load_one(x, sk_class_at(r, x, i, c[i]));
 }
 
 /* ---- Reading: tiles ----
