@@ -180,7 +180,7 @@ def train_teacher(data: Images, steps: int, checkpoint: Checkpoint, features: in
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
     losses: list[float] = []
     done = checkpoint.restore("teacher", [losses], network, optimizer)
-    for images, labels in data.batches(steps, 128, 0, "teacher", done):
+    for images, labels in data.batches(steps, 64, 0, "teacher", done):
         loss = F.cross_entropy(network(images), labels)
         optimizer.zero_grad()
         loss.backward()

@@ -46,7 +46,7 @@ def train(
     simreg, run = common.TimedLoss(IMPLEMENTATIONS[impl]), common.Run(impl)
     name, curves = f"{impl}, weight {weight}, seed {seed}", [run.losses, simreg.calls]
     done = checkpoint.restore(name, curves, backbone, head, optimizer)
-    for images, _ in data.batches(steps, 128, seed, impl, done):
+    for images, _ in data.batches(steps, 64, seed, impl, done):
         loss = simreg(head(backbone(images)), teacher.backbone(images))
         optimizer.zero_grad()
         (weight * loss).backward()
