@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import selfkd
 import torch
@@ -44,8 +45,11 @@ class Case:
         How many of them, the first ones, get gradients.
     bytes_moved
         The least a fused forward and backward can read and write.
+    part
+        A call of selfkd that does a part of the same, timed beside it.
     need
-        What the ratios must be: at least, against "eager" and "compile"; at most, against "copy".
+        What the ratios must be: at least, against "eager" and "compile"; at most, against "copy" and
+        "part".
     environment
         Environment variables of the process that runs the case.
     """
@@ -59,6 +63,7 @@ class Case:
     bytes_moved: int
     need: Mapping[str, float] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
+    part: Loss | None = None
 
 
 def kl_of_log_targets(u: Tensor, v: Tensor) -> Tensor:
@@ -141,6 +146,63 @@ def simreg(*shape: int, **need: float) -> Case:
     )
 
 
+def distill(
+    *shape: int, temperatures: tuple[float, ...] = (4.0,), ignore_index: int = -100, **need: float
+) -> Case:
+    """Cross-entropy and a teacher for each temperature; logits 3 * randn, a tenth of 255 ignored.
+
+    Forward reads all logits; backward reads them again and writes one gradient.
+    """
+
+    def cross_entropy(z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(z, y, ignore_index=ignore_index)
+
+    def of_probabilities(z: Tensor, y: Tensor, *teachers: Tensor) -> Tensor:
+        loss, rows = cross_entropy(z, y), z.numel() // z.shape[1]
+        for t, T in zip(teachers, temperatures, strict=True):
+            kl = F.kl_div(F.log_softmax(z / T, 1), F.softmax(t / T, 1), reduction="sum")
+            loss = loss + T * T * kl / rows
+        return loss
+
+    def of_log_targets(z: Tensor, y: Tensor, *teachers: Tensor) -> Tensor:
+        loss, rows = cross_entropy(z, y), z.numel() // z.shape[1]
+        for t, T in zip(teachers, temperatures, strict=True):
+            p, q = F.log_softmax(z / T, 1), F.log_softmax(t / T, 1)
+            loss = loss + T * T * F.kl_div(p, q, reduction="sum", log_target=True) / rows
+        return loss
+
+    def call(function: Loss, count: int, *inputs: Tensor) -> Tensor:
+        z, y, *teachers = inputs
+        return function(
+            z,
+            y,
+            teachers[:count],
+            temperature=temperatures[:count],
+            ignore_index=ignore_index,
+        )
+
+    def inputs() -> list[Tensor]:
+        z, *teachers = (3 * torch.randn(shape) for _ in range(1 + len(temperatures)))
+        y = torch.randint(0, shape[1], (shape[0], *shape[2:]))
+        if ignore_index == 255:
+            y[torch.rand(y.shape) < 0.1] = 255
+        return [z, y, *teachers]
+
+    n = len(temperatures)
+    at = f" T {', '.join(f'{T:g}' for T in temperatures)}"
+    return Case(
+        name=f"distill {'x'.join(map(str, shape))}{at}",
+        fused=partial(call, selfkd.distill, n),
+        reference=partial(call, selfkd.reference.distill, n),
+        baselines={"log_target": of_log_targets, "probabilities": of_probabilities},
+        inputs=inputs,
+        learning=1,
+        bytes_moved=(3 + 2 * n) * math.prod(shape) * 4,
+        need=need,
+        part=partial(call, selfkd.distill, n - 1) if n > 1 else None,
+    )
+
+
 large_vocabulary = sd_dropout_kl(512, 32000, eager=15, compile=4.5, copy=2)
 
 CASES = [
@@ -152,5 +214,9 @@ CASES = [
     sd_dropout_kl(4, 21, 256, 256, eager=8, compile=5, copy=3),
     adversarial(128, 1),  # one score each
     adversarial(16, 1, 256, 256),  # of patches
+    distill(256, 1000, eager=5.5, compile=3),
+    distill(256, 1000, temperatures=(4.0, 4.0), part=1.5),
+    distill(256, 1000, temperatures=(4.0, 2.0), part=1.8),
+    distill(4, 21, 256, 256, temperatures=(1.0,), ignore_index=255, eager=6, compile=4, copy=2.2),
     simreg(256, 2048, eager=4.5, compile=2.3),
 ]

@@ -36,6 +36,7 @@ from torch import Tensor
 COPY_BYTES = 256 << 20
 SLOW_COPY = 18e9  # bytes/s; below it the machine is busy with something else
 SAMPLE_SECONDS = 5e-3  # short calls are repeated until a sample takes this long
+AT_MOST = ("copy", "part")  # ratios that must not be larger than needed; the others not smaller
 Errors = tuple[float, float]  # of the loss, of the gradients
 Result = dict[str, Any]
 
@@ -68,7 +69,10 @@ def prepare(case: Case) -> dict[str, Loss]:
 
 def check(case: Case, contenders: dict[str, Loss], inputs: list[Tensor]) -> dict[str, Errors]:
     """Prove the baselines equal to the reference in float64; return the errors in float32."""
-    doubles = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
+    doubles = [
+        x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+        for x in inputs
+    ]
     exact = loss_and_gradients(case.reference, doubles)
     for form, baseline in case.baselines.items():
         difference = max(errors(loss_and_gradients(baseline, doubles), exact))
@@ -113,6 +117,8 @@ def measure(case: Case, repeat: int) -> Result:
     inputs = [x.requires_grad_(k < case.learning) for k, x in enumerate(case.inputs())]
     contenders = prepare(case)
     error = check(case, contenders, inputs)
+    if case.part:
+        contenders["part"] = case.part
     samples = take_samples(contenders, inputs, repeat)
 
     medians = {name: statistics.median(times) for name, times in samples.items()}
@@ -125,6 +131,8 @@ def measure(case: Case, repeat: int) -> Result:
     bandwidth = 2 * COPY_BYTES / medians["copy"]
     ratios = {kind: medians[name] / medians["selfkd"] for kind, name in fastest.items()}
     ratios["copy"] = medians["selfkd"] / (case.bytes_moved / bandwidth)
+    if case.part:
+        ratios["part"] = medians["selfkd"] / medians["part"]
     return {
         "case": case.name,
         "environment": dict(case.environment),
@@ -140,7 +148,7 @@ def measure(case: Case, repeat: int) -> Result:
 def unmet(result: Result) -> list[str]:
     """Return the names of the ratios that miss what they must be."""
     ratios, need = result["ratios"], result["need"]
-    return [k for k, n in need.items() if (ratios[k] > n if k == "copy" else ratios[k] < n)]
+    return [k for k, n in need.items() if (ratios[k] > n if k in AT_MOST else ratios[k] < n)]
 
 
 def is_busy(result: Result) -> bool:
@@ -199,7 +207,7 @@ def show(result: Result) -> str:
     def bound(kind: str) -> str:
         if kind not in result["need"]:
             return ""
-        sign = "<=" if kind == "copy" else ">="
+        sign = "<=" if kind in AT_MOST else ">="
         return f" (must be {sign} {result['need'][kind]:g}){' MISSED' * (kind in unmet(result))}"
 
     for name, (loss, gradient) in result["errors"].items():
@@ -212,6 +220,10 @@ def show(result: Result) -> str:
             note += bound(kind) * (name == result["fastest"][kind])
         times = f"{middle:10.3f} ms [{low:.3f}, {high:.3f}]"
         lines.append(f"  {name:<22}{times:<36}error {loss:.0e}, {gradient:.0e}  {note}")
+    if "part" in result["ratios"]:
+        lines.append(
+            f"  {result['ratios']['part']:.2f}x a call with one teacher less{bound('part')}"
+        )
     return "\n".join(lines)
 
 
