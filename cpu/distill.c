@@ -183,11 +183,11 @@ static void add_up(const forward_params *p, const sk_rows *r, bool has_ce, const
 /* The results that follow from a teacher's sums; NaN as KL of a row that is not good. */
 SK_SPECIAL void conclude(enum sk_form form, const sk_rows *r, const teacher *k, const real *h,
                          const sk_comparison *m, double *level, double *dl, double *kl) {
-    const double T = k->t.T, own = k->own.T;
+    const sk_scale t = k->t, own = k->own;
 #pragma omp simd
     for (int64_t i = 0; i < r->width; i++) {
-        const sk_concluded x = sk_conclude(form, false, m, i, T, own);
-        level[i] = x.lse - h[i] / T;
+        const sk_concluded x = sk_conclude(form, false, m, i, &t, &own);
+        level[i] = (m->hu[i] - h[i]) * t.per_T + sk_level(m, i);
         dl[i] = x.dl;
         kl[i] = x.reverse;
     }
@@ -239,7 +239,7 @@ static void compare_again(const forward_params *p, const sk_rows *r, const teach
         only[j].form = SK_EXACT;
         only[1 - j].weight = 0;
         for (int64_t i = 0; i < r->width; i++) { /* 0 stays 0 where they differ by a constant */
-            if (dl[i] == ((double)pair->hu[i] - pair->hv[i]) / T) continue;
+            if (dl[i] == sk_gap(SK_EXACT, pair, i, &k[j].t, &k[j].t)) continue;
             pair->hu[i] = (real)(level[i] * T + h[i]);
             pair->hv[i] = (real)(level[i] * T + h[i] - dl[i] * T);
         }
@@ -266,7 +266,8 @@ static void conclude_ce(const forward_params *p, const sk_rows *r, const sk_soft
     load_target_logits(r, &p->logits, target, z);
 #pragma omp simd
     for (int64_t i = 0; i < r->width; i++) {
-        const double level = sk_log_sum(m, i), below = m->h[i] - z[i];
+        const real level = sk_log_sum(m, i);
+        const double below = m->h[i] - z[i];
         const double hard = below > -SK_LOWEST / 2 ? (double)INFINITY : below + level;
         const double above = m->sum[SK_ABOVE][i]; /* 0 without smoothing */
         const double soft = smooth != 0 ? smooth * (level + above / C) : 0;
@@ -546,14 +547,14 @@ static void set_teacher_scalars(const backward_params *p, const sk_rows *r, cons
     SK_ALIGNED real level[SK_PITCH] = {0};
     SK_ALIGNED double dl[SK_PITCH] = {0};
     const sk_scale unit = sk_scale_of(1), own = k->own;
-    const double T = k->t.T;
+    const double T = k->t.T, per_T = k->t.per_T;
     const bool apart = k->form == SK_APART;
     load_plane(r, &p->levels, LEVEL_T + j, level);
     sk_load_doubles(r, (const double *)p->ratios.data + j * p->ratios.stride[0],
                     p->ratios.stride[1], p->ratios.stride[2], dl);
 #pragma omp simd
     for (int64_t i = 0; i < sk_scalars(r); i++) {
-        const double lse = (h[i] / T + level[i]) - dl[i]; /* the teacher's */
+        const double lse = (h[i] * per_T + level[i]) - dl[i]; /* the teacher's */
         const real shift = (real)(lse * own.T);
         const double off = shift - lse * own.T;
         const sk_split gap = sk_split_of(apart ? dl[i] : dl[i] * T);

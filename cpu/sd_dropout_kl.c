@@ -74,17 +74,19 @@ static void careful_divergence(const forward_params *p, const sk_rows *r, int64_
 /* ---- Forward ---- */
 
 /* The results that follow from the sums; NaN as KL(p||q) of a row that is not good. */
-SK_SPECIAL void conclude(enum sk_form form, const sk_rows *r, double T, const sk_comparison *m,
-                         results *to) {
+SK_SPECIAL void conclude(enum sk_form form, const sk_rows *r, const sk_scale *scale,
+                         const sk_comparison *m, results *to) {
+    const sk_scale t = *scale;
 #pragma omp simd
     for (int64_t i = 0; i < r->width; i++) {
-        const sk_concluded x = sk_conclude(form, true, m, i, T, T);
+        const sk_concluded x = sk_conclude(form, true, m, i, &t, &t);
         const bool near = (x.forward < FAR) & (x.reverse < FAR);
-        to->lse[i] = x.lse;
         to->dl[i] = x.dl;
         to->forward[i] = near ? x.forward : (double)NAN;
         to->reverse[i] = x.reverse;
     }
+#pragma omp simd
+    for (int64_t i = 0; i < r->width; i++) to->lse[i] = m->hu[i] * t.per_T + sk_level(m, i);
 }
 
 /* Both visits to a task's logits, the first of them for the anchors: only for the PLAIN form. */
@@ -131,12 +133,12 @@ static void compare_again(const forward_params *p, const sk_rows *r, const sk_sc
     results again;
     sk_clear_sums(r, m);
     for (int64_t i = 0; i < r->width; i++) {
-        if (to->dl[i] == ((double)m->hu[i] - m->hv[i]) / t->T) continue;
+        if (to->dl[i] == sk_gap(SK_EXACT, m, i, t, t)) continue;
         m->hu[i] = (real)(to->lse[i] * t->T);
         m->hv[i] = (real)((to->lse[i] - to->dl[i]) * t->T);
     }
     compare(p, r, t, SK_EXACT, m);
-    conclude(SK_EXACT, r, t->T, m, &again);
+    conclude(SK_EXACT, r, t, m, &again);
     for (int64_t i = 0; i < r->width; i++) {
         if (!isnan(to->forward[i])) continue;
         to->lse[i] = again.lse[i];
@@ -152,7 +154,7 @@ static void diverge(const forward_params *p, const sk_rows *r, const sk_scale *t
     sk_clear_sums(r, &m);
     for (int64_t i = 0; i < sk_scalars(r); i++) m.hu[i] = m.hv[i] = -INFINITY;
     compare(p, r, t, SK_PLAIN, &m);
-    conclude(SK_PLAIN, r, t->T, &m, to);
+    conclude(SK_PLAIN, r, t, &m, to);
     int64_t open = 0;
     for (int64_t i = 0; i < r->width; i++) open += weight[i] != 0 && isnan(to->forward[i]);
     if (open == 0) return;

@@ -61,7 +61,7 @@ static void measure(rows *x, enum sk_form form, double T, double T_v, sk_conclud
         sk_raise(&r, x->v[n], WIDE / SK_LANES, n, m.hv);
         sk_compare_group(form, true, SK_KEEP, &r, &t, &t_v, x->u[n], x->v[n], next, next,
                          WIDE / SK_LANES, n, e, &m);
-        to[n] = sk_conclude(form, true, &m, n, T, T_v);
+        to[n] = sk_conclude(form, true, &m, n, &t, &t_v);
     }
 }
 

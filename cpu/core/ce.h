@@ -52,7 +52,8 @@ static inline void sk_add_above(const sk_rows *r, const real *z, int64_t classes
 }
 
 /* log P */
-static inline double sk_log_sum(const sk_softmax *m, int64_t i) {
-    const double x = m->sum[SK_REST][i] / m->sum[SK_TIES][i], log1p_x = sk_log(1 + x);
-    return sk_log(m->sum[SK_TIES][i]) + (x - sk_log_gap(x, log1p_x));
+static inline real sk_log_sum(const sk_softmax *m, int64_t i) {
+    const real x = (real)((m->sum[SK_TIES][i] - 1) + m->sum[SK_REST][i]);
+    const real within = x < 1 ? x : 1; /* NaN stays NaN in one of the two */
+    return x <= 1 ? sk_log1p(within) : sk_log_of(1 + x);
 }

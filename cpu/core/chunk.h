@@ -134,7 +134,7 @@ static inline void sk_put(const sk_arg *t, int64_t at, int64_t stride, int64_t n
 enum {
     SK_ROW_C = 1024,   /* classes of a row taken at a time */
     SK_SHORT_ROWS = 8, /* in a task of rows no longer than that */
-    SK_WIDTH = 512,    /* rows in a task of positions */
+    SK_WIDTH = 256,    /* rows in a task of positions */
     SK_PITCH =
         SK_WIDTH + SK_LANES, /* not a power of 2, which maps all classes to the same cache sets */
     SK_TILE_C = 32,          /* classes of positions taken at a time */

@@ -15,13 +15,13 @@
 /* ---- one pair of logits ---- */
 
 typedef struct sk_scale {
-    double T;
+    double T, per_T;                 /* 1/T */
     real inverse_T, log2e_T, lowest; /* x log2e_T = -127 at x = lowest */
 } sk_scale;
 
 static inline sk_scale sk_scale_of(double T) {
     const real log2e_T = (real)(SK_LOG2E / T);
-    return (sk_scale){T, (real)(1 / T), log2e_T, -127 / log2e_T};
+    return (sk_scale){T, 1 / T, (real)(1 / T), log2e_T, -127 / log2e_T};
 }
 
 /* e^(x/T) */
@@ -46,7 +46,8 @@ enum sk_form { SK_PLAIN, SK_EXACT, SK_APART };
 /* gap is that of u - v, hu - hv; APART: that of y, hu/T - hv/T'. */
 static inline real sk_log_ratio(enum sk_form form, real u, real v, sk_split gap, const sk_scale *t,
                                 const sk_scale *t_v) {
-    if (form == SK_APART) return (real)((u / t->T - v / t_v->T) - ((double)gap.high + gap.low));
+    if (form == SK_APART)
+        return (real)((u * t->per_T - v * t_v->per_T) - ((double)gap.high + gap.low));
     if (form == SK_EXACT) return sk_difference(u, v, gap) * t->inverse_T;
     return ((u - v) - gap.high) * t->inverse_T;
 }
@@ -94,7 +95,8 @@ SK_SPECIAL void sk_compare_group(enum sk_form form, bool both, enum sk_exps exps
     sk_to_lanes(r, g, m->hu, hu);
     sk_to_lanes(r, g, m->hv, hv);
     for (int k = 0; k < SK_LANES; k++) {
-        const double apart = form == SK_APART ? hu[k] / t.T - hv[k] / t_v.T : (double)hu[k] - hv[k];
+        const double apart =
+            form == SK_APART ? hu[k] * t.per_T - hv[k] * t_v.per_T : (double)hu[k] - hv[k];
         const sk_split gap = sk_split_of(apart);
         high[k] = gap.high;
         low[k] = gap.low;
@@ -141,28 +143,39 @@ static inline double sk_log_gap(double r, double log1p_r) {
     return r < 0.1 && r > -0.1 ? s * (r - 2 * z * series) : r - log1p_r;
 }
 
-/* lse(u/T), log-ratio dl, KL(p||q) (if both are wanted) and KL(q||p); both KL are NaN where they
- * lost too many digits: to the subtraction of h(r), to the rounding of u - v (2^-25 of the gap, to
- * be small against the spread of y, which is sqrt(2 KL); with temperatures apart, that of each
- * logit), or to infinities. */
+/* log-ratio dl, KL(p||q) (if both are wanted) and KL(q||p); both KL are NaN where they lost too
+ * many digits: to the subtraction of h(r), to the rounding of u - v (2^-25 of the gap, to be small
+ * against the spread of y, which is sqrt(2 KL)), or to infinities. */
 typedef struct sk_concluded {
-    double lse, dl, forward, reverse;
+    double dl, forward, reverse;
 } sk_concluded;
 
+/* hu/T - hv/T' */
+static inline double sk_gap(enum sk_form form, const sk_comparison *m, int64_t i, const sk_scale *t,
+                            const sk_scale *t_v) {
+    return form == SK_APART ? m->hu[i] * t->per_T - m->hv[i] * t_v->per_T
+                            : ((double)m->hu[i] - m->hv[i]) * t->per_T;
+}
+
 static inline sk_concluded sk_conclude(enum sk_form form, bool both, const sk_comparison *m,
-                                       int64_t i, double T, double T_v) {
-    const double p = m->sum[SK_P][i], q = m->sum[SK_Q][i], d = m->sum[SK_D][i];
-    const double gap =
-        form == SK_APART ? m->hu[i] / T - m->hv[i] / T_v : ((double)m->hu[i] - m->hv[i]) / T;
-    const double r = d / q; /* 1 + r is P/Q, and agrees with r in its errors, unless it cancels */
-    const double h = sk_log_gap(r, sk_log(r > -0.5 ? 1 + r : p / q));
-    const double gq = m->sum[SK_GQ][i] / q, reverse = gq - h;
+                                       int64_t i, const sk_scale *t, const sk_scale *t_v) {
+    const double p = m->sum[SK_P][i], per_q = 1 / m->sum[SK_Q][i], d = m->sum[SK_D][i];
+    const double gap = sk_gap(form, m, i, t, t_v);
+    const double r =
+        d * per_q; /* 1 + r is P/Q, and agrees with r in its errors, unless it cancels */
+    const double h = sk_log_gap(r, sk_log(r > -0.5 ? 1 + r : p * per_q));
+    const double gq = m->sum[SK_GQ][i] * per_q, reverse = gq - h;
     const double gp = both ? (m->sum[SK_DY][i] - m->sum[SK_GQ][i]) / p : gq;
     const double forward = both ? gp - (r * d / p - h) : reverse;
     const double least = forward < reverse ? forward : reverse;
     const double most = forward < reverse ? reverse : forward;
     const bool good = (gp <= 6 * forward) & (gq <= 6 * reverse) & (most < SK_INFINITE) &
                       ((form != SK_PLAIN) | (gap * gap <= 512 * least));
-    return (sk_concluded){m->hu[i] / T + sk_log(p), gap + (r - h), good ? forward : (double)NAN,
+    return (sk_concluded){gap + (r - h), good ? forward : (double)NAN,
                           good ? reverse : (double)NAN};
+}
+
+/* log P, to the precision of its sum. */
+static inline real sk_level(const sk_comparison *m, int64_t i) {
+    return sk_log_of((real)m->sum[SK_P][i]);
 }
