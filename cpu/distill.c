@@ -10,6 +10,7 @@
 #include "cpu/core/kl.h"
 #include "cpu/core/math.h"
 #include "cpu/core/reduce.h"
+#include "cpu/core/values.h"
 
 SK_PARAMS(distill)
 SK_PARAMS(distill_backward)
@@ -80,24 +81,6 @@ static void load_teacher(const sk_rows *r, const teacher *k, int64_t c, int64_t 
         to_logs(tile + i * SK_PITCH, sk_scalars(r), tile + i * SK_PITCH);
     for (int64_t g = 0; g < r->groups && !r->positions; g++)
         lanes[g] = to_logs(lanes[g], sk_groups(classes) * SK_LANES, tile + g * row);
-}
-
-/* The class of each row, -1 where there is none: it is ignored, or there is no target. */
-static void load_targets(const sk_rows *r, const sk_arg *x, int64_t ignored, int32_t *to) {
-    SK_ALIGNED int64_t y[SK_PITCH];
-    for (int64_t i = 0; i < sk_scalars(r); i++) to[i] = -1;
-    if (!x->data) return;
-    sk_load_indices(r, x->data, x->stride[0], x->stride[1], y);
-#pragma omp simd
-    for (int64_t i = 0; i < r->width; i++) to[i] = y[i] == ignored ? -1 : (int32_t)y[i];
-}
-
-/* The logits of the targets; of class 0 where there is none. */
-static void load_target_logits(const sk_rows *r, const sk_arg *x, const int32_t *target, real *to) {
-    SK_ALIGNED int32_t c[SK_PITCH];
-    for (int64_t i = 0; i < r->width; i++) c[i] = target[i] < 0 ? 0 : target[i];
-    sk_load_classes(r, x, c, to);
-    for (int64_t i = 0; i < r->width; i++) to[i] = sk_logit(to[i]);
 }
 
 /* ---- forward ---- */
@@ -258,24 +241,6 @@ static void compare_again(const forward_params *p, const sk_rows *r, const teach
             careful_row(p, r, &k[j], i, h[i], &level[i], &dl[i], &kl[i]);
 }
 
-/* -sum y log p of each row with a target. */
-static void conclude_ce(const forward_params *p, const sk_rows *r, const sk_softmax *m,
-                        const int32_t *target, results *to) {
-    SK_ALIGNED real z[SK_PITCH];
-    const double smooth = p->label_smoothing, C = (double)r->C;
-    load_target_logits(r, &p->logits, target, z);
-#pragma omp simd
-    for (int64_t i = 0; i < r->width; i++) {
-        const real level = sk_log_sum(m, i);
-        const double below = m->h[i] - z[i];
-        const double hard = below > -SK_LOWEST / 2 ? (double)INFINITY : below + level;
-        const double above = m->sum[SK_ABOVE][i]; /* 0 without smoothing */
-        const double soft = smooth != 0 ? smooth * (level + above / C) : 0;
-        to->level[i] = level;
-        to->ce[i] = (smooth != 1 ? (1 - smooth) * hard : 0) + soft;
-    }
-}
-
 /* Leaves the task's rows and what is saved; without m all weights are 0. */
 static void save(const forward_params *p, const sk_rows *r, bool has_ce, const teacher *k,
                  const real *weight, const int32_t *target, const sums *m, const results *x) {
@@ -327,7 +292,7 @@ static void forward_task(const forward_params *p, const sk_rows *r) {
     results to;
     bool any = false;
     sk_load_scalars(r, &p->weight, weight);
-    load_targets(r, &p->target, p->ignore_index, target);
+    sk_load_targets(r, &p->target, p->ignore_index, target);
     for (int64_t i = 0; i < r->width; i++) any |= weight[i] != 0;
     if (any) {
         for (int i = 0; i < SK_CE_SUMS; i++)
@@ -335,7 +300,11 @@ static void forward_task(const forward_params *p, const sk_rows *r) {
         for (int j = 0; j < TEACHERS; j++) sk_clear_sums(r, &m.pair[j]);
         find_anchors(p, r, k, tile, x, &m);
         add_up(p, r, has_ce, k, tile, x, &m);
-        if (has_ce) conclude_ce(p, r, &m.softmax, target, &to);
+        if (has_ce) {
+            SK_ALIGNED real z[SK_PITCH];
+            sk_load_target_logits(r, &p->logits, target, z);
+            sk_conclude_ce(r, &m.softmax, z, p->label_smoothing, to.level, to.ce);
+        }
         for (int j = 0; j < TEACHERS; j++) {
             if (k[j].weight == 0) continue;
             if (k[j].form == SK_PLAIN)
@@ -354,23 +323,23 @@ static void forward_task(const forward_params *p, const sk_rows *r) {
 /* The sum of the weights of all rows, or of those with a target. */
 static double sum_of_weights(const forward_params *p, bool with_target) {
     real weight[SK_BLOCK];
-    const int64_t N = SK_DIM(p, N), S = SK_DIM(p, S);
-    const bool by_target = with_target && p->target.data;
+    const int64_t N = SK_DIM(p, N), S = SK_DIM(p, S), step = p->target.stride[1];
     double sum = 0;
-    if (!by_target) return p->weight.data ? sk_sum(&p->weight, N, S) : (double)N * (double)S;
+    if (!with_target || !p->target.data)
+        return p->weight.data ? sk_sum(&p->weight, N, S) : (double)N * (double)S;
+    for (int64_t i = 0; i < SK_BLOCK && !p->weight.data; i++) weight[i] = 1;
     for (int64_t n = 0; n < N; n++) {
         for (int64_t s = 0; s < S; s += SK_BLOCK) {
-            const int64_t count = sk_min(SK_BLOCK, S - s), step = p->target.stride[1];
+            const int64_t count = sk_min(SK_BLOCK, S - s);
             const int64_t *const target =
                 (const int64_t *)p->target.data + n * p->target.stride[0] + s * step;
             double part = 0;
             if (p->weight.data)
                 sk_copy(&p->weight, n * p->weight.stride[0] + s * p->weight.stride[1],
                         p->weight.stride[1], count, weight);
+#pragma omp simd reduction(+ : part)
             for (int64_t i = 0; i < count; i++)
-                part += target[i * step] == p->ignore_index ? 0
-                        : p->weight.data                    ? (double)weight[i]
-                                                            : 1;
+                part += target[i * step] == p->ignore_index ? 0 : (double)weight[i];
             sum += part;
         }
     }
@@ -399,36 +368,14 @@ static void forward_finish(const void *params) {
 
 /* ---- backward ---- */
 
-/* What the gradients of a row need. Of cross-entropy: p_1 - y is CE_FACTOR e^(z - LARGEST_Z) +
- * CE_REST, CE_TARGET for the target. Of a teacher: p is P_FACTOR e^((z - LARGEST_Z)/T), q Q_FACTOR
- * e^((t - SHIFT)/T'); GAP as for sk_log_ratio. All times the row's factors. */
-enum { LARGEST_Z, CE_FACTOR, CE_REST, CE_TARGET, OF_TEACHER };
+/* What the gradients of a row need of a teacher: p is P_FACTOR e^((z - h)/T), q is Q_FACTOR e^((t -
+ * SHIFT)/T'), h the largest logit; GAP as for sk_log_ratio. All times the row's factor. */
 enum { P_FACTOR, Q_FACTOR, SHIFT, GAP_HIGH, GAP_LOW, TEACHER_SCALARS };
-enum { SCALARS = OF_TEACHER + TEACHERS * TEACHER_SCALARS };
-typedef real row_scalars[SCALARS][SK_PITCH];
-
-/* Leaves the gradient of cross-entropy of a run, and the exponentials in e. */
-SK_SPECIAL void ce_run(bool positions, sk_run run, const int32_t *target, row_scalars m,
-                       const real *z, sk_ahead next, real *restrict e, real *restrict grad) {
-    const sk_scale t = sk_scale_of(1);
-    for (int64_t at = 0; at < run.n; at += SK_LANES) {
-        const int32_t first = (int32_t)(positions ? run.c : run.c + at);
-        sk_fetch(next, at / SK_LANES);
-#pragma omp simd
-        for (int k = 0; k < SK_LANES; k++) {
-            const int64_t i = positions ? run.row + at + k : run.row;
-            const int32_t c = positions ? first : first + k;
-            const real y = sk_exp_of(sk_logit(z[at + k]) - m[LARGEST_Z][i], &t);
-            const real of_target = m[CE_TARGET][i], other = m[CE_FACTOR][i] * y + m[CE_REST][i];
-            e[at + k] = y;
-            grad[at + k] = c == target[i] ? of_target : other;
-        }
-    }
-}
+typedef real teacher_scalars[TEACHER_SCALARS][SK_PITCH];
 
 /* Adds a teacher's p - q. */
 SK_SPECIAL void teacher_run(bool positions, bool apart, bool reuse, const teacher *k, sk_run run,
-                            real (*m)[SK_PITCH], const real *largest, const real *z, const real *x,
+                            teacher_scalars m, const real *h, const real *z, const real *x,
                             sk_ahead next, real *restrict e, real *restrict grad) {
     const sk_scale t = k->t, own = k->own;
     for (int64_t at = 0; at < run.n; at += SK_LANES) {
@@ -437,7 +384,7 @@ SK_SPECIAL void teacher_run(bool positions, bool apart, bool reuse, const teache
         for (int j = 0; j < SK_LANES; j++) {
             const int64_t i = positions ? run.row + at + j : run.row;
             const real a = sk_logit(z[at + j]), b = sk_logit(x[at + j]);
-            const real y = reuse ? e[at + j] : sk_exp_of(a - largest[i], &t);
+            const real y = reuse ? e[at + j] : sk_exp_of(a - h[i], &t);
             const real p = m[P_FACTOR][i] * y;
             const real q = m[Q_FACTOR][i] * sk_exp_of(b - m[SHIFT][i], &own);
             const sk_split gap = {m[GAP_HIGH][i], m[GAP_LOW][i]};
@@ -448,11 +395,11 @@ SK_SPECIAL void teacher_run(bool positions, bool apart, bool reuse, const teache
     }
 }
 
-static void add_teacher(const sk_rows *r, const teacher *k, sk_run run, real (*m)[SK_PITCH],
-                        const real *largest, const real *z, const real *x, sk_ahead next, real *e,
+static void add_teacher(const sk_rows *r, const teacher *k, sk_run run, teacher_scalars m,
+                        const real *h, const real *z, const real *x, sk_ahead next, real *e,
                         real *grad) {
 #define RUN(positions, apart, reuse) \
-    teacher_run(positions, apart, reuse, k, run, m, largest, z, x, next, e, grad)
+    teacher_run(positions, apart, reuse, k, run, m, h, z, x, next, e, grad)
     const int which = 4 * r->positions + 2 * (k->form == SK_APART) + (k->exps == SK_REUSE);
     switch (which) {
     case 0:
@@ -503,9 +450,9 @@ static void load_incoming(const backward_params *p, const sk_rows *r, bool has_c
         per_teacher[j] = k[j].weight != 0 ? per_kl * k[j].weight * k[j].t.T : 0;
     sk_load_scalars(r, &p->grad, grad);
     sk_load_scalars(r, &p->weight, weight);
-    load_targets(r, &p->target, p->ignore_index, in->target);
+    sk_load_targets(r, &p->target, p->ignore_index, in->target);
     memset(in->of_target, 0, sizeof in->of_target);
-    if (has_ce) load_target_logits(r, &p->logits, in->target, in->of_target);
+    if (has_ce) sk_load_target_logits(r, &p->logits, in->target, in->of_target);
     int dead = 0;
 #pragma omp simd reduction(+ : dead)
     for (int64_t i = 0; i < sk_scalars(r); i++) {
@@ -525,25 +472,8 @@ static void load_plane(const sk_rows *r, const sk_arg *x, int plane, real *to) {
     sk_load_reals(r, (const real *)x->data + plane * x->stride[0], x->stride[1], x->stride[2], to);
 }
 
-static void set_ce_scalars(const backward_params *p, const sk_rows *r, const incoming *in,
-                           row_scalars m) {
-    SK_ALIGNED real level[SK_PITCH] = {0};
-    const sk_scale unit = sk_scale_of(1);
-    const real smooth = (real)p->label_smoothing, rest = smooth / (real)r->C;
-    load_plane(r, &p->levels, LEVEL, level);
-#pragma omp simd
-    for (int64_t i = 0; i < sk_scalars(r); i++) {
-        const real factor = (real)in->ce[i];
-        const real ce = (m[LARGEST_Z][i] - in->of_target[i]) + level[i];
-        const real p_1 = ce < (real)0.5 ? sk_expm1(-ce) : sk_exp_of(-ce, &unit) - 1;
-        m[CE_FACTOR][i] = factor * sk_exp_of(-level[i], &unit);
-        m[CE_REST][i] = -factor * rest;
-        m[CE_TARGET][i] = factor != 0 ? factor * (p_1 + smooth - rest) : 0;
-    }
-}
-
 static void set_teacher_scalars(const backward_params *p, const sk_rows *r, const teacher *k, int j,
-                                const double *factor, const real *h, real (*m)[SK_PITCH]) {
+                                const double *factor, const real *h, teacher_scalars m) {
     SK_ALIGNED real level[SK_PITCH] = {0};
     SK_ALIGNED double dl[SK_PITCH] = {0};
     const sk_scale unit = sk_scale_of(1), own = k->own;
@@ -574,16 +504,16 @@ static void clear_dead(const sk_rows *r, sk_run run, const int32_t *live, real *
 static void backward_task(const backward_params *p, const sk_rows *r) {
     TEACHERS_OF(p, k);
     SK_ALIGNED real buffer[4][SK_RUN];
-    SK_ALIGNED row_scalars m;
+    SK_ALIGNED real level[SK_PITCH] = {0};
+    SK_ALIGNED sk_ce_scalars ce = {{0}};
+    SK_ALIGNED teacher_scalars of[TEACHERS];
     incoming in;
     load_incoming(p, r, has_ce, k, &in);
-    memset(m[LARGEST_Z], 0, sizeof m[LARGEST_Z]);
-    load_plane(r, &p->levels, LARGEST, m[LARGEST_Z]);
-    if (has_ce) set_ce_scalars(p, r, &in, m);
+    load_plane(r, &p->levels, LARGEST, ce[SK_LARGEST]);
+    load_plane(r, &p->levels, LEVEL, level);
+    if (has_ce) sk_set_ce(r, in.ce, in.of_target, level, p->label_smoothing, ce);
     for (int j = 0; j < TEACHERS; j++)
-        if (k[j].weight != 0)
-            set_teacher_scalars(p, r, &k[j], j, in.kl[j], m[LARGEST_Z],
-                                &m[OF_TEACHER + j * TEACHER_SCALARS]);
+        if (k[j].weight != 0) set_teacher_scalars(p, r, &k[j], j, in.kl[j], ce[SK_LARGEST], of[j]);
     for (sk_run run = {0}; sk_next_run(r, &run);) {
         const real *const z = sk_read_run(r, &p->logits, run, buffer[0]);
         const sk_ahead next = sk_next_read(r, &p->logits, run);
@@ -591,84 +521,32 @@ static void backward_task(const backward_params *p, const sk_rows *r) {
         if (!has_ce)
             memset(grad, 0, (size_t)(sk_groups(run.n) * SK_LANES) * sizeof *grad);
         else if (r->positions)
-            ce_run(true, run, in.target, m, z, next, e, grad);
+            sk_ce_run(true, run, in.target, ce, z, next, e, grad);
         else
-            ce_run(false, run, in.target, m, z, next, e, grad);
+            sk_ce_run(false, run, in.target, ce, z, next, e, grad);
         for (int j = 0; j < TEACHERS; j++) {
             if (k[j].weight == 0) continue;
             const real *x = sk_read_run(r, k[j].x, run, buffer[1]);
             if (k[j].is_probs) x = to_logs(x, run.n, buffer[1]);
-            add_teacher(r, &k[j], run, &m[OF_TEACHER + j * TEACHER_SCALARS], m[LARGEST_Z], z, x,
-                        sk_next_read(r, k[j].x, run), e, grad);
+            add_teacher(r, &k[j], run, of[j], ce[SK_LARGEST], z, x, sk_next_read(r, k[j].x, run), e,
+                        grad);
         }
         if (!in.all_live) clear_dead(r, run, in.live, grad);
         sk_end_run(r, &p->grad_logits, run, grad);
     }
 }
 
-/* ---- what only the values tell ---- */
-
-/* The first row whose target is no class. */
-static sk_bad bad_target(const forward_params *p) {
-    const sk_arg *const x = &p->target;
-    const int64_t C = SK_DIM(p, C);
-    for (int64_t n = 0; n < SK_DIM(p, N) && x->data; n++) {
-        const int64_t *const target = (const int64_t *)x->data + n * x->stride[0];
-        int bad = 0;
-        for (int64_t s = 0; s < SK_DIM(p, S); s++) {
-            const int64_t y = target[s * x->stride[1]];
-            bad |= ((uint64_t)y >= (uint64_t)C) & (y != p->ignore_index);
-        }
-        for (int64_t s = 0; s < SK_DIM(p, S) && bad; s++) {
-            const int64_t y = target[s * x->stride[1]];
-            if ((uint64_t)y >= (uint64_t)C && y != p->ignore_index)
-                return (sk_bad){n * SK_DIM(p, S) + s, offsetof(forward_params, target), (double)y};
-        }
-    }
-    return (sk_bad){-1, 0, 0};
-}
-
-/* The first row of a teacher whose probabilities do not sum to 1. */
-static sk_bad bad_sum(const forward_params *p, const sk_arg *x, int64_t kind, size_t item) {
-    SK_ALIGNED real tile[SK_TILE];
-    SK_ALIGNED double sum[SK_PITCH];
-    const real *lanes[SK_GROUPS];
-    const sk_scale unit = sk_scale_of(1);
-    const sk_rows all = sk_rows_of(x, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
-    const int64_t count = sk_work_of(&all, 1).count, step = sk_tile_classes(&all);
-    for (int64_t task = 0; task < count && x->data && kind != LOGITS; task++) {
-        const sk_rows r = sk_task(&all, task);
-        memset(sum, 0, sizeof sum);
-        for (int64_t c = 0; c < r.C; c += step) {
-            const int64_t classes = sk_min(step, r.C - c), depth = sk_depth(&r, classes);
-            sk_load_tile(&r, x, c, classes, tile, lanes);
-            for (int64_t g = 0; g < r.groups; g++) {
-                real part[SK_LANES] = {0};
-                for (int64_t i = 0; i < depth; i++) {
-                    const real *const a = lanes[g] + i * sk_pitch(&r);
-#pragma omp simd
-                    for (int j = 0; j < SK_LANES; j++)
-                        part[j] += kind == LOG_PROBS   ? sk_exp_of(sk_logit(a[j]), &unit)
-                                   : a[j] == -INFINITY ? 0
-                                                       : a[j];
-                }
-                sk_add_lanes(&r, g, part, sum);
-            }
-        }
-        for (int64_t i = 0; i < r.width; i++)
-            if (sum[i] < 0.99 || sum[i] > 1.01) return (sk_bad){r.n * r.S + r.s + i, item, sum[i]};
-    }
-    return (sk_bad){-1, 0, 0};
-}
-
 static sk_bad forward_first_bad(const void *params) {
     const forward_params *p = params;
-    sk_bad bad = bad_target(p);
-    if (bad.row < 0)
-        bad = bad_sum(p, &p->teacher, p->teacher_kind, offsetof(forward_params, teacher));
-    if (bad.row < 0)
-        bad = bad_sum(p, &p->second_teacher, p->second_teacher_kind,
-                      offsetof(forward_params, second_teacher));
+    const int64_t N = SK_DIM(p, N), C = SK_DIM(p, C), S = SK_DIM(p, S);
+    sk_bad bad =
+        sk_bad_target(&p->target, p->ignore_index, N, C, S, offsetof(forward_params, target));
+    if (bad.row < 0 && p->teacher_kind != LOGITS)
+        bad = sk_bad_sum(&p->teacher, p->teacher_kind == LOG_PROBS, N, C, S,
+                         offsetof(forward_params, teacher));
+    if (bad.row < 0 && p->second_teacher_kind != LOGITS)
+        bad = sk_bad_sum(&p->second_teacher, p->second_teacher_kind == LOG_PROBS, N, C, S,
+                         offsetof(forward_params, second_teacher));
     return bad;
 }
 

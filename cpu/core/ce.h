@@ -1,4 +1,4 @@
-/* Cross-entropy of a row of logits. With h its largest logit, `ties` classes at h and `rest` the
+/* Cross-entropy of rows of logits. With h its largest logit, `ties` classes at h and `rest` the
  * sum of exp(z - h) over those below, log P = log(ties + rest)     -log p_y = (h - z_y) + log P
  * keep their digits however sure the row is of its class, where log of 1 + rest would drop them. */
 #pragma once
@@ -56,4 +56,81 @@ static inline real sk_log_sum(const sk_softmax *m, int64_t i) {
     const real x = (real)((m->sum[SK_TIES][i] - 1) + m->sum[SK_REST][i]);
     const real within = x < 1 ? x : 1; /* NaN stays NaN in one of the two */
     return x <= 1 ? sk_log1p(within) : sk_log_of(1 + x);
+}
+
+/* ---- rows with a target ---- */
+
+/* The class of each row, -1 where there is none: it is ignored, or there is no target. */
+static inline void sk_load_targets(const sk_rows *r, const sk_arg *x, int64_t ignored,
+                                   int32_t *to) {
+    SK_ALIGNED int64_t y[SK_PITCH];
+    for (int64_t i = 0; i < sk_scalars(r); i++) to[i] = -1;
+    if (!x->data) return;
+    sk_load_indices(r, x->data, x->stride[0], x->stride[1], y);
+#pragma omp simd
+    for (int64_t i = 0; i < r->width; i++) to[i] = y[i] == ignored ? -1 : (int32_t)y[i];
+}
+
+/* The logits of the targets; of class 0 where there is none. */
+static inline void sk_load_target_logits(const sk_rows *r, const sk_arg *x, const int32_t *target,
+                                         real *to) {
+    SK_ALIGNED int32_t c[SK_PITCH];
+    for (int64_t i = 0; i < r->width; i++) c[i] = target[i] < 0 ? 0 : target[i];
+    sk_load_classes(r, x, c, to);
+    for (int64_t i = 0; i < r->width; i++) to[i] = sk_logit(to[i]);
+}
+
+/* Leaves log P and the loss of each row whose target has logit z: -sum y log p with y = (1 -
+ * smooth) onehot + smooth/C. */
+static inline void sk_conclude_ce(const sk_rows *r, const sk_softmax *m, const real *z,
+                                  double smooth, double *level, double *ce) {
+    const double per_class = 1 / (double)r->C;
+#pragma omp simd
+    for (int64_t i = 0; i < r->width; i++) {
+        const real log_sum = sk_log_sum(m, i);
+        const double below = m->h[i] - z[i], above = m->sum[SK_ABOVE][i]; /* 0 if not smooth */
+        const double hard = below > -SK_LOWEST / 2 ? (double)INFINITY : below + log_sum;
+        const double soft = smooth != 0 ? smooth * (log_sum + above * per_class) : 0;
+        level[i] = log_sum;
+        ce[i] = (smooth != 1 ? (1 - smooth) * hard : 0) + soft;
+    }
+}
+
+/* What the gradients of a row need: p - y is FACTOR e^(z - LARGEST) + OTHER, OF_TARGET for the
+ * target, all times the row's factor. */
+enum { SK_LARGEST, SK_FACTOR, SK_OTHER, SK_OF_TARGET, SK_CE_SCALARS };
+typedef real sk_ce_scalars[SK_CE_SCALARS][SK_PITCH];
+
+/* Leaves all but LARGEST, which it finds there; z are the targets' logits, level is log P. */
+static inline void sk_set_ce(const sk_rows *r, const double *factors, const real *z,
+                             const real *level, double label_smoothing, sk_ce_scalars m) {
+    const sk_scale unit = sk_scale_of(1);
+    const real smooth = (real)label_smoothing, other = smooth / (real)r->C;
+#pragma omp simd
+    for (int64_t i = 0; i < sk_scalars(r); i++) {
+        const real factor = (real)factors[i], ce = (m[SK_LARGEST][i] - z[i]) + level[i];
+        const real p_1 = ce < (real)0.5 ? sk_expm1(-ce) : sk_exp_of(-ce, &unit) - 1;
+        m[SK_FACTOR][i] = factor * sk_exp_of(-level[i], &unit);
+        m[SK_OTHER][i] = -factor * other;
+        m[SK_OF_TARGET][i] = factor != 0 ? factor * (p_1 + smooth - other) : 0;
+    }
+}
+
+/* Leaves the gradient of cross-entropy of a run, and the exponentials in e. */
+SK_SPECIAL void sk_ce_run(bool positions, sk_run run, const int32_t *target, sk_ce_scalars m,
+                          const real *z, sk_ahead next, real *restrict e, real *restrict grad) {
+    const sk_scale t = sk_scale_of(1);
+    for (int64_t at = 0; at < run.n; at += SK_LANES) {
+        const int32_t first = (int32_t)(positions ? run.c : run.c + at);
+        sk_fetch(next, at / SK_LANES);
+#pragma omp simd
+        for (int k = 0; k < SK_LANES; k++) {
+            const int64_t i = positions ? run.row + at + k : run.row;
+            const int32_t c = positions ? first : first + k;
+            const real y = sk_exp_of(sk_logit(z[at + k]) - m[SK_LARGEST][i], &t);
+            const real of_target = m[SK_OF_TARGET][i], other = m[SK_FACTOR][i] * y + m[SK_OTHER][i];
+            e[at + k] = y;
+            grad[at + k] = c == target[i] ? of_target : other;
+        }
+    }
 }
