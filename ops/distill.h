@@ -16,12 +16,12 @@
  *                   + sum over teachers of teacher_weight * T * w / denominators[1] * (p_T - q)
  *
  * second_* are those of the second teacher; a teacher of weight 0 is not looked at. With h the
- * largest logit of a row (or a number near it), levels holds h and log sum exp((logits - h)/T) for T
- * = 1 and both temperatures, ratios lse(logits/T) - lse(teacher/teacher_temperature).
+ * largest logit of a row, levels holds h and log sum exp((logits - h)/T) for T = 1 and both
+ * temperatures; ratios holds lse(logits/T) - lse(teacher/teacher_temperature).
  *
- * Sources: Hinton, Vinyals, Dean, arXiv 1503.02531 (KD); Ji et al., "Refine Myself by Teaching Myself",
- * arXiv 2103.08273 (FRSKD, soft labels); Kim et al., arXiv 2006.12000 (PS-KD). The gradients are our
- * own. */
+ * Sources: Hinton, Vinyals, Dean, arXiv 1503.02531 (KD); Ji et al., "Refine Myself by Teaching
+ * Myself", arXiv 2103.08273 (FRSKD, soft labels); Kim et al., arXiv 2006.12000 (PS-KD). The
+ * gradients are our own. */
 #pragma once
 #include "core/contract.h"
 

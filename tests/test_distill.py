@@ -64,6 +64,15 @@ def divided(make: Any) -> Any:
     return lambda g: {**make(g), "divisor": torch.tensor(12.5, dtype=torch.float64)}
 
 
+def bump(g: torch.Generator) -> dict[str, torch.Tensor]:
+    """One class of the student stands out of many: log(P/Q) far above the KL. The teacher excludes one."""
+    logits = 1e-3 * torch.randn(2, 3000, generator=g, dtype=torch.float64)
+    logits[:, 7] += 15
+    teacher = torch.zeros_like(logits)
+    teacher[:, 3] = -torch.inf
+    return {"logits": logits, "teacher": teacher}
+
+
 def logs(make: Any) -> Any:
     return lambda g: {**(x := make(g)), "teacher": x["teacher"].log_softmax(1)}
 
@@ -113,6 +122,9 @@ CASES = [
         {"temperature": 2.0, "teacher_temperature": 1.0},
         close=True,
         exact=1e-9,
+    ),
+    Case(
+        "one_class_stands_out", bump, {"temperature": 3.0, "teacher_temperature": 2.0}, exact=1e-10
     ),
     Case("weights", weighted(draw(33, 100, teachers=2)), BOTH),
     Case("mask", weighted(draw(33, 100), boolean=True), {"mask_teachers": True}),

@@ -65,7 +65,7 @@ enum { SK_MAX_ITEMS = 40, SK_MAX_RANK = 8, SK_LETTERS = 26 };
 /* Scratch of a reduction inside a kernel: one ticket (16 bytes), then `sums` doubles for each of up
  * to 4096 blocks. */
 #define SK_REDUCE_BLOCKS 4096
-#define SK_REDUCE_BYTES_OF(sums) (16 + (sums) * 8 * SK_REDUCE_BLOCKS)
+#define SK_REDUCE_BYTES_OF(sums) (16 + (sums)*8 * SK_REDUCE_BLOCKS)
 #define SK_REDUCE_BYTES SK_REDUCE_BYTES_OF(2)
 
 /* What a kernel sees of a tensor: strides in elements, one for each character of the shape. */
