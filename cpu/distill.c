@@ -76,7 +76,7 @@ static void load_teacher(const sk_rows *r, const teacher *k, int64_t c, int64_t 
                          const real **lanes) {
     sk_load_tile(r, k->x, c, classes, tile, lanes);
     if (!k->is_probs) return;
-    const int64_t row = sk_groups(sk_min(r->C, SK_ROW_C)) * SK_LANES;
+    const int64_t row = sk_row_pitch(r);
     for (int64_t i = 0; i < classes && r->positions; i++)
         to_logs(tile + i * SK_PITCH, sk_scalars(r), tile + i * SK_PITCH);
     for (int64_t g = 0; g < r->groups && !r->positions; g++)

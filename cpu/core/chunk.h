@@ -256,11 +256,19 @@ static inline int64_t sk_depth(const sk_rows *r, int64_t classes) {
     return r->positions ? classes : sk_groups(classes);
 }
 
-/* Whether n elements can be used where they lie: contiguous, of the kernel's own dtype and in whole
- * groups of lanes. */
+/* Whether elements can be read where they lie: contiguous and of the kernel's own dtype. */
+static inline bool sk_is_plain(const sk_arg *x, int64_t stride) {
+    return stride == 1 && x->dtype == (sizeof(real) == 8 ? SK_DT_F64 : SK_DT_F32);
+}
+
+/* Whether n of them are whole groups of lanes besides. */
 static inline bool sk_in_place(const sk_arg *x, int64_t stride, int64_t n) {
-    return stride == 1 && n % SK_LANES == 0 &&
-           x->dtype == (sizeof(real) == 8 ? SK_DT_F64 : SK_DT_F32);
+    return n % SK_LANES == 0 && sk_is_plain(x, stride);
+}
+
+/* From one row of a tile of "classes" to the next. */
+static inline int64_t sk_row_pitch(const sk_rows *r) {
+    return sk_groups(sk_min(r->C, SK_ROW_C)) * SK_LANES;
 }
 
 /* Copies n elements of x from `at`, rounded up to whole groups of lanes with -inf. */
@@ -283,7 +291,7 @@ static inline void sk_load_tile(const sk_rows *r, const sk_arg *x, int64_t c, in
                                 real *tile, const real **lanes) {
     for (int64_t i = 0; i < classes && r->positions; i++)
         sk_fill(x, sk_class_at(r, x, 0, c + i), x->stride[2], r->width, tile + i * SK_PITCH);
-    const int64_t row = sk_groups(sk_min(r->C, SK_ROW_C)) * SK_LANES;
+    const int64_t row = sk_row_pitch(r);
     for (int64_t g = 0; g < r->groups; g++)
         lanes[g] = r->positions
                        ? tile + g * SK_LANES

@@ -8,7 +8,6 @@ enum { SK_BLOCK = 4096 }; /* elements summed between two additions to the total 
 /* The sum of N x S elements, in double. */
 static inline double sk_sum(const sk_arg *x, int64_t N, int64_t S) {
     real copy[SK_BLOCK];
-    const bool in_place = x->dtype == (sizeof(real) == 8 ? SK_DT_F64 : SK_DT_F32);
     const bool merged = S == 1 || x->stride[0] == S * x->stride[1]; /* one run of N * S */
     const int64_t runs = merged ? 1 : N, length = merged ? N * S : S,
                   stride = x->stride[S == 1 ? 0 : 1];
@@ -17,7 +16,7 @@ static inline double sk_sum(const sk_arg *x, int64_t N, int64_t S) {
         for (int64_t i = 0; i < length; i += SK_BLOCK) {
             const int64_t count = sk_min(SK_BLOCK, length - i);
             const int64_t at = n * x->stride[0] + i * stride;
-            const bool here = in_place && stride == 1;
+            const bool here = sk_is_plain(x, stride);
             const real *const block = here ? (const real *)x->data + at : copy;
             if (!here) sk_copy(x, at, stride, count, copy);
             double part = 0;

@@ -127,14 +127,19 @@ static int fixed_rank(const char *shape) {
 
 static bool has_trailing(const char *shape) { return shape[fixed_rank(shape)] == '*'; }
 
+/* How many dimensions the '*' of this call stands for; 0 where no tensor has one. */
+static int trailing_rank(const sk_call *call) {
+    if (call->trailing < 0) return 0;
+    return call->tensor[call->trailing].ndim - fixed_rank(call->op->items[call->trailing].shape);
+}
+
 static int check_rank(const sk_call *call, int item, const char *shape) {
     const int fixed = fixed_rank(shape), found = call->tensor[item].ndim;
     int expected = fixed;
     const char *least = "";
     if (has_trailing(shape)) {
         if (call->trailing >= 0) {
-            const char *const other = call->op->items[call->trailing].shape;
-            expected += call->tensor[call->trailing].ndim - fixed_rank(other);
+            expected += trailing_rank(call);
         } else if (found >= fixed) {
             expected = found;
         } else {
@@ -269,8 +274,7 @@ static int check_number(const sk_call *call, int item) {
 /* The sentence for row `row` of an INDEX or TEACHER tensor, which the kernel found to be wrong. */
 int sk_fail_value(const sk_call *call, int item, int64_t row, double value) {
     const sk_item *const it = &call->op->items[item];
-    const int trailing =
-        call->tensor[call->trailing].ndim - fixed_rank(call->op->items[call->trailing].shape);
+    const int trailing = trailing_rank(call);
     const int64_t *const size = call->tensor[item].shape + call->tensor[item].ndim - trailing;
     char place[SK_MAX_RANK * 24] = "", *end = place + sizeof place - 1;
     for (int k = trailing - 1; k >= -1; k--) { /* from the last dimension to the first, N */
@@ -401,11 +405,7 @@ int sk_bind(sk_call *call, int item) {
     arg->data = t->data ? (char *)t->data + t->byte_offset : NULL;
     arg->dtype = (int32_t)sk_dtype_of(t->dtype);
     int fixed = t->ndim;
-    if (call->trailing >= 0 && (it->kind == SK_LIKE || has_trailing(it->shape))) {
-        const int trailing =
-            call->tensor[call->trailing].ndim - fixed_rank(call->op->items[call->trailing].shape);
-        fixed = t->ndim - trailing;
-    }
+    if (it->kind == SK_LIKE || has_trailing(it->shape)) fixed = t->ndim - trailing_rank(call);
     if (it->kind == SK_GRAD && t->ndim == 0) return SELFKD_OK;
     for (int k = 0; k < fixed; k++) arg->stride[k] = t->strides[k];
     if (fixed < t->ndim) arg->stride[fixed] = 1;
