@@ -28,29 +28,33 @@ typedef struct teacher {
     double weight; /* 0: not there */
     sk_scale t, own;
     enum sk_form form; /* where nothing speaks for the exact one */
-    enum sk_exps exps; /* reused where the exponentials of T are at hand */
+    int power; /* e^(z/T) is what was kept before it to this power; 0: it is found, and kept */
     bool is_probs;
 } teacher;
 
 static teacher teacher_of(const sk_arg *x, double weight, double T, double own, int64_t kind) {
-    return (teacher){x,
-                     x->data ? weight : 0,
-                     sk_scale_of(T),
-                     sk_scale_of(own),
-                     T == own ? SK_PLAIN : SK_APART,
-                     SK_KEEP,
-                     kind == PROBS};
+    return (teacher){
+        x, x->data ? weight : 0, sk_scale_of(T), sk_scale_of(own), T == own ? SK_PLAIN : SK_APART,
+        0, kind == PROBS};
 }
 
-/* Two teachers of one temperature share exp(logits/T), as do cross-entropy and a teacher at T = 1.
- */
-static void share(bool ce, teacher *k) {
-    double kept = ce ? 1 : 0;
+/* The power that makes e^(z/T) of e^(z/kept), if it is a small one, else 0. */
+static int power_of(double kept, double T) {
+    for (int power = 1; power <= 4; power++)
+        if (kept == power * T) return power;
+    return 0;
+}
+
+/* Lets a teacher take the exponentials of the one before it, and returns the power by which
+ * cross-entropy, at T = 1, takes those of the last. */
+static int share(teacher *k) {
+    double kept = 0;
     for (int i = 0; i < TEACHERS; i++) {
         if (k[i].weight == 0) continue;
-        if (k[i].t.T == kept) k[i].exps = SK_REUSE;
+        k[i].power = power_of(kept, k[i].t.T);
         kept = k[i].t.T;
     }
+    return power_of(kept, 1);
 }
 
 #define TEACHERS_OF(p, k)                                                                          \
@@ -60,7 +64,7 @@ static void share(bool ce, teacher *k) {
                    (p)->teacher_kind),                                                             \
         teacher_of(&(p)->second_teacher, (p)->second_teacher_weight, (p)->second_temperature,      \
                    (p)->second_teacher_temperature, (p)->second_teacher_kind)};                    \
-    share(has_ce, k)
+    const int ce_power = share(k)
 
 /* Replaces probabilities by their logarithms: n values, whole groups of lanes, in the buffer. */
 static const real *to_logs(const real *x, int64_t n, real *buffer) {
@@ -124,15 +128,16 @@ static void find_anchors(const forward_params *p, const sk_rows *r, const teache
 static void compare_group(const teacher *k, const sk_rows *r, const real *u, const real *v,
                           sk_ahead next_u, sk_ahead next_v, int64_t depth, int64_t g, real *e,
                           sk_comparison *m) {
+    sk_to_power(e, depth * SK_LANES, k->power);
 #define COMPARE(form, exps) \
     sk_compare_group(form, false, exps, r, &k->t, &k->own, u, v, next_u, next_v, depth, g, e, m)
     if (k->form == SK_EXACT)
         COMPARE(SK_EXACT, SK_FRESH);
-    else if (k->form == SK_APART && k->exps == SK_REUSE)
+    else if (k->form == SK_APART && k->power != 0)
         COMPARE(SK_APART, SK_REUSE);
     else if (k->form == SK_APART)
         COMPARE(SK_APART, SK_KEEP);
-    else if (k->exps == SK_REUSE)
+    else if (k->power != 0)
         COMPARE(SK_PLAIN, SK_REUSE);
     else
         COMPARE(SK_PLAIN, SK_KEEP);
@@ -140,10 +145,9 @@ static void compare_group(const teacher *k, const sk_rows *r, const real *u, con
 }
 
 /* The second visit: leaves the sums. */
-static void add_up(const forward_params *p, const sk_rows *r, bool has_ce, const teacher *k,
-                   real tile[][SK_TILE], const real *x[][SK_GROUPS], sums *m) {
+static void add_up(const forward_params *p, const sk_rows *r, bool has_ce, int ce_power,
+                   const teacher *k, real tile[][SK_TILE], const real *x[][SK_GROUPS], sums *m) {
     SK_ALIGNED real e[SK_ROW_C];
-    const sk_scale unit = sk_scale_of(1);
     const int64_t step = sk_tile_classes(r);
     for (int64_t c = 0; c < r->C; c += step) {
         const int64_t classes = sk_min(step, r->C - c), depth = sk_depth(r, classes);
@@ -153,12 +157,17 @@ static void add_up(const forward_params *p, const sk_rows *r, bool has_ce, const
         for (int64_t g = 0; g < r->groups; g++) {
             const real *const z = x[TEACHERS][g];
             const sk_ahead next = sk_next_tile(r, &p->logits, g, c);
-            if (has_ce) sk_add_exponentials(r, &unit, z, next, depth, g, e, &m->softmax);
-            if (has_ce && p->label_smoothing != 0) sk_add_above(r, z, classes, g, &m->softmax);
             for (int j = 0; j < TEACHERS; j++)
                 if (k[j].weight != 0)
                     compare_group(&k[j], r, z, x[j][g], next, sk_next_tile(r, k[j].x, g, c), depth,
                                   g, e, &m->pair[j]);
+            if (!has_ce) continue;
+            sk_to_power(e, depth * SK_LANES, ce_power);
+            if (ce_power != 0)
+                sk_add_exponentials(SK_REUSE, r, z, next, depth, g, e, &m->softmax);
+            else
+                sk_add_exponentials(SK_FRESH, r, z, next, depth, g, e, &m->softmax);
+            if (p->label_smoothing != 0) sk_add_above(r, z, classes, g, &m->softmax);
         }
     }
 }
@@ -220,6 +229,7 @@ static void compare_again(const forward_params *p, const sk_rows *r, const teach
         SK_ALIGNED double again[3][SK_PITCH];
         teacher only[TEACHERS] = {k[0], k[1]};
         only[j].form = SK_EXACT;
+        only[j].power = 0;
         only[1 - j].weight = 0;
         for (int64_t i = 0; i < r->width; i++) { /* 0 stays 0 where they differ by a constant */
             if (dl[i] == sk_gap(SK_EXACT, pair, i, &k[j].t, &k[j].t)) continue;
@@ -227,7 +237,7 @@ static void compare_again(const forward_params *p, const sk_rows *r, const teach
             pair->hv[i] = (real)(level[i] * T + h[i] - dl[i] * T);
         }
         sk_clear_sums(r, pair);
-        add_up(p, r, false, only, tile, x, m);
+        add_up(p, r, false, 0, only, tile, x, m);
         conclude(SK_EXACT, r, &k[j], h, pair, again[0], again[1], again[2]);
         for (int64_t i = 0; i < r->width; i++) {
             if (!isnan(kl[i])) continue;
@@ -299,7 +309,7 @@ static void forward_task(const forward_params *p, const sk_rows *r) {
             memset(m.softmax.sum[i], 0, (size_t)sk_scalars(r) * sizeof(double));
         for (int j = 0; j < TEACHERS; j++) sk_clear_sums(r, &m.pair[j]);
         find_anchors(p, r, k, tile, x, &m);
-        add_up(p, r, has_ce, k, tile, x, &m);
+        add_up(p, r, has_ce, ce_power, k, tile, x, &m);
         if (has_ce) {
             SK_ALIGNED real z[SK_PITCH];
             sk_load_target_logits(r, &p->logits, target, z);
@@ -398,9 +408,10 @@ SK_SPECIAL void teacher_run(bool positions, bool apart, bool reuse, const teache
 static void add_teacher(const sk_rows *r, const teacher *k, sk_run run, teacher_scalars m,
                         const real *h, const real *z, const real *x, sk_ahead next, real *e,
                         real *grad) {
+    sk_to_power(e, run.n, k->power);
 #define RUN(positions, apart, reuse) \
     teacher_run(positions, apart, reuse, k, run, m, h, z, x, next, e, grad)
-    const int which = 4 * r->positions + 2 * (k->form == SK_APART) + (k->exps == SK_REUSE);
+    const int which = 4 * r->positions + 2 * (k->form == SK_APART) + (k->power != 0);
     switch (which) {
     case 0:
         RUN(false, false, false);
@@ -427,6 +438,19 @@ static void add_teacher(const sk_rows *r, const teacher *k, sk_run run, teacher_
         RUN(true, true, true);
     }
 #undef RUN
+}
+
+static void add_ce(const sk_rows *r, sk_run run, int power, const int32_t *target, sk_ce_scalars m,
+                   const real *z, sk_ahead next, real *e, real *grad) {
+    sk_to_power(e, run.n, power);
+    if (r->positions && power != 0)
+        sk_ce_run(true, SK_REUSE, run, target, m, z, next, e, grad);
+    else if (r->positions)
+        sk_ce_run(true, SK_FRESH, run, target, m, z, next, e, grad);
+    else if (power != 0)
+        sk_ce_run(false, SK_REUSE, run, target, m, z, next, e, grad);
+    else
+        sk_ce_run(false, SK_FRESH, run, target, m, z, next, e, grad);
 }
 
 /* What reaches a row: the factors of its cross-entropy and of each teacher; and its target's logit.
@@ -518,12 +542,7 @@ static void backward_task(const backward_params *p, const sk_rows *r) {
         const real *const z = sk_read_run(r, &p->logits, run, buffer[0]);
         const sk_ahead next = sk_next_read(r, &p->logits, run);
         real *const e = buffer[2], *const grad = sk_begin_run(r, &p->grad_logits, run, buffer[3]);
-        if (!has_ce)
-            memset(grad, 0, (size_t)(sk_groups(run.n) * SK_LANES) * sizeof *grad);
-        else if (r->positions)
-            sk_ce_run(true, run, in.target, ce, z, next, e, grad);
-        else
-            sk_ce_run(false, run, in.target, ce, z, next, e, grad);
+        memset(grad, 0, (size_t)(sk_groups(run.n) * SK_LANES) * sizeof *grad);
         for (int j = 0; j < TEACHERS; j++) {
             if (k[j].weight == 0) continue;
             const real *x = sk_read_run(r, k[j].x, run, buffer[1]);
@@ -531,6 +550,7 @@ static void backward_task(const backward_params *p, const sk_rows *r) {
             add_teacher(r, &k[j], run, of[j], ce[SK_LARGEST], z, x, sk_next_read(r, k[j].x, run), e,
                         grad);
         }
+        if (has_ce) add_ce(r, run, ce_power, in.target, ce, z, next, e, grad);
         if (!in.all_live) clear_dead(r, run, in.live, grad);
         sk_end_run(r, &p->grad_logits, run, grad);
     }

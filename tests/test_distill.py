@@ -90,6 +90,11 @@ def sure(g: torch.Generator) -> dict[str, torch.Tensor]:
     return {"logits": logits, "target": target}
 
 
+def sure_and_taught(g: torch.Generator) -> dict[str, torch.Tensor]:
+    tensors = sure(g)
+    return {**tensors, "teacher": 3 * torch.randn(9, 30, generator=g, dtype=torch.float64)}
+
+
 ONE = {"temperature": 1.0, "teacher_temperature": 1.0}
 PS_KD = {**ONE, "teacher_kind": "probs"}
 CASES = [
@@ -99,6 +104,8 @@ CASES = [
     Case("smoothed", draw(33, 100, teachers=0), {"label_smoothing": 0.1}),
     Case("only_smoothing", draw(9, 50, teachers=0), {"label_smoothing": 1.0}),
     Case("sure", sure, exact=1e-9),
+    Case("sure_and_taught", sure_and_taught, {"teacher_weight": 1e-3}, exact=1e-9),
+    Case("cubed", draw(17, 100), {"temperature": 3.0, "teacher_temperature": 3.0}),
     Case("knowledge_distillation", draw(33, 100), {"label_smoothing": 0.1, "teacher_weight": 0.9}),
     Case("teacher_alone", draw(33, 100, target=False)),
     Case("two_teachers", draw(17, 100, teachers=2), {**BOTH, "second_teacher_weight": 0.3}),

@@ -88,7 +88,7 @@ class _Plan:
         self.inputs = inputs
         self.grad_merges = grad.shape.endswith("*")
         self.live = [item.name.removeprefix("grad_") for item in backward.outputs]
-        self.targets = [inputs[name] for name in self.live]
+        self.get_live = _tuple_getter([inputs[name] for name in self.live])
         self.get_tensors = _tuple_getter([inputs[name] for name in tensors])
         self.get_kept = _tuple_getter([outputs[name] for name in kept])
         self.get_numbers = _tuple_getter([inputs[name] for name in numbers])
@@ -149,12 +149,18 @@ def _gradient(plan: _Plan, reference: Callable[..., torch.Tensor]) -> type[torch
     """The autograd.Function of an operator: its backward operator; for a graph, `reference`."""
     run = getattr(torch.ops.selfkd, plan.forward.name).default
     run_backward = getattr(torch.ops.selfkd, f"{plan.forward.name}_backward").default
-    unused = (None,) * (len(plan.inputs) + 1)
+    unused = (None,) * (len(plan.live) + 2)
 
     class Gradient(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, whole: bool, *values: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
-            """All outputs of the operator if `whole`, else the result alone."""
+        def forward(
+            ctx: Any, whole: bool, values: tuple[Any, ...], *live: torch.Tensor
+        ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+            """All outputs of the operator if `whole`, else the result alone.
+
+            `values` are its arguments; those that learn come again, as PyTorch looks for them among the
+            arguments of the node, and each of those costs time.
+            """
             with _below_autograd():
                 outputs = _as_tuple(run(*values))
             result = plan.result(values)
@@ -180,8 +186,8 @@ def _gradient(plan: _Plan, reference: Callable[..., torch.Tensor]) -> type[torch
                 values = (grad, *ctx.saved_tensors, *ctx.numbers)
                 found = _as_tuple(run_backward(*plan.get_backward(values)))
             result: list[torch.Tensor | None] = list(unused)
-            for _, k in plan.given(ctx.numbers):
-                result[plan.targets[k] + 1] = found[k]
+            for _, k in plan.given(ctx.numbers):  # what stands for an absent OPT tensor may learn
+                result[k + 2] = found[k]
             return tuple(result)
 
     return type(plan.forward.name, (Gradient,), {})  # a backward node is named after its class
@@ -214,7 +220,7 @@ def register(op: str, reference: Callable[..., torch.Tensor]) -> Operator:
 
     def autograd(*values: Any) -> tuple[torch.Tensor, ...]:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*values):
-            return gradient.apply(True, *values)  # type: ignore[no-any-return, no-untyped-call]
+            return gradient.apply(True, values, *plan.get_live(values))  # type: ignore[no-any-return, no-untyped-call]
         with _below_autograd():
             return run(*values)  # type: ignore[no-any-return]
 
@@ -240,7 +246,8 @@ class Operator:
                 and not torch.compiler.is_compiling()
                 and torch._C._any_requires_grad(*values)
             ):
-                return self._gradient.apply(False, *values)  # type: ignore[no-any-return, no-untyped-call]
+                live = self._plan.get_live(values)
+                return self._gradient.apply(False, values, *live)  # type: ignore[no-any-return, no-untyped-call]
             return _as_tuple(self._run(*values))[self._plan.result(values)]
         except RuntimeError as error:
             self._explain(error, values)

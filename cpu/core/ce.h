@@ -12,11 +12,12 @@ typedef struct sk_softmax {
     SK_ALIGNED double sum[SK_CE_SUMS][SK_PITCH];
 } sk_softmax;
 
-/* Adds a tile's group of lanes, and leaves its exponentials in e; asks for the next ones. */
-static inline void sk_add_exponentials(const sk_rows *r, const sk_scale *unit, const real *z,
-                                       sk_ahead next, int64_t depth, int64_t g, real *restrict e,
-                                       sk_softmax *m) {
-    const sk_scale t = *unit;
+/* Adds a tile's group of lanes, whose exponentials are found or, reused, lie in e; asks for the
+ * next ones. */
+SK_SPECIAL void sk_add_exponentials(enum sk_exps exps, const sk_rows *r, const real *z,
+                                    sk_ahead next, int64_t depth, int64_t g, const real *e,
+                                    sk_softmax *m) {
+    const sk_scale t = sk_scale_of(1);
     const int64_t pitch = sk_pitch(r);
     real h[SK_LANES], rest[SK_LANES] = {0}, ties[SK_LANES] = {0};
     sk_to_lanes(r, g, m->h, h);
@@ -24,8 +25,8 @@ static inline void sk_add_exponentials(const sk_rows *r, const sk_scale *unit, c
         sk_fetch(next, i);
 #pragma omp simd
         for (int k = 0; k < SK_LANES; k++) {
-            const real x = sk_logit(z[i * pitch + k]) - h[k], y = sk_exp_of(x, &t);
-            e[i * SK_LANES + k] = y;
+            const real x = sk_logit(z[i * pitch + k]) - h[k];
+            const real y = exps == SK_REUSE ? e[i * SK_LANES + k] : sk_exp_of(x, &t);
             const real tie = x == 0 ? 1 : 0; /* where y is exactly 1 */
             rest[k] += y - tie;
             ties[k] += tie;
@@ -116,9 +117,11 @@ static inline void sk_set_ce(const sk_rows *r, const double *factors, const real
     }
 }
 
-/* Leaves the gradient of cross-entropy of a run, and the exponentials in e. */
-SK_SPECIAL void sk_ce_run(bool positions, sk_run run, const int32_t *target, sk_ce_scalars m,
-                          const real *z, sk_ahead next, real *restrict e, real *restrict grad) {
+/* Adds the gradient of cross-entropy of a run, whose exponentials are found or, reused, lie in e.
+ */
+SK_SPECIAL void sk_ce_run(bool positions, enum sk_exps exps, sk_run run, const int32_t *target,
+                          sk_ce_scalars m, const real *z, sk_ahead next, const real *e,
+                          real *restrict grad) {
     const sk_scale t = sk_scale_of(1);
     for (int64_t at = 0; at < run.n; at += SK_LANES) {
         const int32_t first = (int32_t)(positions ? run.c : run.c + at);
@@ -127,10 +130,10 @@ SK_SPECIAL void sk_ce_run(bool positions, sk_run run, const int32_t *target, sk_
         for (int k = 0; k < SK_LANES; k++) {
             const int64_t i = positions ? run.row + at + k : run.row;
             const int32_t c = positions ? first : first + k;
-            const real y = sk_exp_of(sk_logit(z[at + k]) - m[SK_LARGEST][i], &t);
+            const real y = exps == SK_REUSE ? e[at + k]
+                                            : sk_exp_of(sk_logit(z[at + k]) - m[SK_LARGEST][i], &t);
             const real of_target = m[SK_OF_TARGET][i], other = m[SK_FACTOR][i] * y + m[SK_OTHER][i];
-            e[at + k] = y;
-            grad[at + k] = c == target[i] ? of_target : other;
+            grad[at + k] += c == target[i] ? of_target : other;
         }
     }
 }

@@ -82,6 +82,18 @@ static inline void sk_clear_sums(const sk_rows *r, sk_comparison *m) {
 /* Where p comes from: computed; computed and left in e; found in e. */
 enum sk_exps { SK_FRESH, SK_KEEP, SK_REUSE };
 
+/* Turns n exponentials e^(x/T), rounded up to whole groups of lanes, into those of T/power: 2 to 4
+ * times the error, a seventh of the work. */
+static inline void sk_to_power(real *e, int64_t n, int power) {
+    for (int64_t i = 0; i < n && power > 1; i += SK_LANES) {
+#pragma omp simd
+        for (int k = 0; k < SK_LANES; k++) {
+            const real x = e[i + k], x2 = x * x;
+            e[i + k] = power == 2 ? x2 : x2 * (power == 3 ? x : x2);
+        }
+    }
+}
+
 /* Adds a tile's group of lanes; asks for the next ones. DY only if `both` KL are wanted. */
 SK_SPECIAL void sk_compare_group(enum sk_form form, bool both, enum sk_exps exps, const sk_rows *r,
                                  const sk_scale *scale, const sk_scale *scale_v, const real *u,
