@@ -1,0 +1,253 @@
+/* Rows of two live logits, "pairs": both KL divergences and the gradients of either side. What kl.h
+ * leaves open (rows that lose digits, are far apart, or hold infinities or NaN) is settled here.
+ *
+ * Forward visits the logits twice (largest logits; sums that both KL follow from), backward once.
+ */
+#pragma once
+#include "cpu/core/chunk.h"
+#include "cpu/core/kl.h"
+#include "cpu/core/math.h"
+
+/* Logits of shape (N, C, S) and their temperature. */
+typedef struct sk_pair {
+    const sk_arg *u, *v;
+    sk_scale t;
+} sk_pair;
+
+/* Per row, as saved for backward. */
+typedef struct sk_divergences {
+    SK_ALIGNED double lse[SK_PITCH], dl[SK_PITCH], forward[SK_PITCH], reverse[SK_PITCH];
+} sk_divergences;
+
+/* Rows with a KL beyond this are computed in double (careful_*): in float, d would be too coarse
+ * for d - KL. */
+enum { SK_FAR = 64 };
+
+static inline bool sk_is_ordinary(double forward, double reverse) {
+    return forward < SK_FAR && reverse < SK_FAR;
+}
+
+/* ---- A row in double, class by class ---- */
+
+typedef struct sk_diverged_row {
+    double lse_u, dl, forward, reverse;
+} sk_diverged_row;
+
+/* Class c of row i of both logits, over T: p, q and d = log p - log q. */
+typedef struct sk_class_terms {
+    double p, q, d;
+    bool no_p, no_q; /* u, v infinite */
+} sk_class_terms;
+
+static inline sk_class_terms sk_class_of(const sk_rows *r, const sk_pair *x, sk_diverged_row row,
+                                         int64_t i, int64_t c) {
+    const double a = sk_load_one(x->u, sk_class_at(r, x->u, i, c)) / x->t.T,
+                 b = sk_load_one(x->v, sk_class_at(r, x->v, i, c)) / x->t.T;
+    return (sk_class_terms){exp(a - row.lse_u), exp(b - (row.lse_u - row.dl)), a - b - row.dl,
+                            isinf(a), isinf(b)};
+}
+
+/* Both KL of a row that is far or holds infinities, with 0 log 0 = 0; NaN for a row with a NaN or
+ * nothing but -inf. */
+static inline void sk_careful_divergence(const sk_rows *r, const sk_pair *x, int64_t i,
+                                         sk_diverged_row *row) {
+    double sum_p = 0, sum_q = 0; /* 1, but for the float rounding of lse */
+    for (int64_t c = 0; c < r->C; c++) {
+        const sk_class_terms k = sk_class_of(r, x, *row, i, c);
+        sum_p += k.p;
+        sum_q += k.q;
+    }
+    row->lse_u += log(sum_p);
+    row->dl += log(sum_p / sum_q);
+    row->forward = row->reverse = 0 * (row->lse_u + row->dl);
+    for (int64_t c = 0; c < r->C; c++) {
+        const sk_class_terms k = sk_class_of(r, x, *row, i, c);
+        if (k.no_p && k.no_q) continue;
+        row->forward += k.no_p ? k.q : k.no_q ? INFINITY : k.p * k.d - (k.p - k.q);
+        row->reverse += k.no_q ? k.p : k.no_p ? INFINITY : (k.p - k.q) - k.q * k.d;
+    }
+}
+
+/* ---- Forward ---- */
+
+/* The results that follow from the sums; NaN as KL(p||q) of a row that is not good. */
+SK_SPECIAL void sk_conclude_pair(enum sk_form form, const sk_rows *r, const sk_scale *scale,
+                                 const sk_comparison *m, sk_divergences *to) {
+    const sk_scale t = *scale;
+#pragma omp simd
+    for (int64_t i = 0; i < r->width; i++) {
+        const sk_concluded x = sk_conclude(form, true, m, i, &t, &t);
+        const bool near = (x.forward < SK_FAR) & (x.reverse < SK_FAR);
+        to->dl[i] = x.dl;
+        to->forward[i] = near ? x.forward : (double)NAN;
+        to->reverse[i] = x.reverse;
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < r->width; i++) to->lse[i] = m->hu[i] * t.per_T + sk_level(m, i);
+}
+
+/* Both visits to a task's logits, the first of them for the anchors: only for the PLAIN form. */
+static inline void sk_compare_pair(enum sk_form form, const sk_rows *r, const sk_pair *pair,
+                                   sk_comparison *m) {
+    SK_ALIGNED real tile[2][SK_TILE];
+    const sk_arg *logits[2] = {pair->u, pair->v};
+    const sk_scale *const t = &pair->t;
+    const real *x[2][SK_GROUPS];
+    real *top[2] = {m->hu, m->hv};
+    const int64_t step = sk_tile_classes(r);
+    for (int64_t c = 0; c < r->C; c += step) {
+        const int64_t classes = sk_min(step, r->C - c);
+        for (int i = 0; i < 2; i++) {
+            sk_load_tile(r, logits[i], c, classes, tile[i], x[i]);
+            for (int64_t g = 0; g < r->groups && form == SK_PLAIN; g++)
+                sk_raise(r, x[i][g], sk_depth(r, classes), g, top[i]);
+        }
+    }
+    for (int64_t i = 0; i < sk_scalars(r) && form == SK_PLAIN; i++) {
+        m->hu[i] = sk_anchor(m->hu[i]);
+        m->hv[i] = sk_anchor(m->hv[i]);
+    }
+    for (int64_t c = 0; c < r->C; c += step) {
+        const int64_t classes = sk_min(step, r->C - c), depth = sk_depth(r, classes);
+        for (int i = 0; i < 2 && r->C > step; i++)
+            sk_load_tile(r, logits[i], c, classes, tile[i], x[i]);
+        for (int64_t g = 0; g < r->groups; g++) {
+            const sk_ahead next_u = sk_next_tile(r, pair->u, g, c),
+                           next_v = sk_next_tile(r, pair->v, g, c);
+            if (form == SK_PLAIN)
+                sk_compare_group(SK_PLAIN, true, SK_FRESH, r, t, t, x[0][g], x[1][g], next_u,
+                                 next_v, depth, g, NULL, m);
+            else
+                sk_compare_group(SK_EXACT, true, SK_FRESH, r, t, t, x[0][g], x[1][g], next_u,
+                                 next_v, depth, g, NULL, m);
+        }
+    }
+}
+
+/* Compares again, in the exact form and against T lse, what the first results left open. Rows that
+ * differ by a constant keep their anchors: against them they differ by exactly 0. */
+static inline void sk_compare_pair_again(const sk_rows *r, const sk_pair *x, sk_comparison *m,
+                                         sk_divergences *to) {
+    sk_divergences again;
+    sk_clear_sums(r, m);
+    for (int64_t i = 0; i < r->width; i++) {
+        if (to->dl[i] == sk_gap(SK_EXACT, m, i, &x->t, &x->t)) continue;
+        m->hu[i] = (real)(to->lse[i] * x->t.T);
+        m->hv[i] = (real)((to->lse[i] - to->dl[i]) * x->t.T);
+    }
+    sk_compare_pair(SK_EXACT, r, x, m);
+    sk_conclude_pair(SK_EXACT, r, &x->t, m, &again);
+    for (int64_t i = 0; i < r->width; i++) {
+        if (!isnan(to->forward[i])) continue;
+        to->lse[i] = again.lse[i];
+        to->dl[i] = again.dl[i];
+        to->forward[i] = again.forward[i];
+        to->reverse[i] = again.reverse[i];
+    }
+}
+
+/* Leaves both KL of rows whose weight is not 0, and what their gradients need. */
+static inline void sk_diverge(const sk_rows *r, const sk_pair *x, const real *weight,
+                              sk_divergences *to) {
+    sk_comparison m;
+    sk_clear_sums(r, &m);
+    for (int64_t i = 0; i < sk_scalars(r); i++) m.hu[i] = m.hv[i] = -INFINITY;
+    sk_compare_pair(SK_PLAIN, r, x, &m);
+    sk_conclude_pair(SK_PLAIN, r, &x->t, &m, to);
+    int64_t open = 0;
+    for (int64_t i = 0; i < r->width; i++) open += weight[i] != 0 && isnan(to->forward[i]);
+    if (open == 0) return;
+    sk_compare_pair_again(r, x, &m, to);
+    for (int64_t i = 0; i < r->width; i++) {
+        if (weight[i] == 0 || !isnan(to->forward[i])) continue;
+        sk_diverged_row row = {to->lse[i], to->dl[i], 0, 0};
+        sk_careful_divergence(r, x, i, &row);
+        to->lse[i] = row.lse_u;
+        to->dl[i] = row.dl;
+        to->forward[i] = row.forward;
+        to->reverse[i] = row.reverse;
+    }
+}
+
+/* ---- Backward ---- */
+
+/* What the gradients of a row need: p = SK_U_FACTOR e^((u - SK_U_SHIFT)/T) and q likewise, both
+ * times the row's factor (0: no gradient); d = (u - v - gap)/T; both KL. */
+enum {
+    SK_U_SHIFT,
+    SK_U_FACTOR,
+    SK_V_SHIFT,
+    SK_V_FACTOR,
+    SK_GAP_HIGH,
+    SK_GAP_LOW,
+    SK_KL_FORWARD,
+    SK_KL_REVERSE,
+    SK_PAIR_SCALARS
+};
+typedef real sk_pair_scalars[SK_PAIR_SCALARS][SK_PITCH];
+
+/* wf and wr, and the same for the terms that detach_target drops. */
+typedef struct sk_term_weights {
+    real forward, reverse, target_forward, target_reverse;
+} sk_term_weights;
+
+/* Leaves the gradients of a run. */
+SK_SPECIAL void sk_pair_run(bool positions, const sk_scale *scale, sk_term_weights w, sk_run run,
+                            sk_pair_scalars m, const real *u, const real *v, sk_ahead next_u,
+                            sk_ahead next_v, real *restrict grad_u, real *restrict grad_v) {
+    const sk_scale t = *scale;
+    for (int64_t at = 0; at < run.n; at += SK_LANES) {
+        sk_fetch(next_u, at / SK_LANES);
+        sk_fetch(next_v, at / SK_LANES);
+#pragma omp simd
+        for (int k = 0; k < SK_LANES; k++) {
+            const int64_t i = positions ? run.row + at + k : run.row;
+            const real a = sk_logit(u[at + k]), b = sk_logit(v[at + k]);
+            const real p = m[SK_U_FACTOR][i] * sk_exp_of(a - m[SK_U_SHIFT][i], &t);
+            const real q = m[SK_V_FACTOR][i] * sk_exp_of(b - m[SK_V_SHIFT][i], &t);
+            const sk_split gap = {m[SK_GAP_HIGH][i], m[SK_GAP_LOW][i]};
+            const real d = sk_difference(a, b, gap) * t.inverse_T;
+            const real p_q = d < (real)0.5 && d > (real)-0.5 ? q * sk_expm1(d) : p - q;
+            const real to_u = w.target_forward * (p * (d - m[SK_KL_FORWARD][i])) + w.reverse * p_q;
+            const real to_v = -w.target_reverse * (q * (d + m[SK_KL_REVERSE][i])) - w.forward * p_q;
+            grad_u[at + k] = m[SK_U_FACTOR][i] != 0 ? to_u : 0;
+            grad_v[at + k] = m[SK_U_FACTOR][i] != 0 ? to_v : 0;
+        }
+    }
+}
+
+/* The gradient of a row that is far or holds infinities or NaN: terms of weight 0 are left out, 0
+ * log 0 = 0. */
+static inline void sk_careful_gradient(const sk_rows *r, const sk_pair *x, int64_t i,
+                                       sk_diverged_row row, double factor, sk_term_weights w,
+                                       const sk_arg *grad_u, const sk_arg *grad_v) {
+    for (int64_t c = 0; c < r->C; c++) {
+        const sk_class_terms k = sk_class_of(r, x, row, i, c);
+        const double forward = k.no_p && !isnan(row.forward) ? 0 : k.p * (k.d - row.forward);
+        const double reverse = k.no_q && !isnan(row.reverse) ? 0 : k.q * (k.d + row.reverse);
+        double to_u = 0, to_v = 0;
+        if (w.target_forward != 0) to_u += w.target_forward * forward;
+        if (w.reverse != 0) to_u += w.reverse * (k.p - k.q);
+        if (w.target_reverse != 0) to_v -= w.target_reverse * reverse;
+        if (w.forward != 0) to_v -= w.forward * (k.p - k.q);
+        sk_store_one(grad_u, sk_class_at(r, grad_u, i, c), (real)(factor * to_u));
+        sk_store_one(grad_v, sk_class_at(r, grad_v, i, c), (real)(factor * to_v));
+    }
+}
+
+static inline void sk_set_pair(const sk_rows *r, const sk_scale *t, const sk_divergences *x,
+                               const double *factor, sk_pair_scalars m) {
+#pragma omp simd
+    for (int64_t i = 0; i < sk_scalars(r); i++) {
+        const double u = x->lse[i] * t->T, v = (x->lse[i] - x->dl[i]) * t->T;
+        const sk_split gap = sk_split_of(x->dl[i] * t->T);
+        m[SK_U_SHIFT][i] = (real)u;
+        m[SK_V_SHIFT][i] = (real)v;
+        m[SK_U_FACTOR][i] = (real)factor[i] * sk_exp_of((real)((real)u - u), t);
+        m[SK_V_FACTOR][i] = (real)factor[i] * sk_exp_of((real)((real)v - v), t);
+        m[SK_GAP_HIGH][i] = gap.high;
+        m[SK_GAP_LOW][i] = gap.low;
+        m[SK_KL_FORWARD][i] = (real)x->forward[i];
+        m[SK_KL_REVERSE][i] = (real)x->reverse[i];
+    }
+}
