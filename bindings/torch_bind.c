@@ -186,11 +186,14 @@ static void write_schema(const sk_op *op, char *text, size_t room) {
         [SK_REAL] = "float", [SK_INT] = "int", [SK_BOOL] = "bool", [SK_CHOICE] = "int", [SK_RESIZE] = "int"};
     size_t n = (size_t)snprintf(text, room, "%s(", op->name);
     const char *comma = "";
+    char alias = 'a';
     for (int i = 0; i < op->count; i++) {
         const sk_item *const it = &op->items[i];
         if (it->kind >= SK_OUT && it->kind <= SK_SCRATCH) continue;
         const char *const of = it->kind >= SK_REAL ? type[it->kind] : "Tensor";
-        n += (size_t)snprintf(text + n, room - n, "%s%s %s", comma, of, it->name);
+        n += (size_t)snprintf(text + n, room - n, "%s%s", comma, of);
+        if (it->kind == SK_INOUT) n += (size_t)snprintf(text + n, room - n, "(%c!)", alias++);
+        n += (size_t)snprintf(text + n, room - n, " %s", it->name);
         if (it->kind == SK_OPT)
             n += (size_t)snprintf(text + n, room - n, ", bool has_%s", it->name);
         comma = ", ";

@@ -1,5 +1,6 @@
 /* Distillation on the GPU: one kernel forward (two visits to a row, the second of which finds it in
  * cache), one backward. Formulas in ops/distill.h; how a KL keeps its digits in core/kl.cuh. */
+#include "core/ce.cuh"
 #include "core/device.cuh"
 #include "core/kl.cuh"
 #include "distill.h"
@@ -112,8 +113,8 @@ SK_DEVICE pair<real> compare_apart(real a, real b, const anchors<real> &h, const
 
 /* ---- forward ---- */
 
-/* Sums over a row: of cross-entropy (see cpu/core/ce.h) and of each teacher. */
-enum { REST, TIES, ABOVE, OF_TEACHER };
+/* Sums over a row: of cross-entropy and of each teacher. */
+enum { OF_TEACHER = CE_SUMS };
 enum { SUM_P, SUM_Q, SUM_D, SUM_GQ, TEACHER_SUMS };
 enum { ROW_SUMS = OF_TEACHER + kTeachers * TEACHER_SUMS };
 
@@ -158,23 +159,6 @@ SK_DEVICE void add_teacher(const teacher &k, const stored (&a)[kItems], const st
     for (int j = 0; j < TEACHER_SUMS; j++) sum[j] += part[j];
 }
 
-/* Cross-entropy's in a step. */
-template <typename T, int kGroup, int kVec>
-SK_DEVICE void add_softmax(const sk_real<T> (&a)[sk_items<T>], int64_t base, int64_t C,
-                           sk_real<T> h, double *sum) {
-    typedef sk_real<T> real;
-    const scale<real> t = scale_of<real>(1);
-    real part[3] = {};
-    SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
-        if (sk_class<kGroup, kVec>(base, i) >= C) break;
-        const real x = a[i] - h;
-        part[REST] += x == 0 ? 0 : sk_exp2(x * t.log2e);
-        part[TIES] += x == 0 ? 1 : 0;
-        part[ABOVE] += a[i] <= (real)kLowest ? (real)INFINITY : -x;
-    }
-    for (int j = 0; j < 3; j++) sum[j] += part[j];
-}
-
 struct teacher_row {
     double level, dl, kl;
     bool poor;
@@ -209,15 +193,6 @@ SK_DEVICE teacher_row again(const forward_params &p, const teacher &k, int64_t n
     }
     sk_group_reduce<kGroup>(sum, sk_add());
     return conclude_teacher(k, sum, hu, hv);
-}
-
-/* -sum y log p from the sums; z_y is the target's logit. */
-SK_DEVICE double conclude_ce(const forward_params &p, const double (&sum)[ROW_SUMS], double level,
-                             double h, double z_y) {
-    const double smooth = p.label_smoothing;
-    const double hard = z_y <= kLowest ? INFINITY : (h - z_y) + level;
-    const double soft = smooth != 0 ? smooth * (level + sum[ABOVE] / SK_DIM(&p, C)) : 0;
-    return (smooth != 1 ? (1 - smooth) * hard : 0) + soft;
 }
 
 /* Leaves loss, parts and denominators from the sums of ce_rows, kl_rows and both weights. */
@@ -281,11 +256,11 @@ __global__ void __launch_bounds__(SK_BLOCK)
             }
         }
         if (sk_lane<kGroup>() != 0) continue;
-        const double level = w != 0 ? log(sum[TIES]) + log1p(sum[REST] / sum[TIES]) : 0;
+        const double level = w != 0 ? log_sum(sum) : 0;
         const double ce =
             labelled && has_ce(params)
                 ? p->ce_weight * w *
-                      conclude_ce(params, sum, level, top[0],
+                      conclude_ce(p->label_smoothing, C, sum, level, top[0],
                                   sk_widen(sk_row<T>(p->logits, n, s)[y * p->logits.stride[1]]))
                 : 0;
         double kl = 0;
@@ -318,10 +293,8 @@ struct teacher_slope {
 
 template <typename real>
 struct slope {
-    real h, inverse_p;        /* p_1 = e^(z - h) inverse_p */
-    real ce, rest, of_target; /* factor; label_smoothing / C; p_1 - y of the target */
+    ce_slope<real> ce;
     teacher_slope<real> of[kTeachers];
-    int64_t target;
     bool zero; /* no gradient, whatever the logits hold */
 };
 
@@ -334,20 +307,15 @@ SK_DEVICE slope<sk_real<T>> slope_of(const backward_params &p, const teacher (&k
     const real *const denominator = (const real *)p.denominators.data;
     const double h = *sk_cell<real>(p.levels, LARGEST, n, s);
     const double level = *sk_cell<real>(p.levels, LEVEL, n, s);
+    const int64_t y = target_of(p, n, s);
+    const bool labelled = factor != 0 && y >= 0 && has_ce(p);
+    const bool taught = factor != 0 && (y >= 0 || !p.mask_teachers || !p.target.data);
+    const double z_y =
+        labelled ? (double)sk_widen(sk_row<T>(p.logits, n, s)[y * p.logits.stride[1]]) : h;
     slope<real> x;
-    x.target = target_of(p, n, s);
-    const bool labelled = factor != 0 && x.target >= 0 && has_ce(p);
-    const bool taught = factor != 0 && (x.target >= 0 || !p.mask_teachers || !p.target.data);
-    x.h = (real)h;
-    x.inverse_p = (real)exp(-level);
-    x.ce = labelled ? (real)(p.ce_weight * factor / denominator[0]) : 0;
-    x.rest = (real)(p.label_smoothing / SK_DIM(&p, C));
-    x.zero = x.ce == 0;
-    x.of_target = 0;
-    if (labelled) {
-        const double z_y = sk_widen(sk_row<T>(p.logits, n, s)[x.target * p.logits.stride[1]]);
-        x.of_target = (real)(expm1((z_y - h) - level) + p.label_smoothing - x.rest);
-    }
+    x.ce = ce_slope_of<real>(h, level, labelled ? p.ce_weight * factor / denominator[0] : 0,
+                             p.label_smoothing, SK_DIM(&p, C), y, z_y);
+    x.zero = x.ce.factor == 0;
     for (int j = 0; j < kTeachers; j++) {
         const double T_j = k[j].T, own = k[j].own, dl = *sk_cell<double>(p.ratios, j, n, s);
         const double lse = h / T_j + *sk_cell<real>(p.levels, LEVEL_T + j, n, s);
@@ -359,13 +327,6 @@ SK_DEVICE slope<sk_real<T>> slope_of(const backward_params &p, const teacher (&k
         x.zero = x.zero && x.of[j].factor == 0;
     }
     return x;
-}
-
-/* The gradient of cross-entropy at class c. */
-template <typename real>
-SK_DEVICE real ce_gradient(const slope<real> &k, real z, int64_t c) {
-    const real p = sk_exp2((z - k.h) * scale_of<real>(1).log2e) * k.inverse_p;
-    return k.ce != 0 ? k.ce * (c == k.target ? k.of_target : p - k.rest) : 0;
 }
 
 /* Leaves grad_logits. */
@@ -384,7 +345,7 @@ __global__ void __launch_bounds__(SK_BLOCK)
             real a[sk_items<T>], b[sk_items<T>], grad[sk_items<T>];
             load_logits<T, kGroup, kVec>(p->logits, n, s, base, C, a);
             SK_UNROLL for (int i = 0; i < sk_items<T>; i++) grad[i] =
-                ce_gradient(m, a[i], sk_class<kGroup, kVec>(base, i));
+                ce_gradient(m.ce, a[i], sk_class<kGroup, kVec>(base, i));
             for (int j = 0; j < kTeachers; j++) {
                 if (k[j].weight == 0) continue;
                 const scale<real> t = scale_of<real>(k[j].T), own = scale_of<real>(k[j].own);

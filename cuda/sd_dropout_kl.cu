@@ -13,13 +13,6 @@ typedef struct sd_dropout_kl_backward_params backward_params;
 
 /* ---- forward ---- */
 
-/* w times the loss of a row. A direction that does not count may be infinite. */
-SK_DEVICE double value_of(const forward_params &p, const divergence &x, double w) {
-    const double forward = p.forward_weight != 0 ? p.forward_weight * x.forward : 0;
-    const double reverse = p.reverse_weight != 0 ? p.reverse_weight * x.reverse : 0;
-    return w * (p.temperature * p.temperature * (forward + reverse));
-}
-
 /* Leaves loss and denominator, from the sums of rows and weights. */
 template <typename real>
 SK_DEVICE void finish(const forward_params &p, const double (&total)[2]) {
@@ -46,7 +39,8 @@ __global__ void __launch_bounds__(SK_BLOCK, 3) sd_dropout_kl_kernel(const forwar
                                           p->u.stride[1], p->v.stride[1], SK_DIM(p, C),
                                           p->temperature});
         if (sk_lane<kGroup>() != 0) continue;
-        const double value = value_of(params, x, w);
+        const double value = w * (p->temperature * p->temperature *
+                                  weighted(x, p->forward_weight, p->reverse_weight));
         *sk_cell<real>(p->rows, n, s) = (real)value;
         *sk_cell<double>(p->saved, 0, n, s) = x.lse;
         *sk_cell<double>(p->saved, 1, n, s) = x.dl;
@@ -60,45 +54,15 @@ __global__ void __launch_bounds__(SK_BLOCK, 3) sd_dropout_kl_kernel(const forwar
 
 /* ---- backward ---- */
 
-/* What the gradients of a row need, besides its logits. */
 template <typename real>
-struct slope {
-    bool zero;              /* weight 0: no gradient, whatever the logits hold */
-    real f, r;              /* factors of p - q in dl/dv and dl/du */
-    real own_f, own_r;      /* factors of p * T (d - KL(p||q)) and q * T (d + KL(q||p)) */
-    anchors<real> h;        /* T lse of u and of v, T dl */
-    two<real> mid_f, mid_r; /* a - b where d = KL(p||q), d = -KL(q||p): a KL may be as large as d */
-};
-
-template <typename real>
-SK_DEVICE slope<real> slope_of(const backward_params &p, int64_t n, int64_t s) {
-    const double T = p.temperature, w = sk_weight<real>(p.weight, n, s);
+SK_DEVICE pair_slope<real> slope_of(const backward_params &p, int64_t n, int64_t s) {
+    const double w = sk_weight<real>(p.weight, n, s);
     const double factor = *sk_cell<real>(p.grad, n, s) * w / *(const real *)p.denominator.data;
-    const double f = factor * p.forward_weight, r = factor * p.reverse_weight;
-    const double own_f = p.detach_target ? 0 : f, own_r = p.detach_target ? 0 : r;
-    const double lse = *sk_cell<double>(p.saved, 0, n, s), dl = *sk_cell<double>(p.saved, 1, n, s);
-    /* a KL that does not count may be infinite */
-    const double kl_f = own_f != 0 ? *sk_cell<double>(p.saved, 2, n, s) : 0;
-    const double kl_r = own_r != 0 ? *sk_cell<double>(p.saved, 3, n, s) : 0;
-    slope<real> x;
-    x.zero = w == 0;
-    x.f = (real)(T * f);
-    x.r = (real)(T * r);
-    x.own_f = (real)own_f;
-    x.own_r = (real)own_r;
-    x.h = {split<real>(T * lse), split<real>(T * (lse - dl)), split<real>(T * dl)};
-    x.mid_f = split<real>(T * (dl + kl_f));
-    x.mid_r = split<real>(T * (dl - kl_r));
-    return x;
-}
-
-/* Replaces a pair of logits by its gradients. */
-template <typename real>
-SK_DEVICE void differentiate(const slope<real> &k, const scale<real> &t, real *a, real *b) {
-    const real lowest = (real)kLowest;
-    const pair<real> x = compare(sk_at_least(*a, lowest), sk_at_least(*b, lowest), k.h, t);
-    *a = k.zero ? 0 : k.own_f * x.p * distance(x.apart, k.mid_f) + k.r * x.diff;
-    *b = k.zero ? 0 : -k.own_r * x.q * distance(x.apart, k.mid_r) - k.f * x.diff;
+    const divergence x = {*sk_cell<double>(p.saved, 0, n, s), *sk_cell<double>(p.saved, 1, n, s),
+                          *sk_cell<double>(p.saved, 2, n, s), *sk_cell<double>(p.saved, 3, n, s),
+                          false};
+    return pair_slope_of<real>(x, p.temperature, factor * p.forward_weight,
+                               factor * p.reverse_weight, p.detach_target, w == 0);
 }
 
 /* Leaves grad_u and grad_v. */
@@ -111,7 +75,7 @@ __global__ void __launch_bounds__(SK_BLOCK, 3)
     const scale<real> t = scale_of<real>(p->temperature);
     for (int64_t row = sk_first_row<kGroup>(); row < count; row += sk_row_step<kGroup>()) {
         const int64_t n = row / S, s = row % S;
-        const slope<real> k = slope_of<real>(params, n, s);
+        const pair_slope<real> k = slope_of<real>(params, n, s);
         for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
             real a[sk_items<T>], b[sk_items<T>];
             sk_load<T, kGroup, kVec>(sk_row<T>(p->u, n, s), p->u.stride[1], base, C, 0, a);

@@ -266,7 +266,7 @@ def test_schema_is_the_contract() -> None:
         assert tuple(result.name for result in schema.returns) == tuple(
             item.name for item in of.outputs
         )
-        assert not schema.is_mutable
+        assert schema.is_mutable == any(item.kind == "INOUT" for item in of.items)
 
 
 # ---- errors ----

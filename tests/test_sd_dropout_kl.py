@@ -382,29 +382,3 @@ def test_float64_against_long_double(shape: tuple[int, ...], generator: torch.Ge
 @needs_torch_backend
 def test_torch_func_is_refused_with_a_sentence(generator: torch.Generator) -> None:
     harness.check_torch_func_is_refused(OP, pair(4, 6)(generator))
-
-
-# ---- the module ----
-
-
-@needs_torch_backend
-def test_module_is_the_papers_objective(generator: torch.Generator) -> None:
-    head = torch.nn.Linear(16, 10)
-    module = selfkd.nn.SDDropout(head, p=0.5, temperature=3.0, kl_weight=0.7)
-    h = torch.randn(8, 16, generator=generator, requires_grad=True)
-    target = torch.tensor([0, 1, 2, 3, 4, 5, 6, -100])
-    torch.manual_seed(5)
-    logits, loss = module(h, target)
-    torch.manual_seed(5)
-    u, v = head(F.dropout(h, 0.5)), head(F.dropout(h, 0.5))
-    kl = selfkd.reference.sd_dropout_kl(u[:7], v[:7], temperature=3.0)
-    torch.testing.assert_close(loss, F.cross_entropy(head(h), target) + 0.7 * kl)
-    torch.testing.assert_close(logits, head(h))
-    loss.backward()
-    assert head.weight.grad is not None
-    assert module(h, target, return_logits=False)[0] is None
-    torch.testing.assert_close(module.eval()(h), head(h))
-    with pytest.raises(ValueError, match="target is None"):
-        module.train()(h)
-    with pytest.raises(ValueError, match="p is 1, expected a number in"):
-        selfkd.nn.SDDropout(head, p=1.0)

@@ -8,17 +8,17 @@ NumPy arrays or any other DLPack producer and needs no PyTorch.
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from typing import Any
 
 from . import c
 from ._version import __version__
+from .contract import modules
 from .library import library_path, set_isa, set_num_threads
 
 __all__ = ["__version__", "c", "library_path", "set_isa", "set_num_threads"]
 
-# The folder is the registry: a module named like an operator of the library brings that operator's function.
-_OPERATORS = sorted({path.stem for path in Path(__file__).parent.glob("*.py")} & set(c.operators()))
+# The folder is the registry: a module that an operator of the library is named after brings the function.
+_OPERATORS = modules()
 
 
 def _load_torch_functions() -> None:

@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from . import library
@@ -52,7 +53,7 @@ class Item:
 
     @property
     def is_input(self) -> bool:
-        return self.kind in ("IN", "OPT", "GRAD")
+        return self.kind in ("IN", "INOUT", "OPT", "GRAD")
 
     @property
     def is_output(self) -> bool:
@@ -99,8 +100,13 @@ class Contract:
 @functools.cache
 def contract(op: str) -> Contract:
     """Read the contract of an operator from the library."""
+    return parse(op, library.text("selfkd_describe", op.encode()))
+
+
+def parse(op: str, text: str) -> Contract:
+    """A contract from its text, a row on each line."""
     items = []
-    for line in library.text("selfkd_describe", op.encode()).splitlines():
+    for line in text.strip().splitlines():
         kind, name, *rest = (field.strip().strip('"') for field in line.split(","))
         if kind == "RESIZE":
             items.append(Item(kind, name, shape=rest[1], rule=rest[0], default=0))
@@ -119,12 +125,20 @@ def operators() -> tuple[str, ...]:
     return tuple(library.text("selfkd_operators").splitlines())
 
 
+@functools.cache
+def modules() -> tuple[str, ...]:
+    """The modules that bring functions: those that an operator is named after, ``op`` or ``op_part``."""
+    stems = sorted(path.stem for path in Path(__file__).parent.glob("*.py"))
+    return tuple(x for x in stems if any(f"{op}_".startswith(f"{x}_") for op in operators()))
+
+
 class Choice:
     """The numbers of a CHOICE by its names; made once, for the compiler cannot read a contract."""
 
-    def __init__(self, op: str, name: str) -> None:
+    def __init__(self, op: str, name: str, of: Contract | None = None) -> None:
+        choices = (of or contract(op))[name].choices
         self.what = f"{op}: {name}"
-        self.codes = {value: code for code, value in enumerate(contract(op)[name].choices)}
+        self.codes = {value: code for code, value in enumerate(choices)}
 
     def __call__(self, value: str) -> int:
         code = self.codes.get(value)
@@ -249,7 +263,7 @@ class _Checker:
     def count_maps(self) -> int:
         """The number of maps that a '#' stands for."""
         return sum(
-            item.kind in ("IN", "OPT")
+            item.kind in ("IN", "INOUT", "OPT")
             and item.rule in ("FLOATING", "SAME")
             and self.tensors.get(item.name) is not None
             for item in self.contract.items
@@ -292,7 +306,7 @@ def check(contract: Contract, arguments: Mapping[str, Any]) -> _Checker:
         A shape, size or number is not accepted.
     """
     for item in contract.items:
-        if item.kind in ("IN", "GRAD") and arguments.get(item.name) is None:
+        if item.kind in ("IN", "INOUT", "GRAD") and arguments.get(item.name) is None:
             raise TypeError(f"{contract.name}: {item.name} is missing")
     checker = _Checker(contract, arguments)
     checker.tensor(contract[contract.first])

@@ -41,7 +41,10 @@ def by_name(of: Contract, values: tuple[Any, ...]) -> dict[str, Any]:
     return named
 
 
-def _register_fake(of: Contract) -> None:
+def register_fake(op: str) -> None:
+    """Register the fake kernel of an operator of the library."""
+    of = contract(op)
+
     def fake(*values: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
         named = by_name(of, values)
         checker = contracts.check(of, named)
@@ -213,7 +216,7 @@ def register(op: str, reference: Callable[..., torch.Tensor]) -> Operator:
     of = contract(op)
     registry = _registry()
     for name in (op, f"{op}_backward"):
-        _register_fake(contract(name))
+        register_fake(name)
     plan = _Plan(of)
     gradient = _gradient(plan, reference)
     run = getattr(torch.ops.selfkd, op).default
@@ -227,6 +230,25 @@ def register(op: str, reference: Callable[..., torch.Tensor]) -> Operator:
     registry.impl(op, autograd, "Autograd")  # type: ignore[no-untyped-call]
 
     return Operator(of, plan, gradient)
+
+
+def define(
+    of: Contract,
+    outputs: Sequence[str],
+    *,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    autograd: Callable[..., Any],
+) -> None:
+    """Define an operator that is made of others in Python, with the contract's arguments."""
+    types = {"REAL": "float", "INT": "int", "BOOL": "bool", "CHOICE": "int", "OPT": "Tensor?"}
+    takes = ", ".join(f"{types.get(item.kind, 'Tensor')} {item.name}" for item in of.items)
+    gives = ", ".join(f"Tensor {name}" for name in outputs)
+    registry = _registry()
+    registry.define(f"{of.name}({takes}) -> ({gives})", tags=(torch.Tag.pt2_compliant_tag,))
+    for key, function in (("CPU", run), ("CUDA", run), ("Autograd", autograd)):
+        registry.impl(of.name, function, key)  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"selfkd::{of.name}", fake, lib=registry)
 
 
 class Operator:

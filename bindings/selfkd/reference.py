@@ -7,9 +7,8 @@ double backward uses.
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 
-from .contract import operators
+from .contract import modules
 
-for _name in {path.stem for path in Path(__file__).parent.glob("*.py")} & set(operators()):
+for _name in modules():
     globals()[_name] = importlib.import_module(f".{_name}", __package__).reference

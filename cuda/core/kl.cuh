@@ -191,6 +191,12 @@ struct divergence {
     bool poor; /* a KL is a small difference of large terms, or large itself: it lost digits */
 };
 
+/* A direction that does not count may be infinite. */
+SK_DEVICE double weighted(const divergence &x, double forward_weight, double reverse_weight) {
+    return (forward_weight != 0 ? forward_weight * x.forward : 0) +
+           (reverse_weight != 0 ? reverse_weight * x.reverse : 0);
+}
+
 /* h(r) = r - log(1 + r), given the logarithm. */
 SK_DEVICE double log_gap(double r, double log1p_r) {
     if (!(fabs(r) < 0.1)) return r - log1p_r;
@@ -240,4 +246,44 @@ SK_DEVICE divergence diverge(const rows<T> &r) {
     if (!x.poor) return x;
     const double lse_u = r.temperature * x.lse, lse_v = r.temperature * (x.lse - x.dl);
     return measure<T, double, kGroup, kVec>(r, lse_u, lse_v);
+}
+
+/* ---- gradients ---- */
+
+/* What the gradients of a row need, besides its logits. */
+template <typename real>
+struct pair_slope {
+    bool zero;              /* weight 0: no gradient, whatever the logits hold */
+    real f, r;              /* factors of p - q in dl/dv and dl/du */
+    real own_f, own_r;      /* factors of p * T (d - KL(p||q)) and q * T (d + KL(q||p)) */
+    anchors<real> h;        /* T lse of u and of v, T dl */
+    two<real> mid_f, mid_r; /* a - b where d = KL(p||q), d = -KL(q||p): a KL may be as large as d */
+};
+
+/* f and r are the factors of KL(p||q) and of KL(q||p). */
+template <typename real>
+SK_DEVICE pair_slope<real> pair_slope_of(const divergence &of, double T, double f, double r,
+                                         bool detach, bool zero) {
+    const double own_f = detach ? 0 : f, own_r = detach ? 0 : r;
+    /* a KL that does not count may be infinite */
+    const double kl_f = own_f != 0 ? of.forward : 0, kl_r = own_r != 0 ? of.reverse : 0;
+    pair_slope<real> x;
+    x.zero = zero;
+    x.f = (real)(T * f);
+    x.r = (real)(T * r);
+    x.own_f = (real)own_f;
+    x.own_r = (real)own_r;
+    x.h = {split<real>(T * of.lse), split<real>(T * (of.lse - of.dl)), split<real>(T * of.dl)};
+    x.mid_f = split<real>(T * (of.dl + kl_f));
+    x.mid_r = split<real>(T * (of.dl - kl_r));
+    return x;
+}
+
+/* Replaces a pair of logits by its gradients. */
+template <typename real>
+SK_DEVICE void differentiate(const pair_slope<real> &k, const scale<real> &t, real *a, real *b) {
+    const real lowest = (real)kLowest;
+    const pair<real> x = compare(sk_at_least(*a, lowest), sk_at_least(*b, lowest), k.h, t);
+    *a = k.zero ? 0 : k.own_f * x.p * distance(x.apart, k.mid_f) + k.r * x.diff;
+    *b = k.zero ? 0 : -k.own_r * x.q * distance(x.apart, k.mid_r) - k.f * x.diff;
 }

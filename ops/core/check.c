@@ -352,7 +352,7 @@ int sk_fail_value(const sk_call *call, int item, int64_t row, double value) {
 /* ---- a call ---- */
 
 static bool is_input(const sk_item *it) {
-    return it->kind == SK_IN || it->kind == SK_OPT || it->kind == SK_GRAD;
+    return it->kind <= SK_GRAD;
 }
 
 /* The contract's order, but the first FLOATING tensor comes before those that are measured by it.

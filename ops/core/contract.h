@@ -3,6 +3,7 @@
  *
  * A row is X(kind, name, ...):
  *   IN      name, shape, dtype   input tensor
+ *   INOUT   name, shape, dtype   tensor that is read and written over (private operators only)
  *   OPT     name, shape, dtype   input tensor that may be absent: NULL in C, a flag in torch.ops
  *   GRAD    name, shape, dtype   incoming gradient: that shape, or one 0-d value for all of it
  *   OUT     name, shape, dtype   output tensor, compact
@@ -42,6 +43,7 @@
 
 enum sk_kind {
     SK_IN,
+    SK_INOUT,
     SK_OPT,
     SK_GRAD,
     SK_OUT,
@@ -108,6 +110,7 @@ typedef struct sk_item {
 /* The struct a kernel receives: struct <op>_params. */
 #define SK_FIELD(kind, ...) SK_FIELD_##kind(__VA_ARGS__)
 #define SK_FIELD_IN(name, shape, dtype) sk_arg name;
+#define SK_FIELD_INOUT(name, shape, dtype) sk_arg name;
 #define SK_FIELD_OPT(name, shape, dtype) sk_arg name;
 #define SK_FIELD_GRAD(name, shape, dtype) sk_arg name;
 #define SK_FIELD_OUT(name, shape, dtype) sk_arg name;
@@ -127,6 +130,7 @@ typedef struct sk_item {
 /* The struct a C caller fills: selfkd_<op>_args; and the function that takes it. */
 #define SK_PUBLIC(kind, ...) SK_PUBLIC_##kind(__VA_ARGS__)
 #define SK_PUBLIC_IN(name, shape, dtype) const selfkd_tensor *name;
+#define SK_PUBLIC_INOUT(name, shape, dtype) const selfkd_tensor *name;
 #define SK_PUBLIC_OPT(name, shape, dtype) const selfkd_tensor *name;
 #define SK_PUBLIC_GRAD(name, shape, dtype) const selfkd_tensor *name;
 #define SK_PUBLIC_OUT(name, shape, dtype) const selfkd_tensor *name;
@@ -154,6 +158,7 @@ typedef struct sk_item {
     {.name = #n, .kind = k, .rule = r, \
      .in_args = offsetof(sk_args, n), .in_params = offsetof(sk_params, n)},
 #define SK_ITEM_IN(name, shape, dtype) SK_ITEM_TENSOR(SK_IN, name, shape, SK_##dtype)
+#define SK_ITEM_INOUT(name, shape, dtype) SK_ITEM_TENSOR(SK_INOUT, name, shape, SK_##dtype)
 #define SK_ITEM_OPT(name, shape, dtype) SK_ITEM_TENSOR(SK_OPT, name, shape, SK_##dtype)
 #define SK_ITEM_GRAD(name, shape, dtype) SK_ITEM_TENSOR(SK_GRAD, name, shape, SK_##dtype)
 #define SK_ITEM_OUT(name, shape, dtype) SK_ITEM_TENSOR(SK_OUT, name, shape, SK_##dtype)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from ..sd_dropout_kl import sd_dropout_kl
+from ..sd_dropout_head import sd_dropout_head
 
 
 class SDDropout(nn.Module):
-    """A linear head trained with SD-Dropout.
+    """A linear head trained with SD-Dropout: :func:`selfkd.sd_dropout_head` as a module.
 
     The loss is ``F.cross_entropy(head(h), target) + kl_weight * sd_dropout_kl(u, v)``, where u and
     v are the head's logits of two dropout samples of the features h.
@@ -29,6 +28,8 @@ class SDDropout(nn.Module):
     label_smoothing, ignore_index
         As for :func:`torch.nn.functional.cross_entropy`. Rows with target `ignore_index` count in
         neither term.
+    chunk_bytes
+        Room for logits; see :func:`selfkd.sd_dropout_head`.
 
     Notes
     -----
@@ -48,6 +49,7 @@ class SDDropout(nn.Module):
         detach_target: bool = False,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
+        chunk_bytes: int = 64 << 20,
     ) -> None:
         super().__init__()
         if not 0 <= p < 1:
@@ -60,6 +62,7 @@ class SDDropout(nn.Module):
             detach_target,
         )
         self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
+        self.chunk_bytes = chunk_bytes
 
     def forward(
         self, features: torch.Tensor, target: torch.Tensor | None = None, return_logits: bool = True
@@ -73,29 +76,35 @@ class SDDropout(nn.Module):
         target
             Class of each row, (N,) int64; needed in training mode.
         return_logits
-            Return the logits without dropout beside the loss (else None in their place).
+            Return the logits without dropout, detached, beside the loss (else None in their place).
         """
-        logits: torch.Tensor = self.head(features)
         if not self.training:
+            logits: torch.Tensor = self.head(features)
             return logits
         if target is None:
             raise ValueError(
                 "SDDropout: target is None, expected the class of each row in training mode"
             )
-        u, v = (self.head(F.dropout(features, self.p)) for _ in range(2))
-        loss = F.cross_entropy(
-            logits, target, label_smoothing=self.label_smoothing, ignore_index=self.ignore_index
-        )
-        kl = sd_dropout_kl(
-            u,
-            v,
+        found = sd_dropout_head(
+            features,
+            self.head.weight,
+            self.head.bias,
+            target,
+            p=self.p,
             temperature=self.temperature,
+            kl_weight=self.kl_weight,
             forward_weight=self.forward_weight,
             reverse_weight=self.reverse_weight,
             detach_target=self.detach_target,
-            weight=target != self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            chunk_bytes=self.chunk_bytes,
+            return_logits=return_logits,
         )
-        return logits if return_logits else None, loss + self.kl_weight * kl
+        if not return_logits:
+            return None, found
+        loss, logits = found
+        return logits, loss
 
     def extra_repr(self) -> str:
         return f"p={self.p}, temperature={self.temperature}, kl_weight={self.kl_weight}"

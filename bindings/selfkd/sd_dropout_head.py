@@ -1,0 +1,469 @@
+"""SD-Dropout's whole objective on features: a linear layer and its loss, without storing logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from . import arguments, contract, operators
+from .dropout_views import reference as reference_views
+from .sd_dropout_kl import reference as reference_kl
+
+_OP = "sd_dropout_head"
+_ROWS = f"{_OP}_rows"
+_CONTRACT = contract.parse(
+    _OP,
+    """
+    IN,     features,        NK, FLOATING
+    IN,     weight,          CK, SAME
+    OPT,    bias,            C,  SAME
+    IN,     target,          N,  INDEX
+    OPT,    row_weight,      N,  WEIGHT
+    OPT,    divisor,         ,   ACC
+    IN,     seed,            ,   SEED
+    REAL,   p,               BELOW_ONE, 0.5
+    REAL,   temperature,     POSITIVE, 3.0
+    REAL,   kl_weight,       NONNEGATIVE, 1.0
+    REAL,   forward_weight,  NONNEGATIVE, 1.0
+    REAL,   reverse_weight,  NONNEGATIVE, 1.0
+    BOOL,   detach_target,   ANY, 0
+    REAL,   label_smoothing, FRACTION, 0.0
+    INT,    ignore_index,    ANY, -100
+    CHOICE, reduction,       none|mean|sum, 1
+    INT,    chunk_bytes,     NONNEGATIVE, 67108864
+    BOOL,   return_logits,   ANY, 0
+    INT,    wanted,          NONNEGATIVE, 0
+    """,
+)
+_NAMES = [item.name for item in _CONTRACT.items]
+_REDUCTION, _NONE, _MEAN = _NAMES.index("reduction"), 0, 1
+_BITS = _FEATURES, _WEIGHT, _BIAS = 1, 2, 4  # gradients that are `wanted`
+_LIVE = len(_BITS)  # the first arguments
+
+operators.register_fake(_ROWS)
+_rows = getattr(torch.ops.selfkd, _ROWS).default
+_views = torch.ops.selfkd.dropout_views.default
+_views_backward = torch.ops.selfkd.dropout_views_backward.default
+
+
+def _seed(features: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """A new seed for the masks, on the device of the features: nothing waits for it."""
+    return torch.randint(
+        -(2**63), 2**63 - 1, (), dtype=torch.int64, device=features.device, generator=generator
+    )
+
+
+def _accumulator(features: torch.Tensor) -> torch.dtype:
+    return torch.float64 if features.dtype == torch.float64 else torch.float32
+
+
+def _kept(target: torch.Tensor, row_weight: torch.Tensor | None, ignore_index: int) -> torch.Tensor:
+    """Weight of each row, 0 (False) where its target is ignored."""
+    counted = target != ignore_index
+    return counted if row_weight is None else row_weight * counted
+
+
+def reference(
+    features: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    *,
+    p: float = 0.5,
+    temperature: float = 3.0,
+    kl_weight: float = 1.0,
+    forward_weight: float = 1.0,
+    reverse_weight: float = 1.0,
+    detach_target: bool = False,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    row_weight: torch.Tensor | None = None,
+    reduction: str = "mean",
+    divisor: float | torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    chunk_bytes: int = 64 << 20,
+    return_logits: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """:func:`selfkd.sd_dropout_head` in plain PyTorch, differentiable any number of times.
+
+    Same arguments, seeds and masks; all logits are stored, whatever `chunk_bytes` is.
+    """
+    acc = _accumulator(features)
+    wide = features.to(acc)
+    views = reference_views(wide, _seed(features, generator), p=p)
+    logits, u, v = F.linear(views, weight.to(acc), None if bias is None else bias.to(acc))
+    w = _kept(target, row_weight, ignore_index)
+    live = w != 0
+    rows = F.cross_entropy(
+        logits.masked_fill(~live[:, None], 0),
+        target.masked_fill(~live, 0),
+        label_smoothing=label_smoothing,
+        reduction="none",
+    )
+    if kl_weight != 0:
+        rows = rows + kl_weight * reference_kl(
+            u,
+            v,
+            temperature=temperature,
+            forward_weight=forward_weight,
+            reverse_weight=reverse_weight,
+            detach_target=detach_target,
+            weight=live,
+            reduction="none",
+        )
+    rows = torch.where(live, w.to(acc) * rows, 0)
+    loss = arguments.reduce_rows(rows, w, reduction, divisor)
+    return (loss, logits.detach().to(features.dtype)) if return_logits else loss
+
+
+# ---- the operator ----
+
+
+class _Head:
+    """One call: its chunks of rows, the buffers they share, and what they add up to."""
+
+    def __init__(
+        self, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, size: int
+    ) -> None:
+        acc = _accumulator(features)
+        half = features.dtype != acc
+        # Half types: on CUDA the products take halves and give float32; PyTorch has no such product
+        # on the CPU, where the operands are converted.
+        self.mixed = half and features.is_cuda
+        self.weight = weight if self.mixed else weight.to(acc)
+        self.bias = None if bias is None else bias.to(acc)
+        self.logits = features.new_empty((3 * size, weight.shape[0]), dtype=acc)
+
+    def product(
+        self, x: torch.Tensor, y: torch.Tensor, out: torch.Tensor, add: bool = False
+    ) -> torch.Tensor:
+        """x @ y, added to `out` or in its place."""
+        if self.mixed:
+            found = torch.mm(x.to(y.dtype), y.to(self.weight.dtype), out_dtype=out.dtype)
+            return out.add_(found) if add else out.copy_(found)
+        return out.addmm_(x, y) if add else torch.mm(x, y, out=out)
+
+    def views(
+        self, features: torch.Tensor, seed: torch.Tensor, p: float, first: int
+    ) -> torch.Tensor:
+        """The operand of the stacked product, (3 n, K)."""
+        x = features if self.mixed else features.to(self.logits.dtype)
+        return _views(x, seed, p, first).flatten(0, 1)
+
+    def make_logits(self, views: torch.Tensor) -> torch.Tensor:
+        out = self.logits[: views.shape[0]]
+        if self.bias is not None and not self.mixed:
+            return torch.addmm(self.bias, views, self.weight.t(), out=out)
+        self.product(views, self.weight.t(), out)
+        return out if self.bias is None else out.add_(self.bias)
+
+
+def _check(values: tuple[Any, ...]) -> None:
+    """The contract, and room for one row."""
+    named = dict(zip(_NAMES, values, strict=True))
+    contract.check(_CONTRACT, named)
+    row = 3 * named["weight"].shape[0] * _accumulator(named["features"]).itemsize
+    if named["chunk_bytes"] < row:
+        raise ValueError(
+            f"{_OP}: chunk_bytes is {named['chunk_bytes']}, expected at least {row}, the logits of one row"
+        )
+
+
+def _check_target(target: torch.Tensor, classes: int, ignore_index: int) -> None:
+    """Values are looked at on the CPU only, here rather than in chunks, for the position in the batch."""
+    if target.is_cuda:
+        return
+    bad = (target != ignore_index) & ((target < 0) | (target >= classes))
+    if bad.any():
+        at = int(bad.nonzero()[0])
+        raise ValueError(
+            f"{_OP}: target is {int(target[at])} at position [{at}], expected 0 to {classes - 1}, or "
+            f"ignore_index, {ignore_index}"
+        )
+
+
+def _forward(
+    features: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    row_weight: torch.Tensor | None,
+    divisor: torch.Tensor | None,
+    seed: torch.Tensor,
+    p: float,
+    temperature: float,
+    kl_weight: float,
+    forward_weight: float,
+    reverse_weight: float,
+    detach_target: bool,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: int,
+    chunk_bytes: int,
+    return_logits: bool,
+    wanted: int,
+) -> tuple[torch.Tensor, ...]:
+    """Loss, rows, denominator, logits, and the gradients of the sum of rows that are wanted; the
+    others are empty."""
+    (N, K), C, acc = features.shape, weight.shape[0], _accumulator(features)
+    _check_target(target, C, ignore_index)
+    size = min(max(N, 1), chunk_bytes // (3 * C * acc.itemsize))
+    head = _Head(features, weight, bias, size)
+    rows = features.new_empty(N, dtype=acc)
+    logits = features.new_empty((N, C) if return_logits else 0)
+    grad_features = features.new_empty((N, K) if wanted & _FEATURES else 0, dtype=acc)
+    grad_weight = features.new_zeros((C, K) if wanted & _WEIGHT else 0, dtype=acc)
+    grad_bias = features.new_zeros(C if wanted & _BIAS else 0, dtype=acc)
+    numbers = (temperature, kl_weight, forward_weight, reverse_weight, detach_target)
+    numbers += (label_smoothing, ignore_index, wanted != 0)
+    for first in range(0, N, size):
+        part = slice(first, min(first + size, N))
+        n = part.stop - first
+        views = head.views(features[part], seed, p, first)
+        stacked = head.make_logits(views)
+        z, u, v = stacked.view(3, n, C)
+        if return_logits:
+            logits[part] = z
+        w = z if row_weight is None else row_weight[part]
+        rows[part] = _rows(z, u, v, target[part], w, row_weight is not None, *numbers)
+        if wanted & _FEATURES:
+            grad = head.product(stacked, head.weight, torch.empty_like(views, dtype=acc))
+            grad_features[part] = _views_backward(
+                grad.view(3, n, K), grad_features[part], seed, p, first
+            )
+        if wanted & _WEIGHT:
+            head.product(stacked.t(), views, grad_weight, add=True)
+        if wanted & _BIAS:
+            grad_bias += stacked.sum(0)
+    denominator = rows.new_ones(())
+    if reduction == _MEAN:
+        denominator = (
+            _kept(target, row_weight, ignore_index).to(acc).sum() if divisor is None else divisor
+        )
+    loss = (rows.sum(dtype=torch.float64) / denominator).to(acc)
+    return loss, rows, denominator.clone(), logits, grad_features, grad_weight, grad_bias
+
+
+def _run(*values: Any) -> tuple[torch.Tensor, ...]:
+    _check(values)
+    return _forward(*values)
+
+
+def _fake(*values: Any) -> tuple[torch.Tensor, ...]:
+    _check(values)
+    features, weight, *_, return_logits, wanted = values
+    (N, K), C, acc = features.shape, weight.shape[0], _accumulator(features)
+    logits = features.new_empty((N, C) if return_logits else (0,))
+    shapes = [(N, K) if wanted & _FEATURES else (0,), (C, K) if wanted & _WEIGHT else (0,)]
+    shapes += [(C,) if wanted & _BIAS else (0,)]
+    loss, rows, denominator, *grads = (
+        features.new_empty(shape, dtype=acc) for shape in [(), (N,), (), *shapes]
+    )
+    return loss, rows, denominator, logits, *grads
+
+
+class _Gradient(torch.autograd.Function):
+    """Forward makes the gradients of the sum of rows, where the logits are; backward scales them.
+
+    With reduction "none" each row is scaled by a number of its own: then backward makes them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: tuple[Any, ...], *live: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        wanted = sum(
+            bit for bit, needed in zip(_BITS, ctx.needs_input_grad[1:], strict=True) if needed
+        )
+        ctx.by_row = values[_REDUCTION] == _NONE
+        ctx.values = tuple(
+            None if isinstance(x, torch.Tensor) else x for x in (*values[:-1], wanted)
+        )
+        ctx.dtypes = [None if x is None else x.dtype for x in live]
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = _head(*values[:-1], 0 if ctx.by_row else wanted)
+        _, _, denominator, _, *grads = outputs
+        if ctx.by_row:
+            ctx.save_for_backward(*(x if isinstance(x, torch.Tensor) else None for x in values))
+        else:
+            ctx.save_for_backward(denominator, *grads)
+        result = int(ctx.by_row)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*outputs[:result], *outputs[result + 1 :])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        grad = incoming[int(ctx.by_row)]
+        if grad is None:
+            return (None,) * 4
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{_OP} has no double backward; for create_graph=True compose it of "
+                "u, v and logits = F.linear(selfkd.dropout_views(features, seed), weight, bias), "
+                "F.cross_entropy and selfkd.sd_dropout_kl"
+            )
+        if ctx.by_row:
+            tensors = zip(ctx.saved_tensors, ctx.values, strict=True)
+            named = dict(
+                zip(_NAMES, (number if x is None else x for x, number in tensors), strict=True)
+            )
+            row_weight = named["row_weight"]
+            named["row_weight"] = grad if row_weight is None else grad * row_weight
+            _, _, _, _, *grads = _head(*named.values())
+            scale = None
+        else:
+            denominator, *grads = ctx.saved_tensors
+            scale = torch.where(denominator == 0, 0, grad / denominator)
+        found = [
+            (x if scale is None else x * scale).to(dtype) if ctx.values[-1] & bit else None
+            for bit, x, dtype in zip(_BITS, grads, ctx.dtypes, strict=True)
+        ]
+        return None, *found
+
+
+def _autograd(*values: Any) -> tuple[torch.Tensor, ...]:
+    live = values[:_LIVE]
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in live):
+        return _Gradient.apply(values, *live)  # type: ignore[no-any-return, no-untyped-call]
+    with torch._C._AutoDispatchBelowAutograd():
+        return _head(*values)  # type: ignore[no-any-return]
+
+
+_OUTPUTS = "loss, rows, denominator, logits, grad_features, grad_weight, grad_bias"
+operators.define(_CONTRACT, _OUTPUTS.split(", "), run=_run, fake=_fake, autograd=_autograd)
+_head = getattr(torch.ops.selfkd, _OP).default
+_reduction = contract.Choice(_OP, "reduction", _CONTRACT)
+
+
+def sd_dropout_head(
+    features: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    *,
+    p: float = 0.5,
+    temperature: float = 3.0,
+    kl_weight: float = 1.0,
+    forward_weight: float = 1.0,
+    reverse_weight: float = 1.0,
+    detach_target: bool = False,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    row_weight: torch.Tensor | None = None,
+    reduction: str = "mean",
+    divisor: float | torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    chunk_bytes: int = 64 << 20,
+    return_logits: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    r"""The whole SD-Dropout objective of a linear layer on pooled features, without storing its logits.
+
+    .. math::
+        CE(fc(h), y) + \lambda \, T^2 \, [\, w_f \, KL(p \| q) + w_r \, KL(q \| p) \,], \quad
+        p = softmax(fc(m_u \odot h)/T), \; q = softmax(fc(m_v \odot h)/T)
+
+    with two dropout samples :math:`m_u, m_v` of the features. Logits and their gradients exist for a
+    chunk of rows at a time; the gradients of features, weight and bias are made in forward.
+
+    Parameters
+    ----------
+    features
+        h, shape (N, K), float16, bfloat16, float32 or float64.
+    weight, bias
+        Of the layer fc, shapes (C, K) and (C,) or None, in the dtype of the features (under autocast
+        all three are cast, as :func:`torch.nn.functional.linear` does). They may be shared with the
+        model's classifier.
+    target
+        Class of each row, shape (N,), int64. Rows of `ignore_index` count in neither term.
+    p
+        Dropout probability, 0 <= p < 1.
+    temperature, forward_weight, reverse_weight, detach_target
+        As for :func:`selfkd.sd_dropout_kl`.
+    kl_weight
+        :math:`\lambda` >= 0. The paper uses 1 alone and 0.1 beside other distillation losses.
+    label_smoothing, ignore_index
+        As for :func:`torch.nn.functional.cross_entropy`.
+    row_weight
+        Weight of each row, or a bool mask, shape (N,), float32 (float64 with float64 features) or
+        bool. A row of weight 0 is skipped: value 0 and gradient 0, even where its features are NaN.
+    reduction
+        ``"mean"``: weighted sum over the sum of the weights of the rows that are not ignored;
+        ``"sum"``; ``"none"``: one value for each row (its backward makes the logits a second time).
+    divisor
+        Denominator of ``"mean"`` instead: a positive number or a 0-d tensor.
+    generator
+        Of the seed of the masks, on the features' device; default: PyTorch's own.
+    chunk_bytes
+        Room for logits, in bytes: chunks have chunk_bytes // (12 C) rows (24 C for float64), at least
+        one. Beside it, each chunk has its views of the features and their gradient (24 K bytes a row
+        in float32); the call has the gradients of features and weight in float32, for half types on
+        the CPU also the weight in float32.
+    return_logits
+        Return the logits of the features without dropout too, detached, (N, C), for accuracy: this
+        stores them.
+
+    Returns
+    -------
+    torch.Tensor or (torch.Tensor, torch.Tensor)
+        Loss: 0-d (``"none"``: shape (N,)), float32, or float64 for float64 features. And the logits.
+
+    Raises
+    ------
+    TypeError
+        A dtype or device that is not accepted.
+    ValueError
+        A shape or number that is not accepted; `chunk_bytes` too small for one row; on the CPU also a
+        target out of range. On CUDA a target out of range is a device assertion.
+    RuntimeError
+        In backward with ``create_graph=True``; the sentence names the composition to use instead.
+
+    Notes
+    -----
+    Source: Lee, Park, Seo, Kang, "Self-Knowledge Distillation via Dropout", arXiv 2208.05642; the
+    objective as in the authors' code, models/methods.py: the cross-entropy sees the features without
+    dropout. The masks are those of :func:`selfkd.dropout_views` under a seed drawn for each call, so
+    ``torch.manual_seed`` repeats them. Logits stay float32 from the product to the gradient (float64
+    for float64), and weight gradients add up in it; the gradients are rounded to their dtype once,
+    after scaling, so that small ones survive in float16. Half types: on CUDA products take halves
+    and give float32; on the CPU PyTorch has none that do, and operands are converted to float32.
+
+    Examples
+    --------
+    >>> loss = selfkd.sd_dropout_head(features, fc.weight, fc.bias, target, p=0.5, temperature=3.0)
+    """
+    if row_weight is not None:
+        arguments.without_gradient(_OP, "row_weight", row_weight)
+    device = features.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        features, weight = features.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if divisor is not None:
+        divisor = arguments.divisor_tensor(_OP, divisor, reduction, features)
+    call = _head if torch.compiler.is_compiling() else _autograd
+    loss, rows, _, logits, *_ = call(
+        features,
+        weight,
+        bias,
+        target,
+        row_weight,
+        divisor,
+        _seed(features, generator),
+        p,
+        temperature,
+        kl_weight,
+        forward_weight,
+        reverse_weight,
+        detach_target,
+        label_smoothing,
+        ignore_index,
+        _reduction(reduction),
+        chunk_bytes,
+        return_logits,
+        0,
+    )
+    result = rows if reduction == "none" else loss
+    return (result, logits) if return_logits else result

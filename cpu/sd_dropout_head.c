@@ -1,0 +1,171 @@
+/* The rows of the SD-Dropout objective on the CPU: see ops/sd_dropout_head.h for the formula,
+ * cpu/core/ce.h, pair.h and kl.h for what is done to a row. A row is finished before the next
+ * begins: its gradients replace logits that are still in cache. */
+#include "sd_dropout_head.h"
+#include "cpu/core/ce.h"
+#include "cpu/core/chunk.h"
+#include "cpu/core/kernel.h"
+#include "cpu/core/pair.h"
+#include "cpu/core/values.h"
+
+SK_PARAMS(sd_dropout_head_rows)
+typedef struct sd_dropout_head_rows_params row_params;
+
+/* The rows of a task: their weights, 0 where the target is ignored, and classes. */
+typedef struct labels {
+    SK_ALIGNED real weight[SK_PITCH];
+    SK_ALIGNED int32_t target[SK_PITCH];
+    SK_ALIGNED real of_target[SK_PITCH]; /* the logits of the targets */
+} labels;
+
+static bool load_labels(const row_params *p, const sk_rows *r, labels *to) {
+    bool any = false;
+    sk_load_scalars(r, &p->weight, to->weight);
+    sk_load_targets(r, &p->target, p->ignore_index, to->target);
+    sk_load_target_logits(r, &p->z, to->target, to->of_target);
+    for (int64_t i = 0; i < r->width; i++) {
+        if (to->target[i] < 0) to->weight[i] = 0;
+        any |= to->weight[i] != 0;
+    }
+    return any;
+}
+
+/* ---- cross-entropy ---- */
+
+/* Leaves each row's largest logit, log P and loss, from two visits to z. */
+static void cross_entropy(const row_params *p, const sk_rows *r, const labels *of, sk_softmax *m,
+                          double *level, double *ce) {
+    SK_ALIGNED real tile[SK_TILE];
+    const real *x[SK_GROUPS];
+    const int64_t step = sk_tile_classes(r);
+    for (int i = 0; i < SK_CE_SUMS; i++)
+        memset(m->sum[i], 0, (size_t)sk_scalars(r) * sizeof(double));
+    for (int64_t i = 0; i < r->width; i++) m->h[i] = -INFINITY;
+    for (int64_t c = 0; c < r->C; c += step) {
+        const int64_t classes = sk_min(step, r->C - c), depth = sk_depth(r, classes);
+        sk_load_tile(r, &p->z, c, classes, tile, x);
+        for (int64_t g = 0; g < r->groups; g++) sk_raise(r, x[g], depth, g, m->h);
+    }
+    for (int64_t i = 0; i < r->width; i++) m->h[i] = sk_anchor(m->h[i]);
+    for (int64_t c = 0; c < r->C; c += step) {
+        const int64_t classes = sk_min(step, r->C - c), depth = sk_depth(r, classes);
+        if (r->C > step) sk_load_tile(r, &p->z, c, classes, tile, x);
+        for (int64_t g = 0; g < r->groups; g++) {
+            sk_add_exponentials(SK_FRESH, r, x[g], sk_next_tile(r, &p->z, g, c), depth, g, NULL, m);
+            if (p->label_smoothing != 0) sk_add_above(r, x[g], classes, g, m);
+        }
+    }
+    sk_conclude_ce(r, m, of->of_target, p->label_smoothing, level, ce);
+}
+
+/* Writes its gradient over z. */
+static void differentiate_z(const row_params *p, const sk_rows *r, const labels *of,
+                            const sk_softmax *m, const double *log_sum) {
+    SK_ALIGNED real buffer[2][SK_RUN], level[SK_PITCH] = {0};
+    SK_ALIGNED sk_ce_scalars ce = {{0}};
+    SK_ALIGNED double factor[SK_PITCH] = {0};
+    for (int64_t i = 0; i < r->width; i++) {
+        factor[i] = of->weight[i];
+        ce[SK_LARGEST][i] = m->h[i];
+        level[i] = (real)log_sum[i];
+    }
+    sk_set_ce(r, factor, of->of_target, level, p->label_smoothing, ce);
+    for (sk_run run = {0}; sk_next_run(r, &run);) {
+        const real *const z = sk_read_run(r, &p->z, run, buffer[0]);
+        real *const grad = buffer[1];
+        memset(grad, 0, sizeof buffer[1]);
+        if (of->weight[run.row] != 0)
+            sk_ce_run(false, SK_FRESH, run, of->target, ce, z, sk_next_read(r, &p->z, run), NULL,
+                      grad);
+        sk_put(&p->z, sk_run_at(r, &p->z, run), sk_run_stride(r, &p->z), run.n, grad);
+    }
+}
+
+/* ---- divergence ---- */
+
+/* Writes their gradients over u and v. */
+static void differentiate_views(const row_params *p, const sk_rows *r, const sk_pair *pair,
+                                const labels *of, sk_term_weights w, const sk_divergences *x) {
+    SK_ALIGNED real buffer[4][SK_RUN];
+    SK_ALIGNED sk_pair_scalars m;
+    SK_ALIGNED double factor[SK_PITCH] = {0};
+    for (int64_t i = 0; i < r->width; i++)
+        factor[i] = x->forward[i] == 0 && x->reverse[i] == 0
+                        ? 0
+                        : p->kl_weight * p->temperature * of->weight[i];
+    sk_set_pair(r, &pair->t, x, factor, m);
+    for (sk_run run = {0}; sk_next_run(r, &run);) {
+        const sk_diverged_row row = {x->lse[run.row], x->dl[run.row], x->forward[run.row],
+                                     x->reverse[run.row]};
+        if (factor[run.row] != 0 && !sk_is_ordinary(row.forward, row.reverse)) {
+            if (run.c == 0)
+                sk_careful_gradient(r, pair, run.row, row, factor[run.row], w, &p->u, &p->v);
+            continue;
+        }
+        const real *const u = sk_read_run(r, &p->u, run, buffer[0]);
+        const real *const v = sk_read_run(r, &p->v, run, buffer[1]);
+        sk_pair_run(false, &pair->t, w, run, m, u, v, sk_next_read(r, &p->u, run),
+                    sk_next_read(r, &p->v, run), buffer[2], buffer[3]);
+        sk_put(&p->u, sk_run_at(r, &p->u, run), sk_run_stride(r, &p->u), run.n, buffer[2]);
+        sk_put(&p->v, sk_run_at(r, &p->v, run), sk_run_stride(r, &p->v), run.n, buffer[3]);
+    }
+}
+
+/* ---- the task ---- */
+
+static void row_task(const row_params *p, const sk_rows *r, const sk_pair *pair,
+                     sk_term_weights w) {
+    labels of;
+    sk_softmax softmax;
+    sk_divergences kl = {{0}, {0}, {0}, {0}};
+    SK_ALIGNED double level[SK_PITCH] = {0}, ce[SK_PITCH] = {0};
+    if (load_labels(p, r, &of)) {
+        cross_entropy(p, r, &of, &softmax, level, ce);
+        if (p->kl_weight != 0) sk_diverge(r, pair, of.weight, &kl);
+    } else {
+        memset(softmax.h, 0, sizeof softmax.h);
+    }
+    const double TT = p->temperature * p->temperature, wf = p->forward_weight,
+                 wr = p->reverse_weight;
+    for (int64_t i = 0; i < r->width; i++) {
+        if (of.weight[i] == 0) kl.lse[i] = kl.dl[i] = kl.forward[i] = kl.reverse[i] = 0;
+        const double sum = (wf != 0 ? wf * kl.forward[i] : 0) + (wr != 0 ? wr * kl.reverse[i] : 0);
+        const double loss = ce[i] + (p->kl_weight != 0 ? p->kl_weight * TT * sum : 0);
+        ((real *)p->rows.data)[r->n + i] = of.weight[i] != 0 ? (real)(of.weight[i] * loss) : 0;
+    }
+    if (!p->differentiate) return;
+    differentiate_z(p, r, &of, &softmax, level);
+    differentiate_views(p, r, pair, &of, w, &kl);
+}
+
+/* ---- the kernel ---- */
+
+static sk_rows all_rows(const row_params *p) {
+    return sk_rows_of(&p->z, SK_DIM(p, N), SK_DIM(p, C), 1);
+}
+
+static sk_work work_of(const void *params) {
+    const sk_rows all = all_rows(params);
+    return sk_work_of(&all, 3);
+}
+
+static void do_rows(const void *params, int64_t begin, int64_t end) {
+    const row_params *const p = params;
+    const sk_rows all = all_rows(p);
+    const sk_pair pair = {&p->u, &p->v, sk_scale_of(p->temperature)};
+    const real forward = (real)p->forward_weight, reverse = (real)p->reverse_weight;
+    const sk_term_weights w = {forward, reverse, p->detach_target ? 0 : forward,
+                               p->detach_target ? 0 : reverse};
+    for (int64_t i = begin; i < end; i++) {
+        const sk_rows r = sk_task(&all, i);
+        row_task(p, &r, &pair, w);
+    }
+}
+
+static sk_bad first_bad(const void *params) {
+    const row_params *const p = params;
+    return sk_bad_target(&p->target, p->ignore_index, SK_DIM(p, N), SK_DIM(p, C), 1,
+                         offsetof(row_params, target));
+}
+
+const sk_cpu_kernel SK_CPU(sd_dropout_head_rows) = {work_of, do_rows, NULL, first_bad};

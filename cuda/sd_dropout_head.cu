@@ -1,0 +1,110 @@
+/* The rows of the SD-Dropout objective on the GPU, in one kernel: each group of threads finishes a
+ * row, and writes gradients over logits that it has just read. Formula in ops/sd_dropout_head.h. */
+#include "core/ce.cuh"
+#include "core/device.cuh"
+#include "core/kl.cuh"
+#include "sd_dropout_head.h"
+
+extern "C" {
+SK_PARAMS(sd_dropout_head_rows)
+}
+typedef struct sd_dropout_head_rows_params row_params;
+
+/* The class of a row; -1 where it is ignored. */
+SK_DEVICE int64_t target_of(const row_params &p, int64_t n) {
+    const int64_t y = *sk_cell<int64_t>(p.target, n, 0);
+    if (y == p.ignore_index) return -1;
+    sk_assert(y >= 0 && y < SK_DIM(&p, C),
+              "sd_dropout_head: target is no class and not ignore_index");
+    return y;
+}
+
+/* Leaves the sums of cross-entropy, the same in all threads, and the largest logit. */
+template <typename T, int kGroup, int kVec>
+SK_DEVICE sk_real<T> add_row(const row_params &p, int64_t n, double (&sum)[CE_SUMS]) {
+    typedef sk_real<T> real;
+    const int64_t C = SK_DIM(&p, C);
+    const real lowest = (real)kLowest;
+    const T *const z = sk_row<T>(p.z, n, 0);
+    real top[1] = {lowest}, a[sk_items<T>];
+    for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
+        sk_load<T, kGroup, kVec>(z, p.z.stride[1], base, C, lowest, a);
+        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) top[0] = sk_max(top[0], a[i]);
+    }
+    sk_group_reduce<kGroup>(top, sk_larger());
+    if (top[0] <= lowest) top[0] = (real)NAN;
+    for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
+        sk_load<T, kGroup, kVec>(z, p.z.stride[1], base, C, lowest, a);
+        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) a[i] = sk_at_least(a[i], lowest);
+        add_softmax<T, kGroup, kVec>(a, base, C, top[0], sum);
+    }
+    sk_group_reduce<kGroup>(sum, sk_add());
+    return top[0];
+}
+
+/* Writes the gradients of a row over its logits. */
+template <typename T, int kGroup, int kVec>
+SK_DEVICE void differentiate_row(const row_params &p, int64_t n, const ce_slope<sk_real<T>> &of_z,
+                                 const pair_slope<sk_real<T>> &of_views) {
+    typedef sk_real<T> real;
+    const int64_t C = SK_DIM(&p, C);
+    const scale<real> t = scale_of<real>(p.temperature);
+    T *const z = sk_row<T>(p.z, n, 0), *const u = sk_row<T>(p.u, n, 0),
+             *const v = sk_row<T>(p.v, n, 0);
+    for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
+        real a[sk_items<T>], b[sk_items<T>];
+        sk_load<T, kGroup, kVec>(z, p.z.stride[1], base, C, 0, a);
+        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) a[i] =
+            ce_gradient(of_z, sk_at_least(a[i], (real)kLowest), sk_class<kGroup, kVec>(base, i));
+        sk_store<T, kGroup, kVec>(z, p.z.stride[1], base, C, a);
+        sk_load<T, kGroup, kVec>(u, p.u.stride[1], base, C, 0, a);
+        sk_load<T, kGroup, kVec>(v, p.v.stride[1], base, C, 0, b);
+        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) differentiate(of_views, t, &a[i], &b[i]);
+        sk_store<T, kGroup, kVec>(u, p.u.stride[1], base, C, a);
+        sk_store<T, kGroup, kVec>(v, p.v.stride[1], base, C, b);
+    }
+}
+
+/* Leaves rows and, over the logits, their gradients. */
+template <typename T, int kGroup, int kVec>
+__global__ void __launch_bounds__(SK_BLOCK) sd_dropout_head_kernel(const row_params params) {
+    typedef sk_real<T> real;
+    const row_params *const p = &params;
+    const int64_t C = SK_DIM(p, C);
+    const double TT = p->temperature * p->temperature, per_kl = p->kl_weight;
+    for (int64_t n = sk_first_row<kGroup>(); n < SK_DIM(p, N); n += sk_row_step<kGroup>()) {
+        const int64_t y = target_of(params, n);
+        const double w = y < 0 ? 0 : (double)sk_weight<real>(p->weight, n, 0);
+        double sum[CE_SUMS] = {}, h = 0, level = 0, z_y = 0, loss = 0;
+        divergence x = {0, 0, 0, 0, false};
+        if (w != 0) {
+            z_y = sk_widen(sk_row<T>(p->z, n, 0)[y * p->z.stride[1]]);
+            h = add_row<T, kGroup, kVec>(params, n, sum);
+            level = log_sum(sum);
+            loss = conclude_ce(p->label_smoothing, C, sum, level, h, z_y);
+        }
+        if (w != 0 && per_kl != 0) {
+            x = diverge<T, kGroup, kVec>({sk_row<T>(p->u, n, 0), sk_row<T>(p->v, n, 0),
+                                          p->u.stride[1], p->v.stride[1], C, p->temperature});
+            loss += per_kl * TT * weighted(x, p->forward_weight, p->reverse_weight);
+        }
+        if (sk_lane<kGroup>() == 0) *sk_cell<real>(p->rows, n, 0) = w != 0 ? (real)(w * loss) : 0;
+        if (!p->differentiate) continue;
+        differentiate_row<T, kGroup, kVec>(
+            params, n, ce_slope_of<real>(h, level, w, p->label_smoothing, C, y, z_y),
+            pair_slope_of<real>(x, p->temperature, w * per_kl * p->forward_weight,
+                                w * per_kl * p->reverse_weight, p->detach_target,
+                                w == 0 || per_kl == 0));
+    }
+}
+
+extern "C" int sk_cuda_sd_dropout_head_rows(const struct sd_dropout_head_rows_params *params,
+                                            void *stream) {
+    SK_SWITCH_FLOATING(params->z.dtype, T, {
+        const sk_layout layout =
+            sk_layout_of(params->dims, sizeof(T), {&params->z, &params->u, &params->v});
+        const auto kernel = SK_KERNEL(sd_dropout_head_kernel, T, layout);
+        SK_LAUNCH(kernel, sk_grid(SK_DIM(params, N), layout), SK_BLOCK, 0, stream, *params);
+    })
+    return cudaGetLastError();
+}
