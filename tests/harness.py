@@ -122,7 +122,7 @@ def poisoned_outputs(op: str, arguments: Mapping[str, Any]) -> dict[str, torch.T
         else torch.full(
             selfkd.contract.output_shape(item, checker),
             torch.nan,
-            dtype={"ACC": acc, "F64": torch.float64}[item.rule],
+            dtype={"ACC": acc, "F64": torch.float64, "SAME": first.dtype}[item.rule],
         )
         for item in of.outputs
         if not selfkd.contract.is_absent(item, arguments)
@@ -323,9 +323,9 @@ def check_tensors(
 
 
 def assert_planes(found: torch.Tensor, expected: torch.Tensor, what: str, case: Case) -> None:
-    """Each plane of a map is a row; a vector is one."""
+    """Each plane of a map is a row, as those of a matrix are; a vector is one."""
     both = (
-        x.flatten(2).flatten(0, 1) if x.ndim > 2 else x.reshape(1, -1) for x in (found, expected)
+        x.flatten(2).flatten(0, 1) if x.ndim > 2 else torch.atleast_2d(x) for x in (found, expected)
     )
     assert_gradient(*both, what, case)
 
@@ -336,8 +336,9 @@ def check_map(op: str, case: Case, backend: Backend, tensors: Mapping[str, torch
     expected, expected_grads = reference(op, inputs, case.options, tensors["grad"])
     found, grads = backend.call(op, inputs, case.options, tensors["grad"])
     first = inputs[contract(op).first]
+    like = first if contract(op).outputs[0].kind == "LIKE" else expected
     assert found.dtype == first.dtype
-    assert found.stride() == torch.empty_like(first).stride()
+    assert found.stride() == torch.empty_like(like).stride()
     assert_planes(found, expected, op, case)
     for name in expected_grads:
         assert grads[name].stride() == torch.empty_like(inputs[name]).stride()
@@ -454,7 +455,7 @@ def check_compile(
     def training_loss(**given: torch.Tensor) -> torch.Tensor:
         first, *rest = given
         scaled = {first: given[first] * 1.5, **{name: given[name] for name in rest}}
-        return 2 * function(**scaled, **options) + given[first].sum()
+        return 2 * function(**scaled, **options).sum() + given[first].sum()
 
     function = public(op, selfkd)
     torch._dynamo.reset()

@@ -232,7 +232,7 @@ def test_our_shim_prototypes_are_pytorchs() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("program", ["test_core", "test_kl"])
+@pytest.mark.parametrize("program", ["test_core", "test_kl", "test_philox"])
 def test_from_c(program: str, built: Path) -> None:
     done = subprocess.run([built / "tests" / program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

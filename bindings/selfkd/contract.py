@@ -174,6 +174,7 @@ def number_rule(name: str, item: str, value: float, rule: str) -> None:
         "POSITIVE": None if 0 < value < math.inf else "a finite number > 0",
         "NONNEGATIVE": None if 0 <= value < math.inf else "a finite number >= 0",
         "FRACTION": None if 0 <= value <= 1 else "a number from 0 to 1",
+        "BELOW_ONE": None if 0 <= value < 1 else "a number >= 0 and < 1",
     }.get(rule)
     if "|" in rule and not 0 <= value < len(choices := rule.split("|")):
         *most, last = [f"{k} ({choice})" for k, choice in enumerate(choices)]
@@ -202,6 +203,7 @@ class _Checker:
             "CONSTANT": _FLOATING,
             "TEACHER": _FLOATING,
             "INDEX": ("int64",),
+            "SEED": ("int64",),
         }[item.rule]
         if found not in accepted:
             *most, last = accepted

@@ -95,6 +95,7 @@ static int check_dtype(const sk_call *call, int item) {
         expected = accumulator(call);
         break;
     case SK_INDEX:
+    case SK_SEED:
         expected = SK_DT_I64;
         break;
     default:
@@ -286,6 +287,7 @@ static int check_number(const sk_call *call, int item) {
     if (it->rule == SK_POSITIVE && !(x > 0 && isfinite(x))) expected = "a finite number > 0";
     if (it->rule == SK_NONNEGATIVE && !(x >= 0 && isfinite(x))) expected = "a finite number >= 0";
     if (it->rule == SK_FRACTION && !(x >= 0 && x <= 1)) expected = "a number from 0 to 1";
+    if (it->rule == SK_BELOW_ONE && !(x >= 0 && x < 1)) expected = "a number >= 0 and < 1";
     char choices[128];
     if ((it->kind == SK_CHOICE || it->kind == SK_RESIZE) &&
         !(x >= 0 && x < count_choices(it->shape)))

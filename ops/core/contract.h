@@ -31,9 +31,11 @@
  * float64), WEIGHT ACC or bool. F64 is always float64. CONSTANT is any floating dtype, whatever the
  * call's, of a tensor that never gets a gradient; TEACHER the same, with classes that sum to 1 if
  * CHOICE <name>_kind says that it holds probabilities. INDEX is int64, each a class, 0 .. C - 1, or
- * the INT ignore_index. (Values are looked at on the CPU only: by the kernel's `first_bad`.)
+ * the INT ignore_index. (Values are looked at on the CPU only: by the kernel's `first_bad`.) SEED
+ * is int64, of any value.
  *
- * Ranges of numbers: ANY, POSITIVE, NONNEGATIVE, FRACTION (0 to 1); all finite. */
+ * Ranges of numbers: ANY, POSITIVE, NONNEGATIVE, FRACTION (0 to 1), BELOW_ONE (0 to 1, but not 1);
+ * all finite. */
 /* clang-format on */
 #pragma once
 #include <stddef.h>
@@ -64,10 +66,11 @@ enum sk_dtype_rule {
     SK_WEIGHT,
     SK_CONSTANT,
     SK_TEACHER,
-    SK_INDEX
+    SK_INDEX,
+    SK_SEED
 };
 
-enum sk_number_rule { SK_ANY, SK_POSITIVE, SK_NONNEGATIVE, SK_FRACTION };
+enum sk_number_rule { SK_ANY, SK_POSITIVE, SK_NONNEGATIVE, SK_FRACTION, SK_BELOW_ONE };
 
 /* The names of a RESIZE in their order. */
 enum sk_resize { SK_RESIZE_NONE, SK_RESIZE_NEAREST, SK_RESIZE_BILINEAR, SK_RESIZE_MAXPOOL };

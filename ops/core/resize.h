@@ -5,13 +5,8 @@
 #include <math.h>
 #include <stdint.h>
 
+#include "both.h"
 #include "contract.h"
-
-#ifdef __cplusplus
-#define SK_BOTH static __host__ __device__ inline
-#else
-#define SK_BOTH static inline
-#endif
 
 /* A dimension of `from` inputs brought to `to` outputs; way is an enum sk_resize. */
 typedef struct sk_axis {

@@ -1,0 +1,8 @@
+/* What C and CUDA kernels share is written once, as SK_BOTH functions. */
+#pragma once
+
+#ifdef __cplusplus
+#define SK_BOTH static __host__ __device__ inline
+#else
+#define SK_BOTH static inline
+#endif
