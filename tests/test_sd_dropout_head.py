@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from selfkd import c, library
 
 ROWS = "sd_dropout_head_rows"
-PLAIN: dict[str, Any] = {}
+# In float64 the reference's softmax - onehot has lost digits where a row is sure of its class.
+ROUNDED = harness.Case("rounded", lambda g: {}, exact=1e-10)
 OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": PLAIN,
+    "plain": {},
     "temperature_one": {"temperature": 1.0},
     "weights": {"kl_weight": 0.3, "forward_weight": 0.5, "reverse_weight": 2.0},
     "one_way": {"forward_weight": 0.0},
@@ -104,7 +105,7 @@ def check_rows(
     wide = {
         name: x.double().cpu() if x.is_floating_point() else x.cpu() for name, x in cast.items()
     }
-    live = [wide[name].requires_grad_() for name in "zuv"]
+    live = [wide[name].clone().requires_grad_() for name in "zuv"]
     expected = rows_of(*live, wide["target"], wide.get("weight"), **options)
     expected_grads = torch.autograd.grad(
         expected.sum(), live, allow_unused=True, materialize_grads=True
@@ -125,7 +126,7 @@ def test_rows(backend: harness.Backend, dtype: str, name: str, generator: torch.
     harness.prepare(backend)
     for C in (1, 2, 16, 17, 100):
         tensors = draw(generator, 11, C)
-        check_rows(backend, harness.DTYPES[dtype], tensors, harness.ORDINARY, **OPTIONS[name])
+        check_rows(backend, harness.DTYPES[dtype], tensors, ROUNDED, **OPTIONS[name])
 
 
 @pytest.mark.parametrize("backend", harness.backends(), ids=str)
@@ -134,7 +135,7 @@ def test_special_rows(backend: harness.Backend, dtype: str, generator: torch.Gen
     """Long, close, weighted, skipped and far rows."""
     harness.prepare(backend)
     kind = harness.DTYPES[dtype]
-    ordinary = harness.ORDINARY
+    ordinary = ROUNDED
     check_rows(backend, kind, draw(generator, 3, 3000), ordinary)
     close = harness.Case("close", lambda g: {}, close=True, exact=1e-9)
     check_rows(backend, kind, draw(generator, 9, 100, apart=1e-3), close, kl_weight=1e3)
@@ -236,7 +237,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "masked": {"row_weight": torch.arange(23) % 3 > 0},
     "sum": {"reduction": "sum"},
     "divisor": {"divisor": 40.0},
-    "ignored": {"ignore_index": 2},
+    "ignored": {"ignore_index": -100, "label_smoothing": 0.2},
     "rows_at_a_time": {"chunk_bytes": 3 * 7 * 8 * 2},
 }
 

@@ -63,8 +63,16 @@ static inline void sk_careful_divergence(const sk_rows *r, const sk_pair *x, int
     for (int64_t c = 0; c < r->C; c++) {
         const sk_class_terms k = sk_class_of(r, x, *row, i, c);
         if (k.no_p && k.no_q) continue;
-        row->forward += k.no_p ? k.q : k.no_q ? INFINITY : k.p * k.d - (k.p - k.q);
-        row->reverse += k.no_q ? k.p : k.no_p ? INFINITY : (k.p - k.q) - k.q * k.d;
+        const double diff = k.p - k.q, dd = k.d * k.d;
+        const bool near = fabs(k.d) < 0.5; /* as in kl.h: nothing cancels */
+        row->forward += k.no_p   ? k.q
+                        : k.no_q ? INFINITY
+                        : near   ? k.p * dd * sk_exp_rest(-(real)k.d)
+                                 : k.p * k.d - diff;
+        row->reverse += k.no_q   ? k.p
+                        : k.no_p ? INFINITY
+                        : near   ? k.q * dd * sk_exp_rest((real)k.d)
+                                 : diff - k.q * k.d;
     }
 }
 
