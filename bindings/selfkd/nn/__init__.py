@@ -1,6 +1,7 @@
 """Loss modules."""
 
 from .aikd import AIKDLoss, AIKDParts, Discriminator, PreviousEpoch
+from .bifpn import BiFPN
 from .schedules import sigmoid_rampup
 from .sd_dropout import SDDropout
 from .simreg import SimRegHead, SimRegLoss
@@ -8,6 +9,7 @@ from .simreg import SimRegHead, SimRegLoss
 __all__ = [
     "AIKDLoss",
     "AIKDParts",
+    "BiFPN",
     "Discriminator",
     "PreviousEpoch",
     "SDDropout",
