@@ -12,7 +12,7 @@ import harness
 import pytest
 import torch
 import torch.nn.functional as F
-from selfkd.nn import BiFPN
+from selfkd.nn import BiFPN, PlainBiFPN
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.skipif(
@@ -243,3 +243,55 @@ def test_what_does_not_fit() -> None:
     for key in ("layers.0.lat_conv.0.conv.0.2.bias", "layers.0.middle.0", "backbone.fc.weight"):
         with pytest.raises(ValueError, match=f"BiFPN: state_dict has the key '{key}', expected"):
             BiFPN.convert_authors_state_dict({key: maps[0]})
+
+
+# ---- plain sums, for segmentation ----
+
+
+def plain_layer(layer: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
+    """A layer as four sums of four maps, written out."""
+
+    def node(block: nn.Sequential, *operands: Tensor) -> Tensor:
+        conv, norm, _ = block
+        x = sum(operands) * conv.weight.view(-1, 1, 1) + conv.bias.view(-1, 1, 1)
+        mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
+        x = (x - mean) / (var + norm.eps).sqrt()
+        return F.relu(x * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1))
+
+    def to(like: Tensor, x: Tensor, mode: str) -> Tensor:
+        return F.interpolate(x, like.shape[2:], mode=mode)
+
+    a, b, c, d = maps
+    down = list(layer.top_down)
+    c1 = node(down[2], c, to(c, d, "bilinear"))
+    b1 = node(down[1], b, to(b, c1, "bilinear"))
+    a1 = node(down[0], a, to(a, b1, "bilinear"))
+    if not len(layer.bottom_up):
+        return [a1, b1, c1, d]
+    b2 = node(layer.bottom_up[0], b, b1, to(b, a1, "nearest"))
+    c2 = node(layer.bottom_up[1], c, c1, to(c, b2, "nearest"))
+    return [a1, b2, c2, node(layer.bottom_up[2], d, to(d, c2, "nearest"))]
+
+
+@pytest.mark.parametrize("bottom_up", [True, False])
+def test_plain_sums(bottom_up: bool) -> None:
+    """Two layers on four maps of which some are not twice as large as the next."""
+    module = PlainBiFPN(3, 4, repeat=2, bottom_up=bottom_up).double()
+    maps = [torch.randn(2, 3, *size).double() for size in ((13, 16), (7, 8), (4, 4), (2, 2))]
+    maps = [x.requires_grad_() for x in maps]
+    for parameter in module.parameters():
+        parameter.data.uniform_(0.5, 1.5)
+    expected: Sequence[Tensor] = maps
+    for layer in module.layers:
+        expected = plain_layer(layer, expected)
+    found = module(maps)
+    inputs = [*maps, *module.layers[0].parameters(), *module.layers[1].parameters()]
+    grads = [
+        torch.autograd.grad(sum((x * x.detach().cos()).sum() for x in outputs), inputs)
+        for outputs in (found, expected)
+    ]
+    for x, y in zip((*found, *grads[0]), (*expected, *grads[1]), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
+    assert all(not len(layer.bottom_up) for layer in module.layers[1:]) is not bottom_up
+    with pytest.raises(ValueError, match="PlainBiFPN: levels is 1, expected 2 or more"):
+        PlainBiFPN(3, 1)

@@ -2,6 +2,7 @@
 
 from .aikd import AIKDLoss, AIKDParts, Discriminator, PreviousEpoch
 from .bifpn import BiFPN
+from .plain_bifpn import PlainBiFPN
 from .schedules import sigmoid_rampup
 from .sd_dropout import SDDropout
 from .simreg import SimRegHead, SimRegLoss
@@ -11,6 +12,7 @@ __all__ = [
     "AIKDParts",
     "BiFPN",
     "Discriminator",
+    "PlainBiFPN",
     "PreviousEpoch",
     "SDDropout",
     "SimRegHead",

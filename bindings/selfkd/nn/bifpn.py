@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..bifpn_fuse import bifpn_fuse
+
+Fusion = Callable[..., torch.Tensor]
 
 # Members of a separable block; and the authors' names of what a layer has.
 _SEPARABLE = ("depthwise", "pointwise", "norm")
@@ -76,13 +78,14 @@ def _separable(channels: int) -> nn.Sequential:
 class _Node(nn.Module):
     """Weighted sum of rectified maps, then `depth` separable convolutions, each rectified."""
 
-    def __init__(self, inputs: int, channels: int, depth: int) -> None:
+    def __init__(self, inputs: int, channels: int, depth: int, fuse: Fusion) -> None:
         super().__init__()
+        self.fuse = fuse
         self.weight = nn.Parameter(torch.ones(inputs))
         self.conv = nn.ModuleList(_separable(channels) for _ in range(depth))
 
     def forward(self, maps: Sequence[torch.Tensor], resize: Sequence[str | None]) -> torch.Tensor:
-        x: torch.Tensor = bifpn_fuse(*maps, weight=self.weight, resize=resize)
+        x = self.fuse(*maps, weight=self.weight, resize=resize)
         for block in self.conv:
             x = F.relu_(block(x))  # batch norm does not keep what it returns
         return x
@@ -98,6 +101,7 @@ class _Layer(nn.Module):
         depth: tuple[int, int],
         first: bool,
         scaled: bool,
+        fuse: Fusion,
     ) -> None:
         super().__init__()
         pairs, steps = list(zip(channels, widths, strict=True)), list(pairwise(widths))
@@ -105,10 +109,10 @@ class _Layer(nn.Module):
         self.skip = nn.ModuleList(_pointwise(*pair) for pair in pairs[1:])
         self.up = nn.ModuleList(_pointwise(b, a, repeats=4) for a, b in steps * scaled)
         self.down = nn.ModuleList(_pointwise(a, b) for a, b in steps * scaled)
-        self.top_down = nn.ModuleList(_Node(2, width, depth[0]) for width in widths[:-1])
+        self.top_down = nn.ModuleList(_Node(2, width, depth[0], fuse) for width in widths[:-1])
         inputs = [3] * (len(widths) - 2) + [2]
         self.bottom_up = nn.ModuleList(
-            _Node(k, width, depth[1]) for k, width in zip(inputs, widths[1:], strict=True)
+            _Node(k, width, depth[1], fuse) for k, width in zip(inputs, widths[1:], strict=True)
         )
 
     def forward(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -155,6 +159,9 @@ class BiFPN(nn.Module):
     depth
         Separable convolutions of a node: one number, or (lateral, up, down) as the authors' option, of
         which the first has no effect there either.
+    fuse
+        What fuses maps: :func:`selfkd.bifpn_fuse`, or to compare with,
+        :func:`selfkd.reference.bifpn_fuse`.
 
     Raises
     ------
@@ -187,6 +194,7 @@ class BiFPN(nn.Module):
         uniform_channels: int | None = None,
         repeat: int = 1,
         depth: int | tuple[int, int, int] = 2,
+        fuse: Fusion = bifpn_fuse,
     ) -> None:
         super().__init__()
         self.channels = tuple(channels)
@@ -205,7 +213,7 @@ class BiFPN(nn.Module):
             )
         widths = [width * c if uniform_channels is None else uniform_channels for c in channels]
         self.layers = nn.ModuleList(
-            _Layer(widths if r else self.channels, widths, depths, r == 0, scaled)
+            _Layer(widths if r else self.channels, widths, depths, r == 0, scaled, fuse)
             for r in range(repeat)
         )
         self.head = nn.Linear(widths[-1], num_classes)
