@@ -81,9 +81,10 @@ class Backend:
         return self.name
 
 
-def live_inputs(op: str) -> list[str]:
-    """The inputs that get gradients."""
-    return [item.name.removeprefix("grad_") for item in contract(f"{op}_backward").outputs]
+def live_inputs(op: str, given: Mapping[str, Any]) -> list[str]:
+    """Those of the inputs given that get gradients."""
+    live = [item.name.removeprefix("grad_") for item in contract(f"{op}_backward").outputs]
+    return [name for name in live if name in given]
 
 
 def public(op: str, space: Any) -> Callable[..., torch.Tensor]:
@@ -101,12 +102,13 @@ def through_torch(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The public function and its autograd."""
     tensors = dict(tensors)
-    for name in live_inputs(op):
+    live = live_inputs(op, tensors)
+    for name in live:
         tensors[name] = tensors[name].detach().requires_grad_()
     result = public(op, selfkd)(**tensors, **options)
-    wanted = [tensors[name] for name in live_inputs(op)]
+    wanted = [tensors[name] for name in live]
     grads = torch.autograd.grad(result, wanted, torch.ones_like(result) if grad is None else grad)
-    return result.detach(), dict(zip(live_inputs(op), grads, strict=True))
+    return result.detach(), dict(zip(live, grads, strict=True))
 
 
 def poisoned_outputs(op: str, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -123,6 +125,7 @@ def poisoned_outputs(op: str, arguments: Mapping[str, Any]) -> dict[str, torch.T
             dtype={"ACC": acc, "F64": torch.float64}[item.rule],
         )
         for item in of.outputs
+        if not selfkd.contract.is_absent(item, arguments)
     }
 
 
@@ -148,13 +151,15 @@ def through_c(
         arguments: dict[str, Any] = {**numbers, **tensors}
         outputs = poisoned_outputs(op, arguments)
         library.check(c.run(lib, op, arguments | outputs, device=device))
-        result = outputs["rows"] if numbers["reduction"] == 0 else outputs[forward.outputs[0].name]
+        result = (
+            outputs["rows"] if numbers.get("reduction") == 0 else outputs[forward.outputs[0].name]
+        )
         everything = (
             arguments | outputs | {"grad": torch.ones_like(result) if grad is None else grad}
         )
         grads = poisoned_outputs(backward.name, everything)
         library.check(c.run(lib, backward.name, everything | grads, device=device))
-        return result, {name: grads[f"grad_{name}"] for name in live_inputs(op)}
+        return result, {name: grads[f"grad_{name}"] for name in live_inputs(op, tensors)}
 
     return call
 
@@ -270,14 +275,15 @@ def reference(
     wide = {
         name: x.cpu().double() if x.is_floating_point() else x.cpu() for name, x in tensors.items()
     }
-    live = [wide[name].detach().clone().requires_grad_() for name in live_inputs(op)]
-    wide |= dict(zip(live_inputs(op), live, strict=True))
+    names = live_inputs(op, tensors)
+    live = [wide[name].detach().clone().requires_grad_() for name in names]
+    wide |= dict(zip(names, live, strict=True))
     result = public(op, selfkd.reference)(**wide, **options)
     if not result.requires_grad:  # all weights are 0
-        return result, {name: torch.zeros_like(wide[name]) for name in live_inputs(op)}
+        return result, {name: torch.zeros_like(wide[name]) for name in names}
     out = torch.ones_like(result) if grad is None else grad.double().cpu()
     grads = torch.autograd.grad(result, live, out, allow_unused=True, materialize_grads=True)
-    return result.detach(), dict(zip(live_inputs(op), grads, strict=True))
+    return result.detach(), dict(zip(names, grads, strict=True))
 
 
 def cast(
@@ -287,7 +293,7 @@ def cast(
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     rules = {item.name: item.rule for item in contract(op).items if item.is_input}
     stored = ("FLOATING", "SAME", "CONSTANT", "TEACHER")
-    to = {name: dtype if rules[name] in stored else acc for name in tensors}
+    to = {name: dtype if rules.get(name, "SAME") in stored else acc for name in tensors}
     return {
         name: x.to(device, to[name]) if x.is_floating_point() else x.to(device)
         for name, x in tensors.items()
@@ -298,6 +304,9 @@ def check_tensors(
     op: str, case: Case, backend: Backend, tensors: Mapping[str, torch.Tensor]
 ) -> None:
     """Loss, every row, and all gradients of one case, whatever the dtypes and strides of its tensors."""
+    if "reduction" not in contract(op).torch_arguments:
+        check_map(op, case, backend, tensors)
+        return
     for reduction in dict.fromkeys([case.options.get("reduction", "mean"), "none"]):
         options = {**case.options, "reduction": reduction}
         if reduction == "none":
@@ -305,12 +314,34 @@ def check_tensors(
         expected, expected_grads = reference(op, tensors, options)
         found, grads = backend.call(op, tensors, options)
         assert_values(found, expected, f"{op} {reduction}", case)
-        for name in live_inputs(op):
+        for name in live_inputs(op, tensors):
             assert grads[name].stride() == torch.empty_like(tensors[name]).stride()
             what = f"gradient of {name}, {reduction}"
             assert_gradient(grads[name], expected_grads[name], what, case)
             if "weight" in tensors:
                 assert (grads[name].movedim(1, -1)[tensors["weight"] == 0] == 0).all()
+
+
+def assert_planes(found: torch.Tensor, expected: torch.Tensor, what: str, case: Case) -> None:
+    """Each plane of a map is a row; a vector is one."""
+    both = (
+        x.flatten(2).flatten(0, 1) if x.ndim > 2 else x.reshape(1, -1) for x in (found, expected)
+    )
+    assert_gradient(*both, what, case)
+
+
+def check_map(op: str, case: Case, backend: Backend, tensors: Mapping[str, torch.Tensor]) -> None:
+    """A result that is a map, and all gradients, for the incoming gradient among the tensors."""
+    inputs = {name: x for name, x in tensors.items() if name != "grad"}
+    expected, expected_grads = reference(op, inputs, case.options, tensors["grad"])
+    found, grads = backend.call(op, inputs, case.options, tensors["grad"])
+    first = inputs[contract(op).first]
+    assert found.dtype == first.dtype
+    assert found.stride() == torch.empty_like(first).stride()
+    assert_planes(found, expected, op, case)
+    for name in expected_grads:
+        assert grads[name].stride() == torch.empty_like(inputs[name]).stride()
+        assert_planes(grads[name], expected_grads[name], f"gradient of {name}", case)
 
 
 def check_case(
@@ -327,7 +358,7 @@ def check_case(
     if case.big and backend.name == "simt":
         pytest.skip("too large for the emulator; the CPU and CUDA back ends run it")
     tensors = cast(case.make(generator), op, DTYPES[dtype], backend.device)
-    rows = [item.name for item in contract(op).items if item.is_input and item.shape == "NC*"]
+    rows = [item.name for item in contract(op).items if item.is_input and item.shape[:2] == "NC"]
     tensors |= {name: LAYOUTS[layout](tensors[name]) for name in rows if name in tensors}
     check_tensors(op, case, backend, tensors)
     if backend.variant and path:
@@ -352,7 +383,7 @@ def check_threads(op: str, tensors: Mapping[str, torch.Tensor], options: Mapping
 
 def leaves(op: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same tensors, those with a gradient as new leaves."""
-    live = live_inputs(op)
+    live = live_inputs(op, tensors)
     return {
         name: x.detach().clone().requires_grad_() if name in live else x
         for name, x in tensors.items()
@@ -386,7 +417,8 @@ def check_operator(
     values = schema_values(op, {**leaves(op, tensors), **options})
     torch.library.opcheck(forward, values)
     names = [item.name for item in contract(op).outputs]
-    outputs = {name: x.detach() for name, x in zip(names, forward(*values), strict=True)}
+    results = forward(*values) if len(names) > 1 else (forward(*values),)
+    outputs = {name: x.detach() for name, x in zip(names, results, strict=True)}
     named = {**tensors, **options, **outputs, "grad": grad}
     backward = getattr(torch.ops.selfkd, f"{op}_backward").default
     torch.library.opcheck(backward, schema_values(f"{op}_backward", named))
@@ -397,7 +429,7 @@ def check_double_backward(
 ) -> None:
     """First and second gradients of function and reference agree, and with those of the kernel."""
     given = leaves(op, tensors)
-    live = [given[name] for name in live_inputs(op)]
+    live = [given[name] for name in live_inputs(op, tensors)]
     found, before = [], backward_calls(op)
     plain = torch.autograd.grad(public(op, selfkd)(**given, **options).sum(), live)
     assert backward_calls(op) == before + 1
@@ -429,7 +461,7 @@ def check_compile(
     compiled = torch.compile(training_loss, fullgraph=True, dynamic=dynamic)
     for batch in batches:
         given, before = leaves(op, batch), backward_calls(op)
-        live = [given[name] for name in live_inputs(op)]
+        live = [given[name] for name in live_inputs(op, given)]
         found, expected = compiled(**given), training_loss(**given)
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(
