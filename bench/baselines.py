@@ -153,6 +153,39 @@ def simreg(*shape: int, **need: float) -> Case:
     )
 
 
+def attention_of_powers(student: Tensor, teacher: Tensor) -> Tensor:
+    """FRSKD's feature loss of maps (N, C, H, W) in the form of the authors' code."""
+
+    def attention_map(x: Tensor) -> Tensor:
+        return F.normalize(x.pow(2).mean(1).flatten(1))
+
+    return (attention_map(student) - attention_map(teacher)).pow(2).mean()
+
+
+def attention_of_norms(student: Tensor, teacher: Tensor) -> Tensor:
+    """The same without a square of each feature."""
+
+    def attention_map(x: Tensor) -> Tensor:
+        return F.normalize(torch.linalg.vector_norm(x, dim=1).square().flatten(1))
+
+    return F.mse_loss(attention_map(student), attention_map(teacher))
+
+
+def attention(*shape: int, teacher_channels: int, **need: float) -> Case:
+    """Features randn. Forward reads both; backward reads the student and writes its gradient."""
+    teacher_shape = (shape[0], teacher_channels, *shape[2:])
+    return Case(
+        name=f"attention {'x'.join(map(str, shape))} of {teacher_channels} channels",
+        fused=selfkd.attention,
+        reference=selfkd.reference.attention,
+        baselines={"powers": attention_of_powers, "norms": attention_of_norms},
+        inputs=lambda: [torch.randn(shape), torch.randn(teacher_shape)],
+        learning=1,
+        bytes_moved=(3 * math.prod(shape) + math.prod(teacher_shape)) * 4,
+        need=need,
+    )
+
+
 def distill(
     *shape: int, temperatures: tuple[float, ...] = (4.0,), ignore_index: int = -100, **need: float
 ) -> Case:
@@ -260,5 +293,7 @@ CASES = [
     distill(256, 1000, temperatures=(4.0, 2.0), part=1.8),
     distill(4, 21, 256, 256, temperatures=(1.0,), ignore_index=255, eager=6, compile=4, copy=2.2),
     simreg(256, 2048, eager=4.5, compile=2.3),
+    attention(128, 64, 32, 32, teacher_channels=128, eager=5, compile=1.5, copy=1.7),
+    attention(128, 512, 4, 4, teacher_channels=1024),
     self_teacher(32, eager=1.35),
 ]
