@@ -1,7 +1,8 @@
 """Loss modules."""
 
 from .aikd import AIKDLoss, AIKDParts, Discriminator, PreviousEpoch
-from .schedules import sigmoid_rampup
+from .frskd import FRSKDLoss, FRSKDParts
+from .schedules import frskd_rampup, sigmoid_rampup
 from .sd_dropout import SDDropout
 from .simreg import SimRegHead, SimRegLoss
 
@@ -9,9 +10,12 @@ __all__ = [
     "AIKDLoss",
     "AIKDParts",
     "Discriminator",
+    "FRSKDLoss",
+    "FRSKDParts",
     "PreviousEpoch",
     "SDDropout",
     "SimRegHead",
     "SimRegLoss",
+    "frskd_rampup",
     "sigmoid_rampup",
 ]
