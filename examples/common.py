@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -19,12 +20,14 @@ try:
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
+    from selfkd.nn import sigmoid_rampup
     from sklearn.datasets import load_digits
     from torch import Tensor, nn
 except ModuleNotFoundError as error:
     sys.exit(f"{error}; the examples need: pip install torch matplotlib rich scikit-learn")
 
 EARLY = 50  # steps before rounding can grow
+WARM_UP = 300  # steps in which the learning rate of a self-teacher rises
 TOLERANCE = 1e-4  # relative difference of fused and reference over the early steps
 
 
@@ -147,6 +150,31 @@ class Network(nn.Module):
         return self.head(self.backbone(images))
 
 
+class Stages(nn.Module):
+    """A classifier of three stages, each of half the size of the one before, for a self-teacher."""
+
+    widths = (32, 64, 128)
+
+    def __init__(self, classes: int, channels: int = 1) -> None:
+        super().__init__()
+        inputs = (channels, *self.widths)
+        self.stages = nn.ModuleList(
+            nn.Sequential(*convolution(a, b, stride=2 if k else 1), *convolution(b, b))
+            for k, (a, b) in enumerate(pairwise(inputs))
+        )
+        self.head = nn.Linear(self.widths[-1], classes)
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Return what every stage gives, finest first."""
+        return [images := stage(images) for stage in self.stages]
+
+    def classify(self, features: Tensor) -> Tensor:
+        return self.head(features.mean((2, 3)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classify(self.maps(images)[-1])
+
+
 class Checkpoint:
     """What some training runs have reached, in one file; without a file, nothing is kept."""
 
@@ -252,13 +280,43 @@ def parse(
     return parser.parse_args(argv)
 
 
-def prepare(options: argparse.Namespace, features: int) -> dict[str, Any]:
-    """Return data, teacher and checkpoint, as the command line of a `long` example says."""
+def prepare(options: argparse.Namespace, features: int = 0) -> dict[str, Any]:
+    """Return data and checkpoint, as the command line of a `long` example says.
+
+    With `features`, a teacher of so many as well.
+    """
     torch.set_num_threads(options.threads)
     device, checkpoint = options.device, Checkpoint(options.checkpoint)
     data = CIFAR100(options.data, device) if options.data else Digits(device)
-    teacher = train_teacher(data, options.steps, checkpoint, features)
-    return {"data": data, "teacher": teacher, "checkpoint": checkpoint}
+    found = {"data": data, "checkpoint": checkpoint}
+    if features:
+        found["teacher"] = train_teacher(data, options.steps, checkpoint, features)
+    return found
+
+
+def warm_up(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Set the learning rate of a step: slowly up, over WARM_UP steps, to that of the optimizer.
+
+    A self-teacher is full of ReLUs and max-pooling, where the last bit of a value decides which way a
+    gradient goes; at full speed two runs that differ in rounding soon part.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = optimizer.defaults["lr"] * sigmoid_rampup(step, WARM_UP) ** 2
+
+
+def frskd(
+    ops: Any, z: Tensor, t: Tensor, *maps: Tensor, target: Tensor, weight: float, **form: Any
+) -> Tensor:
+    """FRSKD's loss of logits, of the self-teacher's, and of both ones' maps (the latter stopped).
+
+    `ops` is selfkd or selfkd.reference; `weight` of the two terms of distillation, which are
+    otherwise weighted with 2 and 100 as in the paper. selfkd.nn.FRSKDLoss is the same in one module.
+    """
+    half = len(maps) // 2
+    pairs = zip(maps[:half], maps[half:], strict=True)
+    loss = ops.distill(z, target, t.detach(), teacher_weights=2 * weight, **form)
+    loss = loss + 100 * weight * sum(ops.attention(f, g) for f, g in pairs)
+    return loss + ops.distill(t, target)
 
 
 def train_all(train: Callable[..., Run], options: argparse.Namespace) -> list[Run]:

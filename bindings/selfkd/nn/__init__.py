@@ -2,8 +2,9 @@
 
 from .aikd import AIKDLoss, AIKDParts, Discriminator, PreviousEpoch
 from .bifpn import BiFPN
+from .frskd import FRSKDLoss, FRSKDParts
 from .plain_bifpn import PlainBiFPN
-from .schedules import sigmoid_rampup
+from .schedules import frskd_rampup, sigmoid_rampup
 from .sd_dropout import SDDropout
 from .simreg import SimRegHead, SimRegLoss
 
@@ -12,10 +13,13 @@ __all__ = [
     "AIKDParts",
     "BiFPN",
     "Discriminator",
+    "FRSKDLoss",
+    "FRSKDParts",
     "PlainBiFPN",
     "PreviousEpoch",
     "SDDropout",
     "SimRegHead",
     "SimRegLoss",
+    "frskd_rampup",
     "sigmoid_rampup",
 ]
