@@ -28,6 +28,7 @@ except ModuleNotFoundError as error:
 
 EARLY = 50  # steps before rounding can grow
 WARM_UP = 300  # steps in which the learning rate of a self-teacher rises
+IGNORED = 255  # label of pixels that do not count
 TOLERANCE = 1e-4  # relative difference of fused and reference over the early steps
 
 
@@ -85,6 +86,17 @@ class Images:
         return (predictions == self.held_out_labels).float().mean().item()
 
     @torch.no_grad()
+    def mean_iou(self, model: nn.Module) -> float:
+        """Return intersection over union of the held-out pixels of a class, its mean over the classes."""
+        parts = [model.eval()(part).argmax(1) for part in self.held_out_images.split(50)]
+        labels, found = self.held_out_labels.flatten(), torch.cat(parts).flatten()
+        labels, found = labels[labels != IGNORED], found[labels != IGNORED]
+        pairs = (self.classes * labels + found).bincount(minlength=self.classes**2)
+        counts = pairs.view(self.classes, self.classes)
+        union = counts.sum(0) + counts.sum(1) - counts.diag()
+        return (counts.diag() / union).nanmean().item()
+
+    @torch.no_grad()
     def neighbour_accuracy(self, backbone: nn.Module) -> float:
         """Return the share of held-out images of the class of their nearest neighbour, by cosine."""
         known, new = (
@@ -122,6 +134,60 @@ class CIFAR100(Images):
             torch.from_numpy(x.data).movedim(-1, 1).float().div(255).to(device) for x in both
         )
         self.labels, self.held_out_labels = (torch.tensor(x.targets, device=device) for x in both)
+
+
+class Canvases(Images):
+    """Canvases of 32 x 32, four of scikit-learn's digits on each, some missing.
+
+    Labels (N, H, W): 0 where nothing is, the digit plus 1 on a stroke, IGNORED at its edge.
+    """
+
+    classes = 11
+
+    def __init__(self, device: str) -> None:
+        digits, generator = Digits(device), torch.Generator().manual_seed(0)
+
+        def draw(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+            index = torch.randint(len(labels), (4 * count,), generator=generator)
+            there = torch.rand(4 * count, 1, 1, 1, generator=generator) < 0.8
+            strokes = F.interpolate(
+                images[index] * there.to(device), scale_factor=2.0, mode="bilinear"
+            )
+            marks = (labels[index] + 1).view(-1, 1, 1, 1) * (strokes > 0.5)
+            marks = marks.masked_fill((strokes > 0.2) & (strokes <= 0.5), IGNORED)
+            both = torch.cat([strokes, marks], 1).view(count, 2, 2, 2, 16, 16)
+            canvases = both.permute(0, 3, 1, 4, 2, 5).reshape(count, 2, 32, 32)
+            shifts = torch.randint(32, (count, 2), generator=generator).tolist()
+            pairs = zip(canvases, shifts, strict=True)
+            canvases = torch.stack([canvas.roll(shift, (1, 2)) for canvas, shift in pairs])
+            return canvases[:, :1], canvases[:, 1].long()
+
+        self.images, self.labels = draw(digits.images, digits.labels, 1000)
+        self.held_out_images, self.held_out_labels = draw(
+            digits.held_out_images, digits.held_out_labels, 200
+        )
+
+
+class VOC(Images):
+    """Pascal VOC 2012 by torchvision, from a folder that it is loaded into, 128 x 128."""
+
+    classes = 21
+
+    def __init__(self, folder: Path, device: str) -> None:
+        from torchvision.datasets import VOCSegmentation
+        from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resize
+
+        def load(part: str) -> tuple[Tensor, Tensor]:
+            pairs = VOCSegmentation(folder, "2012", part, download=True)
+            nearest = InterpolationMode.NEAREST
+            images = [pil_to_tensor(resize(x, [128, 128])) for x, _ in pairs]
+            labels = [pil_to_tensor(resize(y, [128, 128], nearest))[0] for _, y in pairs]
+            return torch.stack(images).to(device).float() / 255, torch.stack(labels).to(
+                device
+            ).long()
+
+        self.images, self.labels = load("train")
+        self.held_out_images, self.held_out_labels = load("val")
 
 
 def convolution(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
@@ -173,6 +239,39 @@ class Stages(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classify(self.maps(images)[-1])
+
+
+class Segmenter(nn.Module):
+    """A pyramid of six maps behind a neck, and a head on the finest: logits of every pixel."""
+
+    width, levels = 32, 6
+
+    def __init__(self, neck: nn.Module, classes: int, channels: int = 1) -> None:
+        super().__init__()
+        widths = (channels, 24, 32, 48, 64)
+        self.stages = nn.ModuleList(
+            nn.Sequential(*convolution(a, b, stride=2 if k else 1), *convolution(b, b))
+            for k, (a, b) in enumerate(pairwise(widths))
+        )
+        self.laterals = nn.ModuleList(nn.Conv2d(b, self.width, 1) for b in widths[1:])
+        self.neck, self.head = neck, self.make_head(classes)
+
+    @classmethod
+    def make_head(cls, classes: int) -> nn.Sequential:
+        return nn.Sequential(
+            *convolution(cls.width, 2 * cls.width), nn.Conv2d(2 * cls.width, classes, 1)
+        )
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Return the neck's maps, finest first, the first as large as the images."""
+        stages = [images := stage(images) for stage in self.stages]
+        pyramid = [lateral(x) for lateral, x in zip(self.laterals, stages, strict=True)]
+        while len(pyramid) < self.levels:
+            pyramid.append(F.avg_pool2d(pyramid[-1], 2))
+        return self.neck(pyramid)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.maps(images)[0])
 
 
 class Checkpoint:
@@ -275,19 +374,22 @@ def parse(
     add("--device", default=device, help=f"default: {device}")
     add("--out", type=Path, default=Path("runs"), help="folder of picture and csv, default: runs")
     if long:
-        add("--data", type=Path, help="folder of CIFAR-100, default: scikit-learn's digits")
+        add("--data", type=Path, help="folder of CIFAR-100 (or VOC), default: digits")
         add("--checkpoint", type=Path, help="file to save to and to go on from")
     return parser.parse_args(argv)
 
 
-def prepare(options: argparse.Namespace, features: int = 0) -> dict[str, Any]:
+def prepare(
+    options: argparse.Namespace, features: int = 0, segmentation: bool = False
+) -> dict[str, Any]:
     """Return data and checkpoint, as the command line of a `long` example says.
 
     With `features`, a teacher of so many as well.
     """
     torch.set_num_threads(options.threads)
     device, checkpoint = options.device, Checkpoint(options.checkpoint)
-    data = CIFAR100(options.data, device) if options.data else Digits(device)
+    real, small = (VOC, Canvases) if segmentation else (CIFAR100, Digits)
+    data = real(options.data, device) if options.data else small(device)
     found = {"data": data, "checkpoint": checkpoint}
     if features:
         found["teacher"] = train_teacher(data, options.steps, checkpoint, features)
@@ -305,18 +407,25 @@ def warm_up(optimizer: torch.optim.Optimizer, step: int) -> None:
 
 
 def frskd(
-    ops: Any, z: Tensor, t: Tensor, *maps: Tensor, target: Tensor, weight: float, **form: Any
+    ops: Any,
+    z: Tensor,
+    t: Tensor,
+    *maps: Tensor,
+    target: Tensor,
+    alpha: float,
+    beta: float,
+    temperature: float,
+    ignore_index: int = -100,
 ) -> Tensor:
-    """FRSKD's loss of logits, of the self-teacher's, and of both ones' maps (the latter stopped).
+    """FRSKD's loss: logits, the self-teacher's, the maps of both (the latter ones without gradient).
 
-    `ops` is selfkd or selfkd.reference; `weight` of the two terms of distillation, which are
-    otherwise weighted with 2 and 100 as in the paper. selfkd.nn.FRSKDLoss is the same in one module.
+    selfkd.nn.FRSKDLoss is the same; here `ops` may be selfkd or selfkd.reference.
     """
-    half = len(maps) // 2
+    half, ignored = len(maps) // 2, {"ignore_index": ignore_index}
+    teacher = {"teachers": t.detach(), "teacher_weights": alpha, "temperature": temperature}
+    loss = ops.distill(z, target, **teacher, **ignored) + ops.distill(t, target, **ignored)
     pairs = zip(maps[:half], maps[half:], strict=True)
-    loss = ops.distill(z, target, t.detach(), teacher_weights=2 * weight, **form)
-    loss = loss + 100 * weight * sum(ops.attention(f, g) for f, g in pairs)
-    return loss + ops.distill(t, target)
+    return loss + beta * sum(ops.attention(f, g) for f, g in pairs)
 
 
 def train_all(train: Callable[..., Run], options: argparse.Namespace) -> list[Run]:
@@ -331,7 +440,7 @@ def train_all(train: Callable[..., Run], options: argparse.Namespace) -> list[Ru
     return runs
 
 
-def report(title: str, runs: list[Run], folder: Path) -> int:
+def report(title: str, runs: list[Run], folder: Path, score: str = "held-out accuracy") -> int:
     """Print the table of some runs and save their curves.
 
     Returns
@@ -346,7 +455,7 @@ def report(title: str, runs: list[Run], folder: Path) -> int:
     def row(text: str, form: str, cell: Callable[[Run], float]) -> None:
         table.add_row(text, *(form.format(cell(run)) for run in runs))
 
-    row("held-out accuracy", "{:.2%}", lambda run: run.accuracy)
+    row(score, "{:.2%}", lambda run: run.accuracy)
     row("final loss (mean of 20 steps)", "{:.6f}", lambda run: fmean(run.losses[-20:]))
     row("loss alone, forward + backward: seconds", "{:.4f}", lambda run: sum(run.seconds))
     row("... median of a step, microseconds", "{:.0f}", lambda run: 1e6 * median(run.seconds))
@@ -356,7 +465,7 @@ def report(title: str, runs: list[Run], folder: Path) -> int:
         row(f"{text}, first {EARLY} steps", "{:.1e}", lambda run: run.difference(first, EARLY))
         row(f"{text}, all steps", "{:.1e}", lambda run: run.difference(first))
     console.print(table)
-    path = folder / title.lower().replace("-", "_")
+    path = folder / title.lower().replace("-", "_").replace(" ", "_")
     save_curves(title, runs, path)
     console.print(f"curves: {path}.png and {path}.csv", soft_wrap=True)
 

@@ -41,14 +41,16 @@ def train(
     teacher = selfkd.nn.BiFPN(student.widths, data.classes, fuse=ops.bifpn_fuse).to(device)
     parameters = [*student.parameters(), *teacher.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.02, momentum=0.9, weight_decay=1e-4)
-    criterion, run = common.TimedLoss(functools.partial(common.frskd, ops)), common.Run(impl)
-    name, curves = f"{impl}, weight {weight}, seed {seed}", [run.losses, criterion.calls]
+    form = {"alpha": 2 * weight, "beta": 100 * weight, "temperature": 4.0}
+    criterion = common.TimedLoss(functools.partial(common.frskd, ops, **form))
+    run, name = common.Run(impl), f"{impl}, weight {weight}, seed {seed}"
+    curves = [run.losses, criterion.calls]
     done = checkpoint.restore(name, curves, student, teacher, optimizer)
     for images, labels in data.batches(steps, 64, seed, impl, done):
         maps = student.maps(images)
         refined, t = teacher(maps)
         everything = [student.classify(maps[-1]), t, *maps, *(x.detach() for x in refined)]
-        loss = criterion(*everything, target=labels, weight=weight, temperature=4.0)
+        loss = criterion(*everything, target=labels)
         common.warm_up(optimizer, len(run.losses))
         optimizer.zero_grad()
         loss.backward()
