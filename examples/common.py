@@ -88,7 +88,7 @@ class Images:
     @torch.no_grad()
     def mean_iou(self, model: nn.Module) -> float:
         """Return intersection over union of the held-out pixels of a class, its mean over the classes."""
-        parts = [model.eval()(part).argmax(1) for part in self.held_out_images.split(50)]
+        parts = [model.eval()(part).argmax(1) for part in self.held_out_images.split(100)]
         labels, found = self.held_out_labels.flatten(), torch.cat(parts).flatten()
         labels, found = labels[labels != IGNORED], found[labels != IGNORED]
         pairs = (self.classes * labels + found).bincount(minlength=self.classes**2)
@@ -137,7 +137,7 @@ class CIFAR100(Images):
 
 
 class Canvases(Images):
-    """Canvases of 32 x 32, four of scikit-learn's digits on each, some missing.
+    """Canvases of 16 x 16, four of scikit-learn's digits on each, some missing.
 
     Labels (N, H, W): 0 where nothing is, the digit plus 1 on a stroke, IGNORED at its edge.
     """
@@ -150,21 +150,19 @@ class Canvases(Images):
         def draw(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
             index = torch.randint(len(labels), (4 * count,), generator=generator)
             there = torch.rand(4 * count, 1, 1, 1, generator=generator) < 0.8
-            strokes = F.interpolate(
-                images[index] * there.to(device), scale_factor=2.0, mode="bilinear"
-            )
+            strokes = images[index] * there.to(device)
             marks = (labels[index] + 1).view(-1, 1, 1, 1) * (strokes > 0.5)
             marks = marks.masked_fill((strokes > 0.2) & (strokes <= 0.5), IGNORED)
-            both = torch.cat([strokes, marks], 1).view(count, 2, 2, 2, 16, 16)
-            canvases = both.permute(0, 3, 1, 4, 2, 5).reshape(count, 2, 32, 32)
-            shifts = torch.randint(32, (count, 2), generator=generator).tolist()
+            both = torch.cat([strokes, marks], 1).view(count, 2, 2, 2, 8, 8)
+            canvases = both.permute(0, 3, 1, 4, 2, 5).reshape(count, 2, 16, 16)
+            shifts = torch.randint(16, (count, 2), generator=generator).tolist()
             pairs = zip(canvases, shifts, strict=True)
             canvases = torch.stack([canvas.roll(shift, (1, 2)) for canvas, shift in pairs])
             return canvases[:, :1], canvases[:, 1].long()
 
-        self.images, self.labels = draw(digits.images, digits.labels, 1000)
+        self.images, self.labels = draw(digits.images, digits.labels, 2000)
         self.held_out_images, self.held_out_labels = draw(
-            digits.held_out_images, digits.held_out_labels, 200
+            digits.held_out_images, digits.held_out_labels, 300
         )
 
 
@@ -242,13 +240,13 @@ class Stages(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """A pyramid of six maps behind a neck, and a head on the finest: logits of every pixel."""
+    """A pyramid of five maps behind a neck, and a head on the finest: logits of every pixel."""
 
-    width, levels = 32, 6
+    width, levels = 32, 5
 
     def __init__(self, neck: nn.Module, classes: int, channels: int = 1) -> None:
         super().__init__()
-        widths = (channels, 24, 32, 48, 64)
+        widths = (channels, 32, 48, 64)
         self.stages = nn.ModuleList(
             nn.Sequential(*convolution(a, b, stride=2 if k else 1), *convolution(b, b))
             for k, (a, b) in enumerate(pairwise(widths))
