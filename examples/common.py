@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -20,15 +19,12 @@ try:
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
-    from selfkd.nn import sigmoid_rampup
     from sklearn.datasets import load_digits
     from torch import Tensor, nn
 except ModuleNotFoundError as error:
     sys.exit(f"{error}; the examples need: pip install torch matplotlib rich scikit-learn")
 
 EARLY = 50  # steps before rounding can grow
-WARM_UP = 300  # steps in which the learning rate of a self-teacher rises
-IGNORED = 255  # label of pixels that do not count
 TOLERANCE = 1e-4  # relative difference of fused and reference over the early steps
 
 
@@ -86,17 +82,6 @@ class Images:
         return (predictions == self.held_out_labels).float().mean().item()
 
     @torch.no_grad()
-    def mean_iou(self, model: nn.Module) -> float:
-        """Return intersection over union of the held-out pixels of a class, its mean over the classes."""
-        parts = [model.eval()(part).argmax(1) for part in self.held_out_images.split(100)]
-        labels, found = self.held_out_labels.flatten(), torch.cat(parts).flatten()
-        labels, found = labels[labels != IGNORED], found[labels != IGNORED]
-        pairs = (self.classes * labels + found).bincount(minlength=self.classes**2)
-        counts = pairs.view(self.classes, self.classes)
-        union = counts.sum(0) + counts.sum(1) - counts.diag()
-        return (counts.diag() / union).nanmean().item()
-
-    @torch.no_grad()
     def neighbour_accuracy(self, backbone: nn.Module) -> float:
         """Return the share of held-out images of the class of their nearest neighbour, by cosine."""
         known, new = (
@@ -136,58 +121,6 @@ class CIFAR100(Images):
         self.labels, self.held_out_labels = (torch.tensor(x.targets, device=device) for x in both)
 
 
-class Canvases(Images):
-    """Canvases of 16 x 16, four of scikit-learn's digits on each, some missing.
-
-    Labels (N, H, W): 0 where nothing is, the digit plus 1 on a stroke, IGNORED at its edge.
-    """
-
-    classes = 11
-
-    def __init__(self, device: str) -> None:
-        digits, generator = Digits(device), torch.Generator().manual_seed(0)
-
-        def draw(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
-            index = torch.randint(len(labels), (4 * count,), generator=generator)
-            there = torch.rand(4 * count, 1, 1, 1, generator=generator) < 0.8
-            strokes = images[index] * there.to(device)
-            marks = (labels[index] + 1).view(-1, 1, 1, 1) * (strokes > 0.5)
-            marks = marks.masked_fill((strokes > 0.2) & (strokes <= 0.5), IGNORED)
-            both = torch.cat([strokes, marks], 1).view(count, 2, 2, 2, 8, 8)
-            canvases = both.permute(0, 3, 1, 4, 2, 5).reshape(count, 2, 16, 16)
-            shifts = torch.randint(16, (count, 2), generator=generator).tolist()
-            pairs = zip(canvases, shifts, strict=True)
-            canvases = torch.stack([canvas.roll(shift, (1, 2)) for canvas, shift in pairs])
-            return canvases[:, :1], canvases[:, 1].long()
-
-        self.images, self.labels = draw(digits.images, digits.labels, 2000)
-        self.held_out_images, self.held_out_labels = draw(
-            digits.held_out_images, digits.held_out_labels, 300
-        )
-
-
-class VOC(Images):
-    """Pascal VOC 2012 by torchvision, from a folder that it is loaded into, 128 x 128."""
-
-    classes = 21
-
-    def __init__(self, folder: Path, device: str) -> None:
-        from torchvision.datasets import VOCSegmentation
-        from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resize
-
-        def load(part: str) -> tuple[Tensor, Tensor]:
-            pairs = VOCSegmentation(folder, "2012", part, download=True)
-            nearest = InterpolationMode.NEAREST
-            images = [pil_to_tensor(resize(x, [128, 128])) for x, _ in pairs]
-            labels = [pil_to_tensor(resize(y, [128, 128], nearest))[0] for _, y in pairs]
-            return torch.stack(images).to(device).float() / 255, torch.stack(labels).to(
-                device
-            ).long()
-
-        self.images, self.labels = load("train")
-        self.held_out_images, self.held_out_labels = load("val")
-
-
 def convolution(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
     """Return a convolution, its normalisation and a smooth activation.
 
@@ -212,64 +145,6 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.backbone(images))
-
-
-class Stages(nn.Module):
-    """A classifier of three stages, each of half the size of the one before, for a self-teacher."""
-
-    widths = (32, 64, 128)
-
-    def __init__(self, classes: int, channels: int = 1) -> None:
-        super().__init__()
-        inputs = (channels, *self.widths)
-        self.stages = nn.ModuleList(
-            nn.Sequential(*convolution(a, b, stride=2 if k else 1), *convolution(b, b))
-            for k, (a, b) in enumerate(pairwise(inputs))
-        )
-        self.head = nn.Linear(self.widths[-1], classes)
-
-    def maps(self, images: Tensor) -> list[Tensor]:
-        """Return what every stage gives, finest first."""
-        return [images := stage(images) for stage in self.stages]
-
-    def classify(self, features: Tensor) -> Tensor:
-        return self.head(features.mean((2, 3)))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.classify(self.maps(images)[-1])
-
-
-class Segmenter(nn.Module):
-    """A pyramid of five maps behind a neck, and a head on the finest: logits of every pixel."""
-
-    width, levels = 32, 5
-
-    def __init__(self, neck: nn.Module, classes: int, channels: int = 1) -> None:
-        super().__init__()
-        widths = (channels, 32, 48, 64)
-        self.stages = nn.ModuleList(
-            nn.Sequential(*convolution(a, b, stride=2 if k else 1), *convolution(b, b))
-            for k, (a, b) in enumerate(pairwise(widths))
-        )
-        self.laterals = nn.ModuleList(nn.Conv2d(b, self.width, 1) for b in widths[1:])
-        self.neck, self.head = neck, self.make_head(classes)
-
-    @classmethod
-    def make_head(cls, classes: int) -> nn.Sequential:
-        return nn.Sequential(
-            *convolution(cls.width, 2 * cls.width), nn.Conv2d(2 * cls.width, classes, 1)
-        )
-
-    def maps(self, images: Tensor) -> list[Tensor]:
-        """Return the neck's maps, finest first, the first as large as the images."""
-        stages = [images := stage(images) for stage in self.stages]
-        pyramid = [lateral(x) for lateral, x in zip(self.laterals, stages, strict=True)]
-        while len(pyramid) < self.levels:
-            pyramid.append(F.avg_pool2d(pyramid[-1], 2))
-        return self.neck(pyramid)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.maps(images)[0])
 
 
 class Checkpoint:
@@ -378,52 +253,22 @@ def parse(
 
 
 def prepare(
-    options: argparse.Namespace, features: int = 0, segmentation: bool = False
+    options: argparse.Namespace,
+    features: int = 0,
+    large: type[Images] = CIFAR100,
+    small: type[Images] = Digits,
 ) -> dict[str, Any]:
     """Return data and checkpoint, as the command line of a `long` example says.
 
-    With `features`, a teacher of so many as well.
+    With `features`, a teacher of so many as well. Data are `large`, from a folder, or `small`.
     """
     torch.set_num_threads(options.threads)
     device, checkpoint = options.device, Checkpoint(options.checkpoint)
-    real, small = (VOC, Canvases) if segmentation else (CIFAR100, Digits)
-    data = real(options.data, device) if options.data else small(device)
+    data = large(options.data, device) if options.data else small(device)
     found = {"data": data, "checkpoint": checkpoint}
     if features:
         found["teacher"] = train_teacher(data, options.steps, checkpoint, features)
     return found
-
-
-def warm_up(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Set the learning rate of a step: slowly up, over WARM_UP steps, to that of the optimizer.
-
-    A self-teacher is full of ReLUs and max-pooling, where the last bit of a value decides which way a
-    gradient goes; at full speed two runs that differ in rounding soon part.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = optimizer.defaults["lr"] * sigmoid_rampup(step, WARM_UP) ** 2
-
-
-def frskd(
-    ops: Any,
-    z: Tensor,
-    t: Tensor,
-    *maps: Tensor,
-    target: Tensor,
-    alpha: float,
-    beta: float,
-    temperature: float,
-    ignore_index: int = -100,
-) -> Tensor:
-    """FRSKD's loss: logits, the self-teacher's, the maps of both (the latter ones without gradient).
-
-    selfkd.nn.FRSKDLoss is the same; here `ops` may be selfkd or selfkd.reference.
-    """
-    half, ignored = len(maps) // 2, {"ignore_index": ignore_index}
-    teacher = {"teachers": t.detach(), "teacher_weights": alpha, "temperature": temperature}
-    loss = ops.distill(z, target, **teacher, **ignored) + ops.distill(t, target, **ignored)
-    pairs = zip(maps[:half], maps[half:], strict=True)
-    return loss + beta * sum(ops.attention(f, g) for f, g in pairs)
 
 
 def train_all(train: Callable[..., Run], options: argparse.Namespace) -> list[Run]:

@@ -18,6 +18,7 @@ import functools
 import sys
 
 import common
+import self_teacher
 import selfkd
 import torch
 
@@ -37,21 +38,21 @@ def train(
     """Train classifier and self-teacher with one implementation, "fused" or "reference"."""
     torch.manual_seed(seed)
     ops = IMPLEMENTATIONS[impl]
-    student = common.Stages(data.classes, data.images.shape[1]).to(device)
+    student = self_teacher.Stages(data.classes, data.images.shape[1]).to(device)
     teacher = selfkd.nn.BiFPN(student.widths, data.classes, fuse=ops.bifpn_fuse).to(device)
     parameters = [*student.parameters(), *teacher.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.02, momentum=0.9, weight_decay=1e-4)
     form = {"alpha": 2 * weight, "beta": 100 * weight, "temperature": 4.0}
-    criterion = common.TimedLoss(functools.partial(common.frskd, ops, **form))
+    criterion = common.TimedLoss(functools.partial(self_teacher.loss, ops, **form))
     run, name = common.Run(impl), f"{impl}, weight {weight}, seed {seed}"
     curves = [run.losses, criterion.calls]
     done = checkpoint.restore(name, curves, student, teacher, optimizer)
     for images, labels in data.batches(steps, 64, seed, impl, done):
         maps = student.maps(images)
         refined, t = teacher(maps)
-        everything = [student.classify(maps[-1]), t, *maps, *(x.detach() for x in refined)]
+        everything = [student.classify(maps), t, *maps, *(x.detach() for x in refined)]
         loss = criterion(*everything, target=labels)
-        common.warm_up(optimizer, len(run.losses))
+        self_teacher.set_rate(optimizer, len(run.losses), rise=300)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
