@@ -112,21 +112,21 @@ typedef struct extent {
     int64_t at, rows, row_step, runs, run_step, length, stride;
 } extent;
 
-static extent extent_of(const sk_arg *t, place s, block b) {
+static extent extent_of(const sk_arg *t, const place *s, const block *b) {
     const int64_t *const st = t->stride;
-    extent e = {.at = s.n * st[0] + s.c * st[1] + b.y * st[2] + b.x * st[3],
-                .rows = b.rows,
+    extent e = {.at = s->n * st[0] + s->c * st[1] + b->y * st[2] + b->x * st[3],
+                .rows = b->rows,
                 .row_step = st[2],
-                .runs = b.columns,
+                .runs = b->columns,
                 .run_step = st[3],
-                .length = s.lanes,
+                .length = s->lanes,
                 .stride = st[1]};
-    if (s.lanes > 1 && (st[1] != 1 || (st[3] != s.lanes && b.columns > 1))) return e;
-    e.length = s.lanes * b.columns; /* a row is one run */
+    if (s->lanes > 1 && (st[1] != 1 || (st[3] != s->lanes && b->columns > 1))) return e;
+    e.length = s->lanes * b->columns; /* a row is one run */
     e.runs = 1;
-    e.stride = s.lanes > 1 ? 1 : st[3];
-    if (b.rows > 1 && st[2] != e.length * e.stride) return e;
-    e.length *= b.rows;
+    e.stride = s->lanes > 1 ? 1 : st[3];
+    if (b->rows > 1 && st[2] != e.length * e.stride) return e;
+    e.length *= b->rows;
     e.rows = 1;
     return e;
 }
@@ -136,7 +136,7 @@ static bool in_place(const sk_arg *t, const extent *e) {
 }
 
 /* The elements of a block, row by row: where they lie or, if they cannot be used there, in `to`. */
-static const real *read(const sk_arg *t, place s, block b, real *to) {
+static const real *read(const sk_arg *t, const place *s, const block *b, real *to) {
     const extent e = extent_of(t, s, b);
     if (in_place(t, &e)) return (const real *)t->data + e.at;
     real *next = to;
@@ -147,12 +147,12 @@ static const real *read(const sk_arg *t, place s, block b, real *to) {
 }
 
 /* Where a block is to be written: its place or the buffer, from which end() takes it there. */
-static real *begin(const sk_arg *t, place s, block b, real *buffer) {
+static real *begin(const sk_arg *t, const place *s, const block *b, real *buffer) {
     const extent e = extent_of(t, s, b);
     return in_place(t, &e) ? (real *)t->data + e.at : buffer;
 }
 
-static void end(const sk_arg *t, place s, block b, const real *from) {
+static void end(const sk_arg *t, const place *s, const block *b, const real *from) {
     const extent e = extent_of(t, s, b);
     if (in_place(t, &e)) return;
     for (int64_t y = 0; y < e.rows; y++)
@@ -226,24 +226,28 @@ typedef struct workspace {
 /* The activation of what is resized. */
 static int64_t early(const fusion *f) { return f->late ? SK_IDENTITY : f->activation; }
 
-/* A row of map i, activated. */
-static const real *source_row(const fusion *f, place s, int i, block b, real *buffer) {
+/* A row of map i, activated; but not by relu before it is pooled, which the largest can wait for.
+ */
+static const real *source_row(const fusion *f, const place *s, int i, const block *b,
+                              real *buffer) {
     const real *x = read(&f->x[i], s, b, buffer);
-    return activated(early(f), x, b.columns * s.lanes, buffer);
+    if (early(f) == SK_RELU && f->rows[i].way == SK_RESIZE_MAXPOOL) return x;
+    return activated(early(f), x, b->columns * s->lanes, buffer);
 }
 
-static void interpolate_row(const fusion *f, workspace *w, place s, int i, block b, real *to) {
-    const sk_tap v = sk_tap_of(f->rows[i], b.y);
+static void interpolate_row(const fusion *f, workspace *w, const place *s, int i, const block *b,
+                            real *to) {
+    const sk_tap v = sk_tap_of(f->rows[i], b->y);
     sk_taps *const taps = &w->taps[i];
-    sk_set_taps(taps, f->columns[i], b.x, b.columns);
+    sk_set_taps(taps, f->columns[i], b->x, b->columns);
     const block low = {v.low, 1, taps->first, taps->span}, high = {v.high, 1, low.x, low.columns};
-    const real *x = source_row(f, s, i, low, w->source[0]);
+    const real *x = source_row(f, s, i, &low, w->source[0]);
     if (v.part > 0) {
-        const real *y = source_row(f, s, i, high, w->source[1]);
-        sk_blend(x, y, (real)v.part, taps->span * s.lanes, w->blend);
+        const real *y = source_row(f, s, i, &high, w->source[1]);
+        sk_blend(x, y, (real)v.part, taps->span * s->lanes, w->blend);
         x = w->blend;
     }
-    sk_expand(taps, f->columns[i].way == SK_RESIZE_BILINEAR, s.lanes, x, to);
+    sk_expand(taps, f->columns[i].way == SK_RESIZE_BILINEAR, s->lanes, x, to);
 }
 
 /* The rows of the windows of output row y; those beyond the edges are next to them. */
@@ -252,42 +256,44 @@ static int64_t window_row(sk_axis a, int64_t y, int k) {
     return at < 0 ? 0 : sk_min(at, a.from - 1);
 }
 
-static void pool_row(const fusion *f, workspace *w, place s, int i, block b, real *to) {
-    const sk_windows h = sk_windows_of(f->columns[i], b.x, b.columns);
+static void pool_row(const fusion *f, workspace *w, const place *s, int i, const block *b,
+                     real *to) {
+    const sk_windows h = sk_windows_of(f->columns[i], b->x, b->columns);
     const real *x[3];
     for (int k = 0; k < 3; k++) {
-        const block row = {window_row(f->rows[i], b.y, k), 1, h.begin, h.end - h.begin};
-        x[k] = source_row(f, s, i, row, w->source[k]);
+        const block row = {window_row(f->rows[i], b->y, k), 1, h.begin, h.end - h.begin};
+        x[k] = source_row(f, s, i, &row, w->source[k]);
     }
-    sk_largest(x[0], x[1], x[2], (h.end - h.begin) * s.lanes, w->blend);
-    sk_deal_windows(w->blend, h, s.lanes, b.columns, &w->dealt);
-    sk_largest(w->dealt.even, w->dealt.odd, w->dealt.even + s.lanes, b.columns * s.lanes, to);
+    sk_largest(x[0], x[1], x[2], (h.end - h.begin) * s->lanes, w->blend);
+    sk_deal_windows(w->blend, h, s->lanes, b->columns, &w->dealt);
+    sk_largest(w->dealt.even, w->dealt.odd, w->dealt.even + s->lanes, b->columns * s->lanes, to);
 }
 
 /* Map i at a block of the result. */
-static const real *resized(const fusion *f, workspace *w, place s, int i, block b) {
-    const int64_t way = f->rows[i].way, row = b.columns * s.lanes;
+static const real *resized(const fusion *f, workspace *w, const place *s, int i, const block *b) {
+    const int64_t way = f->rows[i].way, row = b->columns * s->lanes;
     real *const to = w->resized[i];
     if (way == SK_RESIZE_NONE)
-        return activated(early(f), read(&f->x[i], s, b, to), b.rows * row, to);
+        return activated(early(f), read(&f->x[i], s, b, to), b->rows * row, to);
     int64_t last = -1; /* the source of the row before */
-    for (int64_t k = 0; k < b.rows; k++) {
-        const block one = {b.y + k, 1, b.x, b.columns};
+    for (int64_t k = 0; k < b->rows; k++) {
+        const block one = {b->y + k, 1, b->x, b->columns};
         const int64_t from = way == SK_RESIZE_NEAREST ? sk_tap_of(f->rows[i], one.y).low : -1;
         if (from >= 0 && from == last)
             memcpy(to + k * row, to + (k - 1) * row, (size_t)row * sizeof *to);
         else if (way == SK_RESIZE_MAXPOOL)
-            pool_row(f, w, s, i, one, to + k * row);
+            pool_row(f, w, s, i, &one, to + k * row);
         else
-            interpolate_row(f, w, s, i, one, to + k * row);
+            interpolate_row(f, w, s, i, &one, to + k * row);
         last = from;
     }
-    return to;
+    const bool waits = early(f) == SK_RELU && way == SK_RESIZE_MAXPOOL;
+    return waits ? activated(SK_RELU, to, b->rows * row, to) : to;
 }
 
 /* Leaves the sum at a block. */
-static void fuse(const fusion *f, workspace *w, place s, block b, real *restrict to) {
-    const int64_t n = b.rows * b.columns * s.lanes;
+static void fuse(const fusion *f, workspace *w, const place *s, const block *b, real *restrict to) {
+    const int64_t n = b->rows * b->columns * s->lanes;
     const real *x = resized(f, w, s, 0, b), *y = resized(f, w, s, 1, b);
     const real *z = f->count > 2 ? resized(f, w, s, 2, b) : NULL;
     const real p = (real)f->factor[0], q = (real)f->factor[1], r = (real)f->factor[2];
@@ -301,23 +307,23 @@ static void fuse(const fusion *f, workspace *w, place s, block b, real *restrict
 }
 
 /* The next block of `most` elements of a strip, b being {strip.y, 0, ...} before the first. */
-static bool next_block(block strip, int64_t lanes, int64_t most, block *b) {
-    const int64_t fit = most / (strip.columns * lanes);
+static bool next_block(const block *strip, int64_t lanes, int64_t most, block *b) {
+    const int64_t fit = most / (strip->columns * lanes);
     b->y += b->rows;
-    b->rows = sk_min(fit > 1 ? fit : 1, strip.y + strip.rows - b->y);
+    b->rows = sk_min(fit > 1 ? fit : 1, strip->y + strip->rows - b->y);
     return b->rows > 0;
 }
 
 /* ---- forward ---- */
 
-static void forward_strip(const fusion *f, workspace *w, const sk_arg *fused, place s,
-                          block strip) {
-    for (block b = {strip.y, 0, strip.x, strip.columns};
-         next_block(strip, s.lanes, SK_STRIP, &b);) {
-        real *const to = begin(fused, s, b, w->fused);
-        fuse(f, w, s, b, to);
-        if (f->late) activated(f->activation, to, b.rows * b.columns * s.lanes, to);
-        end(fused, s, b, to);
+static void forward_strip(const fusion *f, workspace *w, const sk_arg *fused, const place *s,
+                          const block *strip) {
+    for (block b = {strip->y, 0, strip->x, strip->columns};
+         next_block(strip, s->lanes, SK_STRIP, &b);) {
+        real *const to = begin(fused, s, &b, w->fused);
+        fuse(f, w, s, &b, to);
+        if (f->late) activated(f->activation, to, b.rows * b.columns * s->lanes, to);
+        end(fused, s, &b, to);
     }
 }
 
@@ -333,11 +339,11 @@ typedef struct folding {
 } folding;
 
 /* The gradient of the sum at a block: where it lies or, if it must be computed, in a buffer. */
-static const real *grad_of(const fusion *f, workspace *w, place s, block b) {
+static const real *grad_of(const fusion *f, workspace *w, const place *s, const block *b) {
     const real *g = read(&f->grad, s, b, w->grad);
     if (!f->late || f->activation == SK_IDENTITY) return g;
     fuse(f, w, s, b, w->fused);
-    const int64_t n = b.rows * b.columns * s.lanes;
+    const int64_t n = b->rows * b->columns * s->lanes;
     SWITCH_ACTIVATION(f->activation, slope_run(activation, w->fused, g, n, w->grad));
     return w->grad;
 }
@@ -355,9 +361,9 @@ SK_SPECIAL real conclude_run(int64_t activation, real factor, const real *x, con
     return sum;
 }
 
-static double conclude(const fusion *f, folding *m, const sk_arg *grad, place s, int i, block b,
-                       const real *g) {
-    const int64_t n = b.rows * b.columns * s.lanes;
+static double conclude(const fusion *f, folding *m, const sk_arg *grad, const place *s, int i,
+                       const block *b, const real *g) {
+    const int64_t n = b->rows * b->columns * s->lanes;
     const real *x = read(&f->x[i], s, b, m->x), factor = (real)f->factor[i];
     real *const to = begin(grad, s, b, m->grad);
     double sum = 0;
@@ -367,19 +373,19 @@ static double conclude(const fusion *f, folding *m, const sk_arg *grad, place s,
 }
 
 /* A strip's share of map i. */
-static block share_of(const fusion *f, int i, block strip) {
+static block share_of(const fusion *f, int i, const block *strip) {
     const sk_axis v = f->rows[i], h = f->columns[i];
-    const int64_t y = strip.y * v.from / v.to, x = strip.x * h.from / h.to;
-    return (block){y, (strip.y + strip.rows) * v.from / v.to - y, x,
-                   (strip.x + strip.columns) * h.from / h.to - x};
+    const int64_t y = strip->y * v.from / v.to, x = strip->x * h.from / h.to;
+    return (block){y, (strip->y + strip->rows) * v.from / v.to - y, x,
+                   (strip->x + strip->columns) * h.from / h.to - x};
 }
 
 /* Leaves the gradient folded back to row b.y of map i, of its columns. */
-static void fold_row(const fusion *f, folding *m, place s, int i, block b, real *to) {
+static void fold_row(const fusion *f, folding *m, const place *s, int i, const block *b, real *to) {
     const sk_axis v = f->rows[i], h = f->columns[i];
-    const sk_span rows = sk_outputs_of(v, b.y);
-    const sk_span left = sk_outputs_of(h, b.x), right = sk_outputs_of(h, b.x + b.columns - 1);
-    const int64_t n = b.columns * s.lanes, width = SK_STRIP / s.lanes;
+    const sk_span rows = sk_outputs_of(v, b->y);
+    const sk_span left = sk_outputs_of(h, b->x), right = sk_outputs_of(h, b->x + b->columns - 1);
+    const int64_t n = b->columns * s->lanes, width = SK_STRIP / s->lanes;
     const bool pairs = h.way == SK_RESIZE_NEAREST && h.to == 2 * h.from &&
                        right.end - left.begin <= width && rows.end - rows.begin <= RUN;
     for (int64_t k = 0; k < n && !pairs; k++) m->wide[k] = 0;
@@ -388,100 +394,101 @@ static void fold_row(const fusion *f, folding *m, place s, int i, block b, real 
             const int64_t count = sk_min(width, right.end - x);
             const real *sum = m->sum;
             for (int64_t k = y; k < sk_min(y + RUN, rows.end); k++) {
-                const real share = (real)sk_share(v, k, b.y);
-                const real *g = grad_of(f, &m->w, s, (block){k, 1, x, count});
+                const real share = (real)sk_share(v, k, b->y);
+                const real *g = grad_of(f, &m->w, s, &(block){k, 1, x, count});
                 if (k == y) {
 #pragma omp simd
-                    for (int64_t e = 0; e < count * s.lanes; e++) m->sum[e] = share * g[e];
+                    for (int64_t e = 0; e < count * s->lanes; e++) m->sum[e] = share * g[e];
                 } else {
 #pragma omp simd
-                    for (int64_t e = 0; e < count * s.lanes; e++) m->sum[e] += share * g[e];
+                    for (int64_t e = 0; e < count * s->lanes; e++) m->sum[e] += share * g[e];
                 }
             }
             if (pairs) {
-                sk_fold_pairs(s.lanes, sum, b.columns, to);
+                sk_fold_pairs(s->lanes, sum, b->columns, to);
                 return;
             }
             sk_set_taps(&m->taps[i], h, x, count);
-            sk_fold(&m->taps[i], s.lanes, sum, b.x, b.columns, m->wide);
+            sk_fold(&m->taps[i], s->lanes, sum, b->x, b->columns, m->wide);
         }
     }
     for (int64_t k = 0; k < n; k++) to[k] = (real)m->wide[k];
 }
 
 /* The gradient of a strip's share of map i, nearest or bilinear. */
-static double unfold_strip(const fusion *f, folding *m, const sk_arg *grad, place s, int i,
-                           block strip) {
+static double unfold_strip(const fusion *f, folding *m, const sk_arg *grad, const place *s, int i,
+                           const block *strip) {
     const block all = share_of(f, i, strip);
-    const int64_t width = SK_SOURCE / s.lanes, end_x = all.x + all.columns;
+    const int64_t width = SK_SOURCE / s->lanes, end_x = all.x + all.columns;
     double sum = 0;
     for (int64_t x = all.x; x < end_x; x += width) {
         const block piece = {all.y, all.rows, x, sk_min(width, end_x - x)};
-        for (block b = {all.y, 0, x, piece.columns}; next_block(piece, s.lanes, SK_SOURCE, &b);) {
+        for (block b = {all.y, 0, x, piece.columns}; next_block(&piece, s->lanes, SK_SOURCE, &b);) {
             for (int64_t k = 0; k < b.rows; k++)
-                fold_row(f, m, s, i, (block){b.y + k, 1, x, b.columns},
-                         m->folded + k * b.columns * s.lanes);
-            sum += conclude(f, m, grad, s, i, b, m->folded);
+                fold_row(f, m, s, i, &(block){b.y + k, 1, x, b.columns},
+                         m->folded + k * b.columns * s->lanes);
+            sum += conclude(f, m, grad, s, i, &b, m->folded);
         }
     }
     return sum;
 }
 
 /* Deals out row k of the windows of a block of one row of the result. */
-static void deal_row(const fusion *f, folding *m, place s, int i, block b, int k, sk_dealt *to) {
-    const int64_t y = sk_window(f->rows[i], b.y) + k;
-    sk_windows h = sk_windows_of(f->columns[i], b.x, b.columns);
+static void deal_row(const fusion *f, folding *m, const place *s, int i, const block *b, int k,
+                     sk_dealt *to) {
+    const int64_t y = sk_window(f->rows[i], b->y) + k;
+    sk_windows h = sk_windows_of(f->columns[i], b->x, b->columns);
     const real *x = m->x;
     if (y < 0 || y >= f->rows[i].from)
-        for (int64_t e = 0; e < (h.end - h.begin) * s.lanes; e++) m->x[e] = -INFINITY;
+        for (int64_t e = 0; e < (h.end - h.begin) * s->lanes; e++) m->x[e] = -INFINITY;
     else
-        x = source_row(f, s, i, (block){y, 1, h.begin, h.end - h.begin}, m->x);
-    sk_deal_windows(x, h, s.lanes, b.columns, to);
+        x = source_row(f, s, i, &(block){y, 1, h.begin, h.end - h.begin}, m->x);
+    sk_deal_windows(x, h, s->lanes, b->columns, to);
 }
 
 /* Leaves the winners of a block of one row, whose windows are dealt out, and their gradients. The
  * block may begin with column -1, which has none. */
-static void find_winners(const fusion *f, folding *m, place s, int i, block b,
+static void find_winners(const fusion *f, folding *m, const place *s, int i, const block *b,
                          const sk_dealt *const *rows) {
     sk_winners *const w = &m->winners;
-    const int above = sk_window(f->rows[i], b.y) < 0, before = b.x < 0;
+    const int above = sk_window(f->rows[i], b->y) < 0, before = b->x < 0;
     const real none = (real)(3 * above); /* the first that is there, where all are -inf */
-    sk_find_winners(rows[0], rows[1], rows[2], s.lanes, b.columns * s.lanes, none, w->at);
-    if (b.x <= 0 && sk_window(f->columns[i], 0) < 0)
-        for (int64_t e = before * s.lanes; e < (before + 1) * s.lanes; e++)
+    sk_find_winners(rows[0], rows[1], rows[2], s->lanes, b->columns * s->lanes, none, w->at);
+    if (b->x <= 0 && sk_window(f->columns[i], 0) < 0)
+        for (int64_t e = before * s->lanes; e < (before + 1) * s->lanes; e++)
             w->at[e] = w->at[e] == none ? none + 1 : w->at[e];
-    const block there = {b.y, 1, b.x + before, b.columns - before};
-    const real *g = grad_of(f, &m->w, s, there);
-    for (int64_t e = 0; e < before * s.lanes; e++) w->grad[e] = 0;
-    memcpy(w->grad + before * s.lanes, g, (size_t)(there.columns * s.lanes) * sizeof *g);
+    const block there = {b->y, 1, b->x + before, b->columns - before};
+    const real *g = grad_of(f, &m->w, s, &there);
+    for (int64_t e = 0; e < before * s->lanes; e++) w->grad[e] = 0;
+    memcpy(w->grad + before * s->lanes, g, (size_t)(there.columns * s->lanes) * sizeof *g);
 }
 
 /* The gradient of a strip's share of map i, maxpool: for each row of the result the first two rows
  * of its windows, the third being the next one's first. */
-static double unpool_strip(const fusion *f, folding *m, const sk_arg *grad, place s, int i,
-                           block strip) {
+static double unpool_strip(const fusion *f, folding *m, const sk_arg *grad, const place *s, int i,
+                           const block *strip) {
     const sk_axis v = f->rows[i], h = f->columns[i];
     const sk_dealt *rows[3] = {&m->rows[0], &m->rows[1], &m->rows[2]};
     sk_dealt *grads[3] = {&m->grads[0], &m->grads[1], &m->grads[2]};
-    const int64_t first = sk_window(h, strip.x), x = first < 0 ? 0 : first;
-    const int64_t columns = sk_min(first + 2 * strip.columns, h.from) - x;
-    const int64_t begin_row = strip.y > 0 ? strip.y - 1 : 0; /* for what it leaves below */
+    const int64_t first = sk_window(h, strip->x), x = first < 0 ? 0 : first;
+    const int64_t columns = sk_min(first + 2 * strip->columns, h.from) - x;
+    const int64_t begin_row = strip->y > 0 ? strip->y - 1 : 0; /* for what it leaves below */
     double sum = 0;
     memset(grads[0], 0, sizeof *grads[0]);
-    for (int64_t y = begin_row; y < strip.y + strip.rows; y++) {
-        const block b = {y, 1, strip.x - 1, strip.columns + 1};
+    for (int64_t y = begin_row; y < strip->y + strip->rows; y++) {
+        const block b = {y, 1, strip->x - 1, strip->columns + 1};
         for (int k = y == begin_row ? 0 : 1; k < 3; k++)
-            deal_row(f, m, s, i, b, k, &m->rows[rows[k] - m->rows]);
-        find_winners(f, m, s, i, b, rows);
-        sk_unpool(&m->winners, s.lanes, strip.columns * s.lanes, grads[0], grads[1], grads[2]);
+            deal_row(f, m, s, i, &b, k, &m->rows[rows[k] - m->rows]);
+        find_winners(f, m, s, i, &b, rows);
+        sk_unpool(&m->winners, s->lanes, strip->columns * s->lanes, grads[0], grads[1], grads[2]);
         const int64_t top = sk_window(v, y), from = top < 0 ? 0 : top;
         const block two = {from, sk_min(top + 2, v.from) - from, x, columns};
-        for (int64_t k = 0; k < two.rows && y >= strip.y; k++) {
+        for (int64_t k = 0; k < two.rows && y >= strip->y; k++) {
             const sk_dealt *const g = grads[from - top + k];
-            sk_gather(first < 0 ? g->odd : g->even, first < 0 ? g->even + s.lanes : g->odd, s.lanes,
-                      columns, m->folded + k * columns * s.lanes);
+            sk_gather(first < 0 ? g->odd : g->even, first < 0 ? g->even + s->lanes : g->odd,
+                      s->lanes, columns, m->folded + k * columns * s->lanes);
         }
-        if (y >= strip.y) sum += conclude(f, m, grad, s, i, two, m->folded);
+        if (y >= strip->y) sum += conclude(f, m, grad, s, i, &two, m->folded);
         const sk_dealt *const row = rows[0];
         sk_dealt *const next = grads[0];
         rows[0] = rows[2], rows[2] = row;
@@ -491,16 +498,17 @@ static double unpool_strip(const fusion *f, folding *m, const sk_arg *grad, plac
 }
 
 /* The gradient of a strip of a map that has the size of the result. */
-static double same_strip(const fusion *f, folding *m, const sk_arg *grad, place s, int i,
-                         block strip) {
+static double same_strip(const fusion *f, folding *m, const sk_arg *grad, const place *s, int i,
+                         const block *strip) {
     double sum = 0;
-    for (block b = {strip.y, 0, strip.x, strip.columns}; next_block(strip, s.lanes, SK_STRIP, &b);)
-        sum += conclude(f, m, grad, s, i, b, grad_of(f, &m->w, s, b));
+    for (block b = {strip->y, 0, strip->x, strip->columns};
+         next_block(strip, s->lanes, SK_STRIP, &b);)
+        sum += conclude(f, m, grad, s, i, &b, grad_of(f, &m->w, s, &b));
     return sum;
 }
 
-static void backward_strip(const fusion *f, folding *m, const backward_params *p, place s,
-                           block strip, double *d) {
+static void backward_strip(const fusion *f, folding *m, const backward_params *p, const place *s,
+                           const block *strip, double *d) {
     const sk_arg *const grad[MAPS] = {&p->grad_a, &p->grad_b, &p->grad_c};
     for (int i = 0; i < f->count; i++) {
         const int64_t way = f->rows[i].way;
@@ -546,7 +554,7 @@ static void bifpn_fuse_rows(const void *params, int64_t begin_task, int64_t end_
     for (int64_t i = begin_task * strips / tasks; i < end_task * strips / tasks; i++) {
         place s;
         const block strip = strip_of(&f, i, &s);
-        forward_strip(&f, &w, &p->fused, s, strip);
+        forward_strip(&f, &w, &p->fused, &s, &strip);
     }
 }
 
@@ -563,7 +571,7 @@ static void bifpn_fuse_backward_rows(const void *params, int64_t begin_task, int
         for (int64_t i = task * strips / tasks; i < (task + 1) * strips / tasks; i++) {
             place s;
             const block strip = strip_of(&f, i, &s);
-            backward_strip(&f, &m, p, s, strip, d);
+            backward_strip(&f, &m, p, &s, &strip, d);
         }
     }
 }
