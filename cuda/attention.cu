@@ -21,16 +21,19 @@ typedef struct attention_backward_params backward_params;
  * takes a tile, with `slices` threads for each run, which share its channels: so few positions
  * still keep a block busy, and its threads read whole lines of memory. */
 struct tiling {
-    int64_t N, S, per_sample;
+    int64_t S, per_sample;
     int width, slices;
+    unsigned count; /* blocks */
 };
 
 static tiling tiling_of(int64_t N, int64_t S, int64_t vec) {
     const int64_t runs = S / vec, width = runs >= 2 * SK_WARP ? SK_WARP : runs < 1 ? 1 : runs;
-    return {N, S, (runs + width - 1) / width, (int)width, SK_BLOCK / (int)width};
+    const int64_t per_sample = (runs + width - 1) / width, count = N * per_sample;
+    return {S, per_sample, (int)width, SK_BLOCK / (int)width,
+            count < UINT32_MAX ? (unsigned)count : UINT32_MAX}; /* more is an error at the launch */
 }
 
-/* What a thread does of a tile. */
+/* What this thread does of its block's tile. */
 struct place {
     int64_t n, s; /* its first position */
     int slice;    /* its first channel */
@@ -38,10 +41,11 @@ struct place {
 };
 
 template <int kVec>
-SK_DEVICE place place_of(const tiling &t, int64_t tile) {
+SK_DEVICE place place_of(const tiling &t) {
+    const int64_t tile = blockIdx.x % t.per_sample;
     const int slice = threadIdx.x / t.width;
-    const int64_t s = (tile % t.per_sample * t.width + threadIdx.x % t.width) * kVec;
-    return {tile / t.per_sample, s, slice, slice < t.slices && s < t.S};
+    const int64_t s = (tile * t.width + threadIdx.x % t.width) * kVec;
+    return {blockIdx.x / t.per_sample, s, slice, slice < t.slices && s < t.S};
 }
 
 /* This thread's run of channel c; the items from kVec on do not count. */
@@ -58,24 +62,21 @@ template <typename T, int kVec>
 __global__ void __launch_bounds__(SK_BLOCK)
     attention_planes_kernel(const sk_arg x, const tiling t, int64_t C, double *map) {
     SK_SHARED(double, sums, SK_BLOCK *kVec);
-    for (int64_t tile = blockIdx.x; tile < t.N * t.per_sample; tile += gridDim.x) {
-        const place at = place_of<kVec>(t, tile);
-        double sum[kVec] = {0};
-        for (int64_t c = at.slice; at.present && c < C; c += t.slices) {
-            sk_real<T> run[sk_items<T>];
-            load_run<T, kVec>(x, at, c, run);
-            SK_UNROLL for (int k = 0; k < kVec; k++) sum[k] += (double)run[k] * (double)run[k];
-        }
-        SK_UNROLL for (int k = 0; k < kVec; k++) sums[threadIdx.x * kVec + k] = sum[k];
-        __syncthreads();
-        const int positions = t.width * kVec;
-        const int64_t first = tile % t.per_sample * positions;
-        for (int i = threadIdx.x; i < positions && first + i < t.S; i += SK_BLOCK) {
-            double total = 0;
-            for (int slice = 0; slice < t.slices; slice++) total += sums[slice * positions + i];
-            map[at.n * t.S + first + i] = total / (double)C;
-        }
-        __syncthreads(); /* the next tile writes `sums` again */
+    const place at = place_of<kVec>(t);
+    double sum[kVec] = {0};
+    for (int64_t c = at.slice; at.present && c < C; c += t.slices) {
+        sk_real<T> run[sk_items<T>];
+        load_run<T, kVec>(x, at, c, run);
+        SK_UNROLL for (int k = 0; k < kVec; k++) sum[k] += (double)run[k] * (double)run[k];
+    }
+    SK_UNROLL for (int k = 0; k < kVec; k++) sums[threadIdx.x * kVec + k] = sum[k];
+    __syncthreads();
+    const int positions = t.width * kVec;
+    const int64_t first = blockIdx.x % t.per_sample * positions;
+    for (int i = threadIdx.x; i < positions && first + i < t.S; i += SK_BLOCK) {
+        double total = 0;
+        for (int slice = 0; slice < t.slices; slice++) total += sums[slice * positions + i];
+        map[at.n * t.S + first + i] = total / (double)C;
     }
 }
 
@@ -163,20 +164,17 @@ __global__ void __launch_bounds__(SK_BLOCK)
     attention_backward_planes_kernel(const backward_params params, const tiling t) {
     const backward_params *const p = &params;
     const int64_t C = SK_DIM(p, C);
-    for (int64_t tile = blockIdx.x; tile < t.N * t.per_sample; tile += gridDim.x) {
-        const place at = place_of<kVec>(t, tile);
-        if (!at.present) continue;
-        double factor[kVec];
-        SK_UNROLL for (int k = 0; k < kVec; k++) factor[k] =
-            factor_of<sk_real<T>>(params, at.n, at.s + k);
-        for (int64_t c = at.slice; c < C; c += t.slices) {
-            sk_real<T> run[sk_items<T>];
-            load_run<T, kVec>(p->student, at, c, run);
-            SK_UNROLL for (int k = 0; k < kVec; k++) run[k] = (sk_real<T>)(factor[k] * run[k]);
-            sk_store<T, 1, kVec>(
-                sk_row<T>(p->grad_student, at.n, at.s) + c * p->grad_student.stride[1], 1, 0, kVec,
-                run);
-        }
+    const place at = place_of<kVec>(t);
+    if (!at.present) return;
+    double factor[kVec];
+    SK_UNROLL for (int k = 0; k < kVec; k++) factor[k] =
+        factor_of<sk_real<T>>(params, at.n, at.s + k);
+    for (int64_t c = at.slice; c < C; c += t.slices) {
+        sk_real<T> run[sk_items<T>];
+        load_run<T, kVec>(p->student, at, c, run);
+        SK_UNROLL for (int k = 0; k < kVec; k++) run[k] = (sk_real<T>)(factor[k] * run[k]);
+        T *const to = sk_row<T>(p->grad_student, at.n, at.s) + c * p->grad_student.stride[1];
+        sk_store<T, 1, kVec>(to, 1, 0, kVec, run);
     }
 }
 
@@ -226,10 +224,6 @@ static form form_of(const sk_dims &dims, int64_t C, int64_t element,
     return {planes, rows, vec, tiling_of(N, S, vec)};
 }
 
-static unsigned blocks_of(const tiling &t) {
-    return sk_grid(t.N * t.per_sample, {SK_BLOCK, false});
-}
-
 static void launch_map(const forward_params &params, const sk_arg &x, int64_t C, double *map,
                        void *stream) {
     const forward_params *const p = &params;
@@ -239,7 +233,7 @@ static void launch_map(const forward_params &params, const sk_arg &x, int64_t C,
         if (f.planes) {
             const auto kernel = f.vec > 1 ? attention_planes_kernel<T, 16 / sizeof(T)>
                                           : attention_planes_kernel<T, 1>;
-            SK_LAUNCH(kernel, blocks_of(f.tiles), SK_BLOCK, 0, stream, x, f.tiles, C, map);
+            SK_LAUNCH(kernel, f.tiles.count, SK_BLOCK, 0, stream, x, f.tiles, C, map);
         } else {
             const auto kernel = SK_KERNEL(attention_rows_kernel, T, f.rows);
             SK_LAUNCH(kernel, sk_grid(count, f.rows), SK_BLOCK, 0, stream, x, count, S, C, map);
@@ -269,7 +263,7 @@ extern "C" int sk_cuda_attention_backward(const struct attention_backward_params
         if (f.planes) {
             const auto kernel = f.vec > 1 ? attention_backward_planes_kernel<T, 16 / sizeof(T)>
                                           : attention_backward_planes_kernel<T, 1>;
-            SK_LAUNCH(kernel, blocks_of(f.tiles), SK_BLOCK, 0, stream, *p, f.tiles);
+            SK_LAUNCH(kernel, f.tiles.count, SK_BLOCK, 0, stream, *p, f.tiles);
         } else {
             const auto kernel = SK_KERNEL(attention_backward_rows_kernel, T, f.rows);
             SK_LAUNCH(kernel, sk_grid(count, f.rows), SK_BLOCK, 0, stream, *p);

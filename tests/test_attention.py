@@ -65,13 +65,14 @@ CASES = [
     *[Case(f"channels_of_teacher_{n}", pair(3, 7, 4, 5, D=n)) for n in (1, 4, 9, 130)],
     *[Case(f"channels_{n}", pair(2, n, 2, 3, D=n + 1)) for n in (1023, 1024, 1025, 2049)],
     Case("one_sample", pair(1, 8, 24, 24, D=16)),
+    Case("many_samples", pair(4100, 2, 8), big=True),
     Case("lines", pair(3, 8, 40, D=3)),
     Case("volumes", pair(2, 6, 3, 4, 5, D=3)),
     Case("cifar_level_1", pair(128, 64, 32, 32, D=128), big=True),
     Case("cifar_level_4", pair(16, 512, 4, 4, D=1024), big=True),
     Case("imagenet_level_4", pair(4, 512, 7, 7, D=1024), big=True),
     Case("large_maps", pair(2, 3, 150, 170, D=4), big=True),
-    Case("eps", pair(4, 6, 5, 5), {"eps": 3.0}),  # half of the maps' length
+    Case("eps", pair(8, 6, 5, 5), {"eps": 5.8}),  # some maps are longer, some shorter
     *[
         Case(f"{apart:.0e}_apart", pair(5, 9, 6, 7, apart=apart, t_scale=3.0), exact=1e-9)
         for apart in (1e-1, 1e-3)
@@ -119,6 +120,23 @@ def test_strides(
     generator: torch.Generator,
 ) -> None:
     check(backend, Case("strides", pair(*shape)), dtype, layout, generator)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gap", ["between planes", "between samples"])
+@pytest.mark.parametrize("backend", harness.backends(), ids=str)
+def test_gaps(backend: harness.Backend, gap: str, dtype: str, generator: torch.Generator) -> None:
+    """Every first element lies on a vector boundary, those after a gap of one do not."""
+    harness.prepare(backend)
+    tensors = harness.cast(
+        pair(3, 6, 64, D=5)(generator), OP, harness.DTYPES[dtype], backend.device
+    )
+    for name, x in tensors.items():
+        plane = 65 if gap == "between planes" else 64
+        sample = x.shape[1] * plane + (gap == "between samples")
+        block = torch.full((3 * sample,), NAN, dtype=x.dtype, device=x.device)
+        tensors[name] = block.as_strided(x.shape, (sample, plane, 1)).copy_(x)
+    harness.check_tensors(OP, Case("gaps", pair(), per_sample=dtype == "float64"), backend, tensors)
 
 
 @pytest.mark.parametrize("scales", SCALES, ids=str)

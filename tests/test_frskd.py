@@ -170,6 +170,15 @@ def test_mixed_precision(dtype: torch.dtype, generator: torch.Generator) -> None
     torch.testing.assert_close(loss.double(), exact, rtol=3e-6, atol=0)
 
 
+def test_compile(generator: torch.Generator) -> None:
+    given = batch(generator)
+    torch._dynamo.reset()
+    found = torch.compile(lambda *x: FRSKDLoss()(*x)[0], fullgraph=True)(*given)
+    expected, _ = FRSKDLoss()(*given)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients(found, given), gradients(expected, given))
+
+
 def test_sentences(generator: torch.Generator) -> None:
     o, o_teacher, features, teacher_features, y = batch(generator)
     sentence = "FRSKDLoss: teacher_features has 3 levels, expected those of features, 4"
