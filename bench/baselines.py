@@ -11,10 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import authors
 import selfkd
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from selfkd.nn import BiFPN
+from torch import Tensor, nn
+from torch.func import functional_call
 
 Loss = Callable[..., Tensor]
 
@@ -47,6 +50,9 @@ class Case:
         The least a fused forward and backward can read and write.
     part
         A call of selfkd that does a part of the same, timed beside it.
+    rows
+        Whether gradients have rows of classes, in which an error is relative to the row's largest;
+        else to the tensor's.
     need
         What the ratios must be: at least, against "eager" and "compile"; at most, against "copy" and
         "part".
@@ -64,6 +70,7 @@ class Case:
     need: Mapping[str, float] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     part: Loss | None = None
+    rows: bool = True
 
 
 def kl_of_log_targets(u: Tensor, v: Tensor) -> Tensor:
@@ -146,6 +153,39 @@ def simreg(*shape: int, **need: float) -> Case:
     )
 
 
+def attention_of_powers(student: Tensor, teacher: Tensor) -> Tensor:
+    """FRSKD's feature loss of maps (N, C, H, W) in the form of the authors' code."""
+
+    def attention_map(x: Tensor) -> Tensor:
+        return F.normalize(x.pow(2).mean(1).flatten(1))
+
+    return (attention_map(student) - attention_map(teacher)).pow(2).mean()
+
+
+def attention_of_norms(student: Tensor, teacher: Tensor) -> Tensor:
+    """The same without a square of each feature."""
+
+    def attention_map(x: Tensor) -> Tensor:
+        return F.normalize(torch.linalg.vector_norm(x, dim=1).square().flatten(1))
+
+    return F.mse_loss(attention_map(student), attention_map(teacher))
+
+
+def attention(*shape: int, teacher_channels: int, **need: float) -> Case:
+    """Features randn. Forward reads both; backward reads the student and writes its gradient."""
+    teacher_shape = (shape[0], teacher_channels, *shape[2:])
+    return Case(
+        name=f"attention {'x'.join(map(str, shape))} of {teacher_channels} channels",
+        fused=selfkd.attention,
+        reference=selfkd.reference.attention,
+        baselines={"powers": attention_of_powers, "norms": attention_of_norms},
+        inputs=lambda: [torch.randn(shape), torch.randn(teacher_shape)],
+        learning=1,
+        bytes_moved=(3 * math.prod(shape) + math.prod(teacher_shape)) * 4,
+        need=need,
+    )
+
+
 def distill(
     *shape: int, temperatures: tuple[float, ...] = (4.0,), ignore_index: int = -100, **need: float
 ) -> Case:
@@ -203,6 +243,40 @@ def distill(
     )
 
 
+def self_teacher(batch: int, **need: float) -> Case:
+    """FRSKD's self-teacher on the maps of ResNet-18 for CIFAR-100, trained through its logits.
+
+    Maps and parameters get gradients. The authors' module is the reference, too. Bytes: all of these
+    read twice and their gradients written once, without any map in between.
+    """
+    channels, sizes = (64, 128, 256, 512), (32, 16, 8, 4)
+    theirs, ours = authors.BiFPNc(channels, 100), BiFPN(channels, 100)
+    parameters = dict(theirs.named_parameters())
+    maps = [(batch, c, size, size) for c, size in zip(channels, sizes, strict=True)]
+
+    def loss(module: nn.Module, names: list[str], *inputs: Tensor) -> Tensor:
+        state = {name: x.to(inputs[0].dtype) for name, x in module.named_buffers() if x.ndim}
+        state |= dict(zip(names, inputs[len(maps) :], strict=True))
+        logits: Tensor = functional_call(module, state, (inputs[: len(maps)],))[1]
+        return logits.logsumexp(1).mean()
+
+    their_loss = partial(loss, theirs, list(parameters))
+    return Case(
+        name=f"BiFPN {'x'.join(map(str, maps[0]))}",
+        fused=partial(loss, ours, list(BiFPN.convert_authors_state_dict(parameters))),
+        reference=their_loss,
+        baselines={"authors": their_loss},
+        inputs=lambda: [
+            *map(torch.randn, maps),
+            *(x.detach().clone() for x in parameters.values()),
+        ],
+        learning=len(maps) + len(parameters),
+        bytes_moved=12 * (sum(map(math.prod, maps)) + sum(x.numel() for x in parameters.values())),
+        need=need,
+        rows=False,
+    )
+
+
 large_vocabulary = sd_dropout_kl(512, 32000, eager=15, compile=4.5, copy=2)
 
 CASES = [
@@ -219,4 +293,7 @@ CASES = [
     distill(256, 1000, temperatures=(4.0, 2.0), part=1.8),
     distill(4, 21, 256, 256, temperatures=(1.0,), ignore_index=255, eager=6, compile=4, copy=2.2),
     simreg(256, 2048, eager=4.5, compile=2.3),
+    attention(128, 64, 32, 32, teacher_channels=128, eager=5, compile=1.5, copy=1.7),
+    attention(128, 512, 4, 4, teacher_channels=1024),
+    self_teacher(32, eager=1.35),
 ]

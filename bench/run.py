@@ -47,13 +47,16 @@ def loss_and_gradients(loss: Loss, inputs: list[Tensor]) -> tuple[Tensor, ...]:
     return value.detach(), *torch.autograd.grad(value, [x for x in inputs if x.requires_grad])
 
 
-def errors(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> Errors:
+def errors(case: Case, found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> Errors:
     """Return the relative error of the loss, and the largest of the gradients.
 
-    The latter is the largest error in a row of classes over the row's largest gradient.
+    The latter is the largest error in a row of classes, or in a tensor if the case has no rows, over
+    the largest gradient there.
     """
     loss = ((found[0] - exact[0]).abs() / exact[0].abs()).item()
     pairs = list(zip(found[1:], exact[1:], strict=True))
+    if not case.rows:
+        pairs = [(x.reshape(1, -1), y.reshape(1, -1)) for x, y in pairs]
     rows = [(x - y).abs().amax(1) / y.abs().amax(1) for x, y in pairs]
     return loss, max(row.max().item() for row in rows)
 
@@ -75,11 +78,12 @@ def check(case: Case, contenders: dict[str, Loss], inputs: list[Tensor]) -> dict
     ]
     exact = loss_and_gradients(case.reference, doubles)
     for form, baseline in case.baselines.items():
-        difference = max(errors(loss_and_gradients(baseline, doubles), exact))
+        difference = max(errors(case, loss_and_gradients(baseline, doubles), exact))
         if not difference < 1e-9:
             raise SystemExit(f"{case.name}: {form} is another function ({difference:.1e})")
     return {
-        name: errors(loss_and_gradients(loss, inputs), exact) for name, loss in contenders.items()
+        name: errors(case, loss_and_gradients(loss, inputs), exact)
+        for name, loss in contenders.items()
     }
 
 

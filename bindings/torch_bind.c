@@ -98,6 +98,7 @@ static int allocate_output(frame *f, int i) {
                          .dtype = shape->dtype,
                          .shape = shape->size,
                          .strides = shape->stride};
+    if (sk_is_absent(&f->call, i)) return SELFKD_OK;
     sk_torch.aoti_torch_get_data_ptr(f->handle[i], &t->data);
     int64_t bytes = sk_dtype_size(dtype);
     for (int k = 0; k < shape->ndim; k++) bytes *= shape->size[k];
@@ -182,7 +183,7 @@ int selfkd_torch_registered(void) { return registered; }
 /* "op(Tensor u, Tensor weight, bool has_weight, float T) -> (Tensor loss, ...)" */
 static void write_schema(const sk_op *op, char *text, size_t room) {
     static const char *const type[] = {
-        [SK_REAL] = "float", [SK_INT] = "int", [SK_BOOL] = "bool", [SK_CHOICE] = "int"};
+        [SK_REAL] = "float", [SK_INT] = "int", [SK_BOOL] = "bool", [SK_CHOICE] = "int", [SK_RESIZE] = "int"};
     size_t n = (size_t)snprintf(text, room, "%s(", op->name);
     const char *comma = "";
     for (int i = 0; i < op->count; i++) {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -50,6 +50,7 @@ class Case:
     exact: how far the float64 reference itself (the textbook formula) can be trusted.
     one_hot: rows of probability 1, where the gradient of two that agree is nothing but the rounding
     of large logits: it is measured against a tenth of the tensor's largest.
+    per_sample: gradients are measured against the largest of their sample, not of their row.
     big: too slow for the emulator.
     """
 
@@ -59,6 +60,7 @@ class Case:
     close: bool = False
     exact: float = 1e-12
     one_hot: bool = False
+    per_sample: bool = False
     big: bool = False
 
     def __str__(self) -> str:
@@ -81,9 +83,10 @@ class Backend:
         return self.name
 
 
-def live_inputs(op: str) -> list[str]:
-    """The inputs that get gradients."""
-    return [item.name.removeprefix("grad_") for item in contract(f"{op}_backward").outputs]
+def live_inputs(op: str, given: Mapping[str, Any]) -> list[str]:
+    """Those of the inputs given that get gradients."""
+    live = [item.name.removeprefix("grad_") for item in contract(f"{op}_backward").outputs]
+    return [name for name in live if name in given]
 
 
 def public(op: str, space: Any) -> Callable[..., torch.Tensor]:
@@ -101,12 +104,13 @@ def through_torch(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The public function and its autograd."""
     tensors = dict(tensors)
-    for name in live_inputs(op):
+    live = live_inputs(op, tensors)
+    for name in live:
         tensors[name] = tensors[name].detach().requires_grad_()
     result = public(op, selfkd)(**tensors, **options)
-    wanted = [tensors[name] for name in live_inputs(op)]
+    wanted = [tensors[name] for name in live]
     grads = torch.autograd.grad(result, wanted, torch.ones_like(result) if grad is None else grad)
-    return result.detach(), dict(zip(live_inputs(op), grads, strict=True))
+    return result.detach(), dict(zip(live, grads, strict=True))
 
 
 def poisoned_outputs(op: str, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -123,6 +127,7 @@ def poisoned_outputs(op: str, arguments: Mapping[str, Any]) -> dict[str, torch.T
             dtype={"ACC": acc, "F64": torch.float64}[item.rule],
         )
         for item in of.outputs
+        if not selfkd.contract.is_absent(item, arguments)
     }
 
 
@@ -148,13 +153,14 @@ def through_c(
         arguments: dict[str, Any] = {**numbers, **tensors}
         outputs = poisoned_outputs(op, arguments)
         library.check(c.run(lib, op, arguments | outputs, device=device))
-        result = outputs["rows"] if numbers["reduction"] == 0 else outputs[forward.outputs[0].name]
+        first = forward.outputs[0].name
+        result = outputs["rows"] if numbers.get("reduction") == 0 else outputs[first]
         everything = (
             arguments | outputs | {"grad": torch.ones_like(result) if grad is None else grad}
         )
         grads = poisoned_outputs(backward.name, everything)
         library.check(c.run(lib, backward.name, everything | grads, device=device))
-        return result, {name: grads[f"grad_{name}"] for name in live_inputs(op)}
+        return result, {name: grads[f"grad_{name}"] for name in live_inputs(op, tensors)}
 
     return call
 
@@ -250,7 +256,7 @@ def assert_gradient(
     found, expected = found.double().cpu(), expected.double().cpu()
     assert found.isfinite().all(), f"{what}: not finite"
     error = (found - expected).abs() - HALF_ULP[dtype] * expected.abs() - HALF_SMALLEST[dtype]
-    largest = expected.abs().amax(1, keepdim=True)
+    largest = expected.abs().amax(list(range(1, expected.ndim if case.per_sample else 2)), True)
     if case.one_hot:
         largest = largest.clamp(min=0.1 * largest.max().item())
     scale = torch.where(largest < 1e-15, 32 * epsilon(dtype) / tolerance, largest)
@@ -270,14 +276,15 @@ def reference(
     wide = {
         name: x.cpu().double() if x.is_floating_point() else x.cpu() for name, x in tensors.items()
     }
-    live = [wide[name].detach().clone().requires_grad_() for name in live_inputs(op)]
-    wide |= dict(zip(live_inputs(op), live, strict=True))
+    names = live_inputs(op, tensors)
+    live = [wide[name].detach().clone().requires_grad_() for name in names]
+    wide |= dict(zip(names, live, strict=True))
     result = public(op, selfkd.reference)(**wide, **options)
     if not result.requires_grad:  # all weights are 0
-        return result, {name: torch.zeros_like(wide[name]) for name in live_inputs(op)}
+        return result, {name: torch.zeros_like(wide[name]) for name in names}
     out = torch.ones_like(result) if grad is None else grad.double().cpu()
     grads = torch.autograd.grad(result, live, out, allow_unused=True, materialize_grads=True)
-    return result.detach(), dict(zip(live_inputs(op), grads, strict=True))
+    return result.detach(), dict(zip(names, grads, strict=True))
 
 
 def cast(
@@ -287,30 +294,75 @@ def cast(
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     rules = {item.name: item.rule for item in contract(op).items if item.is_input}
     stored = ("FLOATING", "SAME", "CONSTANT", "TEACHER")
-    to = {name: dtype if rules[name] in stored else acc for name in tensors}
+    to = {name: dtype if rules.get(name, "SAME") in stored else acc for name in tensors}
     return {
         name: x.to(device, to[name]) if x.is_floating_point() else x.to(device)
         for name, x in tensors.items()
     }
 
 
+def reductions(op: str, case: Case) -> list[dict[str, Any]]:
+    """The case's own reduction and "none"; a loss that has no choice is called as it is."""
+    if not any(item.name == "reduction" for item in contract(op).items):
+        return [{}]
+    own = case.options.get("reduction", "mean")
+    return [{"reduction": name} for name in dict.fromkeys([own, "none"])]
+
+
 def check_tensors(
     op: str, case: Case, backend: Backend, tensors: Mapping[str, torch.Tensor]
 ) -> None:
     """Loss, every row, and all gradients of one case, whatever the dtypes and strides of its tensors."""
-    for reduction in dict.fromkeys([case.options.get("reduction", "mean"), "none"]):
-        options = {**case.options, "reduction": reduction}
-        if reduction == "none":
+    if "grad" in tensors:
+        check_map(op, case, backend, tensors)
+        return
+    for reduction in reductions(op, case):
+        options = {**case.options, **reduction}
+        if reduction.get("reduction") == "none":
             tensors = {name: x for name, x in tensors.items() if name != "divisor"}
         expected, expected_grads = reference(op, tensors, options)
         found, grads = backend.call(op, tensors, options)
-        assert_values(found, expected, f"{op} {reduction}", case)
-        for name in live_inputs(op):
+        assert_values(found, expected, f"{op} {options}", case)
+        for name in live_inputs(op, tensors):
             assert grads[name].stride() == torch.empty_like(tensors[name]).stride()
-            what = f"gradient of {name}, {reduction}"
+            what = f"gradient of {name}, {options}"
             assert_gradient(grads[name], expected_grads[name], what, case)
             if "weight" in tensors:
                 assert (grads[name].movedim(1, -1)[tensors["weight"] == 0] == 0).all()
+
+
+def assert_map(found: torch.Tensor, expected: torch.Tensor, what: str, case: Case) -> None:
+    """Each plane is a row; in a small one everything may cancel, so that a tenth of the map's largest
+    is what its error is measured against at least."""
+    planes = (x.flatten(2).flatten(0, 1) for x in (found, expected))
+    assert_gradient(*planes, what, replace(case, one_hot=True))
+
+
+def assert_sums(
+    found: torch.Tensor, expected: torch.Tensor, terms: torch.Tensor, what: str
+) -> None:
+    """Sums over a whole map, measured against the sum of their absolute terms."""
+    tolerance = 1e-12 if found.dtype == torch.float64 else 1e-5
+    error = (found.double().cpu() - expected).abs() / terms.abs().sum().clamp(min=1e-300)
+    assert error.max() <= tolerance, f"{what}: error {error.max():.2e} of its terms"
+
+
+def check_map(op: str, case: Case, backend: Backend, tensors: Mapping[str, torch.Tensor]) -> None:
+    """A result that is a map, and all gradients, for the incoming gradient among the tensors."""
+    inputs = {name: x for name, x in tensors.items() if name != "grad"}
+    expected, expected_grads = reference(op, inputs, case.options, tensors["grad"])
+    found, grads = backend.call(op, inputs, case.options, tensors["grad"])
+    first = inputs[contract(op).first]
+    assert found.dtype == first.dtype
+    assert found.stride() == torch.empty_like(first).stride()
+    assert_map(found, expected, op, case)
+    for name, wanted in expected_grads.items():
+        assert grads[name].stride() == torch.empty_like(inputs[name]).stride()
+        if wanted.ndim == 1:
+            terms = tensors["grad"].double().cpu() * expected
+            assert_sums(grads[name], wanted, terms, f"gradient of {name}")
+        else:
+            assert_map(grads[name], wanted, f"gradient of {name}", case)
 
 
 def check_case(
@@ -327,7 +379,8 @@ def check_case(
     if case.big and backend.name == "simt":
         pytest.skip("too large for the emulator; the CPU and CUDA back ends run it")
     tensors = cast(case.make(generator), op, DTYPES[dtype], backend.device)
-    rows = [item.name for item in contract(op).items if item.is_input and item.shape == "NC*"]
+    inputs = [item for item in contract(op).items if item.is_input]
+    rows = [item.name for item in inputs if item.shape[:2] in ("NC", "ND")]
     tensors |= {name: LAYOUTS[layout](tensors[name]) for name in rows if name in tensors}
     check_tensors(op, case, backend, tensors)
     if backend.variant and path:
@@ -352,7 +405,7 @@ def check_threads(op: str, tensors: Mapping[str, torch.Tensor], options: Mapping
 
 def leaves(op: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same tensors, those with a gradient as new leaves."""
-    live = live_inputs(op)
+    live = live_inputs(op, tensors)
     return {
         name: x.detach().clone().requires_grad_() if name in live else x
         for name, x in tensors.items()
@@ -386,7 +439,8 @@ def check_operator(
     values = schema_values(op, {**leaves(op, tensors), **options})
     torch.library.opcheck(forward, values)
     names = [item.name for item in contract(op).outputs]
-    outputs = {name: x.detach() for name, x in zip(names, forward(*values), strict=True)}
+    results = forward(*values) if len(names) > 1 else (forward(*values),)
+    outputs = {name: x.detach() for name, x in zip(names, results, strict=True)}
     named = {**tensors, **options, **outputs, "grad": grad}
     backward = getattr(torch.ops.selfkd, f"{op}_backward").default
     torch.library.opcheck(backward, schema_values(f"{op}_backward", named))
@@ -397,7 +451,7 @@ def check_double_backward(
 ) -> None:
     """First and second gradients of function and reference agree, and with those of the kernel."""
     given = leaves(op, tensors)
-    live = [given[name] for name in live_inputs(op)]
+    live = [given[name] for name in live_inputs(op, tensors)]
     found, before = [], backward_calls(op)
     plain = torch.autograd.grad(public(op, selfkd)(**given, **options).sum(), live)
     assert backward_calls(op) == before + 1
@@ -422,14 +476,14 @@ def check_compile(
     def training_loss(**given: torch.Tensor) -> torch.Tensor:
         first, *rest = given
         scaled = {first: given[first] * 1.5, **{name: given[name] for name in rest}}
-        return 2 * function(**scaled, **options) + given[first].sum()
+        return 2 * function(**scaled, **options).sum() + given[first].sum()
 
     function = public(op, selfkd)
     torch._dynamo.reset()
     compiled = torch.compile(training_loss, fullgraph=True, dynamic=dynamic)
     for batch in batches:
         given, before = leaves(op, batch), backward_calls(op)
-        live = [given[name] for name in live_inputs(op)]
+        live = [given[name] for name in live_inputs(op, given)]
         found, expected = compiled(**given), training_loss(**given)
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(

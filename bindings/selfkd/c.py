@@ -66,7 +66,7 @@ def describe(array: Any) -> tuple[Tensor, Any]:
 @functools.cache
 def arguments_struct(op: str) -> type[ctypes.Structure]:
     """``selfkd_<op>_args``, built from the contract."""
-    of: dict[str, Any] = dict.fromkeys(("INT", "BOOL", "CHOICE"), ctypes.c_int64)
+    of: dict[str, Any] = dict.fromkeys(("INT", "BOOL", "CHOICE", "RESIZE"), ctypes.c_int64)
     of["REAL"] = ctypes.c_double
     fields = [("struct_size", ctypes.c_uint32)]
     fields += [
@@ -130,8 +130,8 @@ def new_outputs(
     logits = _dtype_name(arguments[of.first])
     dtypes = {"ACC": contracts.accumulator(logits), "F64": "float64", "SAME": logits}
     return {
-        item.name: given[item.name]
-        if item.name in given
+        item.name: given.get(item.name)
+        if item.name in given or contracts.is_absent(item, arguments)
         else np.empty_like(np.asarray(arguments[item.shape]))
         if item.kind == "LIKE"
         else np.empty(contracts.output_shape(item, checker), dtype=dtypes[item.rule])

@@ -32,6 +32,7 @@ _NUMBERS: dict[str, Callable[[str], float | int | bool]] = {
     "INT": int,
     "BOOL": lambda x: x != "0",
     "CHOICE": int,
+    "RESIZE": int,
 }
 
 
@@ -39,7 +40,8 @@ _NUMBERS: dict[str, Callable[[str], float | int | bool]] = {
 class Item:
     """One row of a contract: `shape` of LIKE names an input, `rule` of a number its range.
 
-    A CHOICE is a number with names: `choices`, the first of them for 0.
+    A CHOICE is a number with names: `choices`, the first of them for 0. A RESIZE is one too, of how
+    the input `shape` comes to the size of the first tensor.
     """
 
     kind: str
@@ -62,7 +64,7 @@ class Item:
 
     @property
     def choices(self) -> list[str]:
-        return self.rule.split("|") if self.kind == "CHOICE" else []
+        return self.rule.split("|") if self.kind in ("CHOICE", "RESIZE") else []
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,9 @@ def contract(op: str) -> Contract:
     items = []
     for line in library.text("selfkd_describe", op.encode()).splitlines():
         kind, name, *rest = (field.strip().strip('"') for field in line.split(","))
-        if kind in _NUMBERS:
+        if kind == "RESIZE":
+            items.append(Item(kind, name, shape=rest[1], rule=rest[0], default=0))
+        elif kind in _NUMBERS:
             items.append(Item(kind, name, rule=rest[0], default=_NUMBERS[kind](rest[1])))
         elif kind == "LIKE":
             items.append(Item(kind, name, shape=rest[0], rule="SAME"))
@@ -223,9 +227,11 @@ class _Checker:
                 raise ValueError(
                     f"{op}: {item.name} has size 0 in dimension C, expected at least 1"
                 )
-            size = int(letter) if letter.isdigit() else self.sizes.setdefault(letter, sizes[k])
+            if letter.isalpha():
+                where, size = letter, self.sizes.setdefault(letter, sizes[k])
+            else:
+                where, size = str(k), self.count_maps() if letter == "#" else int(letter)
             if sizes[k] != size:
-                where = k if letter.isdigit() else letter
                 raise ValueError(
                     f"{op}: {item.name} has size {sizes[k]} in dimension {where}, expected {size}"
                 )
@@ -237,6 +243,35 @@ class _Checker:
                     raise ValueError(
                         f"{op}: {item.name} has size {sizes[k]} in dimension {k}, expected {size}"
                     )
+
+    def count_maps(self) -> int:
+        """The number of maps that a '#' stands for."""
+        return sum(
+            item.kind in ("IN", "OPT")
+            and item.rule in ("FLOATING", "SAME")
+            and self.tensors.get(item.name) is not None
+            for item in self.contract.items
+        )
+
+    def resize(self, item: Item, code: int) -> None:
+        """Height and width of a RESIZE's input."""
+        tensor, way = self.tensors.get(item.shape), item.choices[code]
+        if tensor is None:
+            return
+        for k in (2, 3):
+            found, to = tensor.shape[k], self.tensors[self.contract.first].shape[k]
+            expected = None
+            if way == "none" and found != to:
+                expected = f"{to}"
+            elif way == "maxpool" and (found + 1) // 2 != to:
+                expected = f"{2 * to - 1} or {2 * to}"
+            elif found == 0 and to > 0:
+                expected = "at least 1"
+            if expected:
+                raise ValueError(
+                    f"{self.contract.name}: {item.shape} has size {found} in dimension {k}, "
+                    f"expected {expected} with {item.name} {way}"
+                )
 
     def tensor(self, item: Item) -> None:
         tensor = self.tensors[item.name]
@@ -266,7 +301,14 @@ def check(contract: Contract, arguments: Mapping[str, Any]) -> _Checker:
             checker.tensor(item)
         elif item.is_number:
             number_rule(contract.name, item.name, arguments[item.name], item.rule)
+            if item.kind == "RESIZE":
+                checker.resize(item, arguments[item.name])
     return checker
+
+
+def is_absent(item: Item, arguments: Mapping[str, Any]) -> bool:
+    """Whether an output is not there: the LIKE of an OPT tensor that is not given."""
+    return item.kind == "LIKE" and arguments.get(item.shape) is None
 
 
 def output_shape(item: Item, checker: _Checker) -> tuple[Any, ...]:

@@ -49,7 +49,9 @@ def _register_fake(of: Contract) -> None:
         acc = torch.float64 if first.dtype == torch.float64 else torch.float32
         dtypes = {"ACC": acc, "F64": torch.float64, "SAME": first.dtype}
         results = tuple(
-            torch.empty_like(named[item.shape])
+            first.new_empty(0)
+            if contracts.is_absent(item, named)
+            else torch.empty_like(named[item.shape])
             if item.kind == "LIKE"
             else first.new_empty(contracts.output_shape(item, checker), dtype=dtypes[item.rule])
             for item in of.outputs
@@ -82,8 +84,9 @@ class _Plan:
         tensors = [item.name for item in forward.items if item.is_input]
         kept = [item.name for item in backward.items if item.kind == "IN" and item.name in outputs]
         numbers = [name for name in inputs if name not in tensors]
-        grad = next(item.name for item in backward.items if item.kind == "GRAD")
+        grad = next(item for item in backward.items if item.kind == "GRAD")
         self.inputs = inputs
+        self.grad_merges = grad.shape.endswith("*")
         self.live = [item.name.removeprefix("grad_") for item in backward.outputs]
         self.get_live = _tuple_getter([inputs[name] for name in self.live])
         self.get_tensors = _tuple_getter([inputs[name] for name in tensors])
@@ -91,11 +94,22 @@ class _Plan:
         self.get_numbers = _tuple_getter([inputs[name] for name in numbers])
         # Backward has (grad, saved tensors, numbers) at hand, in this order; `restore` gives the
         # forward arguments back from the last two.
-        source = [grad, *tensors, *kept, *numbers]
+        source = [grad.name, *tensors, *kept, *numbers]
         self.get_backward = _tuple_getter([source.index(name) for name in backward.torch_arguments])
         self.restore = [(source.index(name) - 1, name) for name in inputs]
         self.rows = outputs.get("rows", 0)
         self.reduction = inputs.get("reduction")
+        self.flags = [
+            numbers.index(f"has_{x}") if f"has_{x}" in inputs else None for x in self.live
+        ]
+
+    def given(self, numbers: Sequence[Any]) -> list[tuple[str, int]]:
+        """The inputs with a gradient, but absent OPT tensors, and their gradients' positions."""
+        return [
+            (name, k)
+            for k, (name, flag) in enumerate(zip(self.live, self.flags, strict=True))
+            if flag is None or numbers[flag]
+        ]
 
     def result(self, values: Sequence[Any]) -> int:
         """Position of the output with the gradient: rows where nothing is reduced, else the first."""
@@ -107,17 +121,18 @@ def _double_backward(
 ) -> list[torch.Tensor | None]:
     """The gradient as a differentiable PyTorch graph."""
     values = ctx.saved_tensors + ctx.numbers
+    live = [name for name, _ in plan.given(ctx.numbers)]
     named = by_name(plan.forward, tuple(values[k] for k, _ in plan.restore))
     with torch.enable_grad():
-        for name in plan.live:  # an alias each: the same tensor may be given twice
+        for name in live:  # an alias each: the same tensor may be given twice
             named[name] = named[name].view_as(named[name])
         for item in plan.forward.items:
             if item.choices:
                 named[item.name] = item.choices[named[item.name]]
         result = reference(**named)
     if not result.requires_grad:  # all weights are 0
-        return [torch.zeros_like(named[name]) for name in plan.live]
-    wanted = [name for name in plan.live if named[name].requires_grad]
+        return [torch.zeros_like(named[name]) if name in live else None for name in plan.live]
+    wanted = [name for name in live if named[name].requires_grad]
     grads = torch.autograd.grad(
         result,
         [named[name] for name in wanted],
@@ -166,11 +181,14 @@ def _gradient(plan: _Plan, reference: Callable[..., torch.Tensor]) -> type[torch
             if torch.is_grad_enabled():
                 found: Sequence[torch.Tensor | None] = _double_backward(plan, reference, ctx, grad)
             else:
-                if grad.ndim > 2:
+                if plan.grad_merges and grad.ndim > 2:
                     grad = grad.contiguous()  # its trailing dimensions must merge
                 values = (grad, *ctx.saved_tensors, *ctx.numbers)
                 found = _as_tuple(run_backward(*plan.get_backward(values)))
-            return None, None, *found
+            result: list[torch.Tensor | None] = list(unused)
+            for _, k in plan.given(ctx.numbers):  # what stands for an absent OPT tensor may learn
+                result[k + 2] = found[k]
+            return tuple(result)
 
     return type(plan.forward.name, (Gradient,), {})  # a backward node is named after its class
 

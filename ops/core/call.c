@@ -11,9 +11,13 @@ static _Thread_local char path[64] = "";
 
 const char *selfkd_last_path(void) { return path; }
 
-static int run_cpu(const sk_call *call) {
+static int run_cpu(sk_call *call) {
     static const char *const names[] = {"base", "v3", "v4", "f64"};
     const void *const params = call->params.bytes;
+    double scratch[SK_CPU_SCRATCH];
+    for (int i = 0; i < call->op->count; i++)
+        if (call->op->items[i].kind == SK_SCRATCH)
+            ((sk_arg *)(call->params.bytes + call->op->items[i].in_params))->data = scratch;
     const bool f64 = sk_dtype_of(call->tensor[call->first].dtype) == SK_DT_F64;
     const enum sk_isa isa = f64 ? SK_ISA_F64 : sk_current_isa();
     const sk_cpu_kernel *const kernel = call->op->cpu[isa];
@@ -100,8 +104,9 @@ int sk_call_from_c(const sk_op *op, const void *args, void *stream) {
         if (it->kind >= SK_SCRATCH) continue;
         const selfkd_tensor *given;
         memcpy(&given, field, sizeof given);
-        if (!given && it->kind != SK_OPT) return missing(op, it->name);
         take(&call, i, given, compact[i]);
+        if (!given && it->kind != SK_OPT && !(it->kind == SK_LIKE && sk_is_absent(&call, i)))
+            return missing(op, it->name);
     }
     int status = sk_check(&call);
     for (int i = 0; i < op->count && !status; i++)

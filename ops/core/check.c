@@ -20,6 +20,13 @@ int sk_fail(int status, const char *format, ...) {
     return status;
 }
 
+/* The item of that name. */
+static int find(const sk_op *op, const char *name) {
+    int item = 0;
+    while (strcmp(op->items[item].name, name) != 0) item++;
+    return item;
+}
+
 /* ---- dtypes ---- */
 
 static const struct {
@@ -62,8 +69,8 @@ static int check_dtype(const sk_call *call, int item) {
     const sk_item *const it = &call->op->items[item];
     const enum sk_dtype found = sk_dtype_of(call->tensor[item].dtype);
     const char *const op = call->op->name, *const has = dtype_name(call->tensor[item].dtype);
-    const char *const first = call->op->items[call->first].name;
     enum sk_dtype expected = SK_DT_F64;
+    int like;
     switch (it->rule) {
     case SK_FLOATING:
     case SK_CONSTANT:
@@ -73,10 +80,11 @@ static int check_dtype(const sk_call *call, int item) {
                        "%s: %s has dtype %s, expected float16, bfloat16, float32 or float64", op,
                        it->name, has);
     case SK_SAME:
-        expected = sk_dtype_of(call->tensor[call->first].dtype);
+        like = it->kind == SK_LIKE ? find(call->op, it->shape) : call->first;
+        expected = sk_dtype_of(call->tensor[like].dtype);
         if (found == expected) return SELFKD_OK;
         return sk_fail(SELFKD_ERROR_TYPE, "%s: %s has dtype %s, expected %s like %s", op, it->name,
-                       has, DTYPES[expected].name, first);
+                       has, DTYPES[expected].name, call->op->items[like].name);
     case SK_WEIGHT:
         if (found == SK_DT_BOOL) return SELFKD_OK;
         expected = accumulator(call);
@@ -133,6 +141,17 @@ static int trailing_rank(const sk_call *call) {
     return call->tensor[call->trailing].ndim - fixed_rank(call->op->items[call->trailing].shape);
 }
 
+/* The number of maps that a '#' stands for. */
+static int count_maps(const sk_call *call) {
+    int count = 0;
+    for (int i = 0; i < call->op->count; i++) {
+        const sk_item *const it = &call->op->items[i];
+        const bool map = it->kind <= SK_OPT && (it->rule == SK_FLOATING || it->rule == SK_SAME);
+        count += map && call->tensor[i].ndim != SK_ABSENT;
+    }
+    return count;
+}
+
 static int check_rank(const sk_call *call, int item, const char *shape) {
     const int fixed = fixed_rank(shape), found = call->tensor[item].ndim;
     int expected = fixed;
@@ -162,11 +181,12 @@ static int check_sizes(sk_call *call, int item, const char *shape) {
     const int fixed = fixed_rank(shape);
     for (int k = 0; k < fixed; k++) {
         const int letter = shape[k] - 'A';
-        if (shape[k] >= '0' && shape[k] <= '9') {
-            if (t->shape[k] != shape[k] - '0')
+        if (letter < 0) {
+            const int size = shape[k] == '#' ? count_maps(call) : shape[k] - '0';
+            if (t->shape[k] != size)
                 return sk_fail(SELFKD_ERROR_VALUE,
                                "%s: %s has size %lld in dimension %d, expected %d", op, name,
-                               (long long)t->shape[k], k, shape[k] - '0');
+                               (long long)t->shape[k], k, size);
         } else if (!call->bound[letter]) {
             if (shape[k] == 'C' && t->shape[k] == 0)
                 return sk_fail(SELFKD_ERROR_VALUE,
@@ -221,10 +241,8 @@ static int check_tensor(sk_call *call, int item) {
     if (!status) status = check_dtype(call, item);
     if (!status) status = check_device(call, item);
     if (status || (it->kind == SK_GRAD && call->tensor[item].ndim == 0)) return status;
-    const char *shape = it->shape;
-    if (it->kind == SK_LIKE)
-        for (int k = 0; k < call->op->count; k++)
-            if (strcmp(call->op->items[k].name, it->shape) == 0) shape = call->op->items[k].shape;
+    const char *const shape =
+        it->kind == SK_LIKE ? call->op->items[find(call->op, it->shape)].shape : it->shape;
     status = check_rank(call, item, shape);
     return status ? status : check_sizes(call, item, shape);
 }
@@ -253,6 +271,13 @@ static const char *write_choices(const char *names, char *text, size_t room) {
     return text;
 }
 
+/* Choice `code` alone. */
+static const char *write_choice(const char *names, int code, char *text, size_t room) {
+    for (; code > 0; code--) names += strcspn(names, "|") + 1;
+    snprintf(text, room, "%.*s", (int)strcspn(names, "|"), names);
+    return text;
+}
+
 static int check_number(const sk_call *call, int item) {
     const sk_item *const it = &call->op->items[item];
     const double x =
@@ -262,11 +287,35 @@ static int check_number(const sk_call *call, int item) {
     if (it->rule == SK_NONNEGATIVE && !(x >= 0 && isfinite(x))) expected = "a finite number >= 0";
     if (it->rule == SK_FRACTION && !(x >= 0 && x <= 1)) expected = "a number from 0 to 1";
     char choices[128];
-    if (it->kind == SK_CHOICE && !(x >= 0 && x < count_choices(it->shape)))
+    if ((it->kind == SK_CHOICE || it->kind == SK_RESIZE) &&
+        !(x >= 0 && x < count_choices(it->shape)))
         expected = write_choices(it->shape, choices, sizeof choices);
     if (!expected) return SELFKD_OK;
     return sk_fail(SELFKD_ERROR_VALUE, "%s: %s is %g, expected %s", call->op->name, it->name, x,
                    expected);
+}
+
+/* Height and width of a RESIZE's input. */
+static int check_resize(const sk_call *call, int item) {
+    const sk_item *const it = &call->op->items[item];
+    const int of = find(call->op, it->of), code = (int)call->number[item].integer;
+    for (int k = 2; k < 4 && call->tensor[of].ndim != SK_ABSENT; k++) {
+        const long long found = call->tensor[of].shape[k], to = call->tensor[call->first].shape[k];
+        char expected[64] = "";
+        if (code == SK_RESIZE_NONE && found != to)
+            snprintf(expected, sizeof expected, "%lld", to);
+        else if (code == SK_RESIZE_MAXPOOL && (found + 1) / 2 != to)
+            snprintf(expected, sizeof expected, "%lld or %lld", 2 * to - 1, 2 * to);
+        else if (found == 0 && to > 0)
+            snprintf(expected, sizeof expected, "at least 1");
+        char choices[128];
+        if (*expected)
+            return sk_fail(SELFKD_ERROR_VALUE,
+                           "%s: %s has size %lld in dimension %d, expected %s with %s %s",
+                           call->op->name, it->of, found, k, expected, it->name,
+                           write_choice(it->shape, code, choices, sizeof choices));
+    }
+    return SELFKD_OK;
 }
 
 /* ---- values ---- */
@@ -321,6 +370,7 @@ int sk_check(sk_call *call) {
             status = check_tensor(call, i);
         if (it->kind >= SK_REAL) {
             status = check_number(call, i);
+            if (!status && it->kind == SK_RESIZE) status = check_resize(call, i);
             memcpy(call->params.bytes + it->in_params, &call->number[i], sizeof call->number[i]);
         }
     }
@@ -329,42 +379,48 @@ int sk_check(sk_call *call) {
     return status;
 }
 
-/* Strides of a new tensor like `t`: its own where it is dense, else compact in the same order of
- * dimensions. */
+/* Strides of a new tensor like `t`, as PyTorch's: its own where it is dense, else compact in the
+ * same order of dimensions. */
 static void strides_like(const selfkd_tensor *t, int64_t *stride) {
     for (int k = 0; k < t->ndim; k++) {
         if (t->shape[k] > 0) continue;
         memcpy(stride, t->strides, (size_t)t->ndim * sizeof *stride); /* empty: as PyTorch does */
         return;
     }
-    int order[SK_MAX_RANK];
+    int order[SK_MAX_RANK]; /* smallest stride first; a stride of 0 tells nothing */
     for (int k = 0; k < t->ndim; k++) {
-        int at = k; /* insertion sort by stride, largest first; stable, and size-1 dimensions keep
-                       their place */
-        for (; at > 0; at--) {
-            const int before = order[at - 1];
-            if (t->shape[k] == 1 || t->shape[before] == 1 || t->strides[before] >= t->strides[k])
-                break;
-            order[at] = before;
+        order[k] = t->ndim - 1 - k;
+        for (int at = k, before = k - 1; before >= 0; before--) {
+            const int one = order[before], other = order[at];
+            const int64_t gap = t->strides[one] - t->strides[other];
+            if (t->strides[one] == 0 || t->strides[other] == 0) continue;
+            if (gap < 0) break;
+            if (gap == 0 && t->shape[one] <= t->shape[other]) continue;
+            order[before] = other;
+            order[at] = one;
+            at = before;
         }
-        order[at] = k;
     }
+    bool dense = true;
     int64_t next = 1;
-    for (int k = t->ndim - 1; k >= 0; k--) {
+    for (int k = 0; k < t->ndim; k++) {
+        const int64_t size = t->shape[order[k]];
         stride[order[k]] = next;
-        next *= t->shape[order[k]] > 1 ? t->shape[order[k]] : 1;
+        dense = dense && (size == 1 || t->strides[order[k]] == next);
+        next *= size;
     }
-    for (int k = 0; k < t->ndim; k++)
-        if (t->shape[k] > 1 && stride[k] != t->strides[k]) return;
-    memcpy(stride, t->strides, (size_t)t->ndim * sizeof *stride);
+    if (dense) memcpy(stride, t->strides, (size_t)t->ndim * sizeof *stride);
 }
 
 void sk_output_like(const sk_call *call, int item, sk_shape *out) {
     const sk_item *const it = &call->op->items[item];
     if (it->kind == SK_LIKE) {
-        int source = 0;
-        while (strcmp(call->op->items[source].name, it->shape) != 0) source++;
-        const selfkd_tensor *const t = &call->tensor[source];
+        const selfkd_tensor *const t = &call->tensor[find(call->op, it->shape)];
+        if (t->ndim == SK_ABSENT) {
+            *out = (sk_shape){
+                .ndim = 1, .dtype = call->tensor[call->first].dtype, .stride = {1}}; /* empty */
+            return;
+        }
         out->ndim = t->ndim;
         out->dtype = t->dtype;
         memcpy(out->size, t->shape, (size_t)t->ndim * sizeof *out->size);
@@ -392,17 +448,25 @@ void sk_output_like(const sk_call *call, int item, sk_shape *out) {
     }
 }
 
+/* Whether an item is a tensor that is not there: an OPT that is not given, or what is LIKE it. */
+bool sk_is_absent(const sk_call *call, int item) {
+    const sk_item *const it = &call->op->items[item];
+    const int of = it->kind == SK_LIKE ? find(call->op, it->shape) : item;
+    return call->tensor[of].ndim == SK_ABSENT;
+}
+
 /* Enters a tensor in the kernel's parameters: its address, dtype, and a stride for each character
  * of its shape. */
 int sk_bind(sk_call *call, int item) {
     const sk_item *const it = &call->op->items[item];
     const selfkd_tensor *const t = &call->tensor[item];
     sk_arg *const arg = (sk_arg *)(call->params.bytes + it->in_params);
-    if (t->ndim == SK_ABSENT) return SELFKD_OK;
+    if (sk_is_absent(call, item)) return SELFKD_OK;
     const bool output = it->kind == SK_OUT || it->kind == SK_LIKE;
     int status = output ? check_tensor(call, item) : SELFKD_OK;
     if (status) return status;
-    arg->data = t->data ? (char *)t->data + t->byte_offset : NULL;
+    arg->data = arg; /* an empty tensor's; NULL means absent */
+    if (t->data) arg->data = (char *)t->data + t->byte_offset;
     arg->dtype = (int32_t)sk_dtype_of(t->dtype);
     int fixed = t->ndim;
     if (it->kind == SK_LIKE || has_trailing(it->shape)) fixed = t->ndim - trailing_rank(call);

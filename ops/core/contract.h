@@ -6,18 +6,24 @@
  *   OPT     name, shape, dtype   input tensor that may be absent: NULL in C, a flag in torch.ops
  *   GRAD    name, shape, dtype   incoming gradient: that shape, or one 0-d value for all of it
  *   OUT     name, shape, dtype   output tensor, compact
- *   LIKE    name, input          output with the shape, dtype and strides of that input
- *   SCRATCH name, bytes          CUDA work space, one per call, on the caller's stream, not zeroed
+ *   LIKE    name, input          output with the shape, dtype and strides of that input; of an OPT that
+ *                                is absent: NULL in C, empty in torch.ops
+ *   SCRATCH name, bytes          work space, one per call, not zeroed: on CUDA `bytes` on the caller's
+ *                                stream, on the CPU SK_CPU_SCRATCH doubles
  *   REAL    name, rule, default  double
  *   INT     name, rule, default  int64
  *   BOOL    name, rule, default  int64 in C, bool in torch.ops
  *   CHOICE  name, names, default int64: which of the names ("none|mean|sum"), the first being 0;
  *                                a string in the Python function
+ *   RESIZE  name, names, input   CHOICE of how height and width of that input come to those of the
+ *                                first FLOATING tensor, default 0: SK_RESIZE_NONE equal already,
+ *                                SK_RESIZE_MAXPOOL half of the input's, rounded up, else any
  * Defaults are the Python functions' (a test compares); a C caller fills every field.
  *
  * Shapes: a capital letter is a dimension (equal letters agree; C is at least 1), a digit that very
- * size, and a final '*' stands for all remaining dimensions, which the kernel sees merged into one,
- * S (of size 1 where there are none).
+ * size, '#' (of an input) the number of FLOATING and SAME inputs given, and a final '*' stands for
+ * all remaining dimensions, which the kernel sees merged into one, S (of size 1 where there are
+ * none).
  *
  * Dtypes: FLOATING float16, bfloat16, float32 or float64; the first FLOATING tensor gives the call
  * its device and what the others are measured by: SAME its dtype, ACC float32 (float64 with
@@ -44,7 +50,8 @@ enum sk_kind {
     SK_REAL,
     SK_INT,
     SK_BOOL,
-    SK_CHOICE
+    SK_CHOICE,
+    SK_RESIZE
 };
 
 enum sk_dtype_rule {
@@ -60,6 +67,9 @@ enum sk_dtype_rule {
 
 enum sk_number_rule { SK_ANY, SK_POSITIVE, SK_NONNEGATIVE, SK_FRACTION };
 
+/* The names of a RESIZE in their order. */
+enum sk_resize { SK_RESIZE_NONE, SK_RESIZE_NEAREST, SK_RESIZE_BILINEAR, SK_RESIZE_MAXPOOL };
+
 enum { SK_MAX_ITEMS = 40, SK_MAX_RANK = 8, SK_LETTERS = 26 };
 
 /* Scratch of a reduction inside a kernel: one ticket (16 bytes), then `sums` doubles for each of up
@@ -67,11 +77,12 @@ enum { SK_MAX_ITEMS = 40, SK_MAX_RANK = 8, SK_LETTERS = 26 };
 #define SK_REDUCE_BLOCKS 4096
 #define SK_REDUCE_BYTES_OF(sums) (16 + (sums)*8 * SK_REDUCE_BLOCKS)
 #define SK_REDUCE_BYTES SK_REDUCE_BYTES_OF(2)
+#define SK_CPU_SCRATCH 1536
 
 /* What a kernel sees of a tensor: strides in elements, one for each character of the shape. */
 typedef struct sk_arg {
     void *data; /* NULL when an OPT tensor is absent */
-    int64_t stride[3];
+    int64_t stride[4];
     int32_t dtype; /* enum sk_dtype */
 } sk_arg;
 
@@ -83,7 +94,8 @@ typedef struct sk_dims {
 
 typedef struct sk_item {
     const char *name;
-    const char *shape; /* LIKE: the input's name; CHOICE: the names */
+    const char *shape; /* LIKE: the input's name; CHOICE, RESIZE: the names */
+    const char *of;    /* RESIZE: the input's name */
     int32_t kind;
     int32_t rule;     /* enum sk_dtype_rule or sk_number_rule */
     int64_t bytes;    /* SCRATCH */
@@ -105,6 +117,7 @@ typedef struct sk_item {
 #define SK_FIELD_INT(name, rule, value) int64_t name;
 #define SK_FIELD_BOOL(name, rule, value) int64_t name;
 #define SK_FIELD_CHOICE(name, names, value) int64_t name;
+#define SK_FIELD_RESIZE(name, names, input) int64_t name;
 #define SK_PARAMS(op) \
     struct op##_params { \
         sk_dims dims; \
@@ -123,6 +136,7 @@ typedef struct sk_item {
 #define SK_PUBLIC_INT(name, rule, value) int64_t name;
 #define SK_PUBLIC_BOOL(name, rule, value) int64_t name;
 #define SK_PUBLIC_CHOICE(name, names, value) int64_t name;
+#define SK_PUBLIC_RESIZE(name, names, input) int64_t name;
 #define SK_DECLARE(op) \
     typedef struct selfkd_##op##_args { \
         uint32_t struct_size; \
@@ -151,6 +165,9 @@ typedef struct sk_item {
 #define SK_ITEM_BOOL(name, rule, value) SK_ITEM_NUMBER(SK_BOOL, name, SK_##rule)
 #define SK_ITEM_CHOICE(n, names, value) \
     {.name = #n, .shape = names, .kind = SK_CHOICE, \
+     .in_args = offsetof(sk_args, n), .in_params = offsetof(sk_params, n)},
+#define SK_ITEM_RESIZE(n, names, input) \
+    {.name = #n, .shape = names, .of = #input, .kind = SK_RESIZE, \
      .in_args = offsetof(sk_args, n), .in_params = offsetof(sk_params, n)},
 
 /* One line of selfkd_describe(): "IN u \"NC*\" FLOATING". */

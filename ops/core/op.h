@@ -56,6 +56,7 @@ typedef struct sk_shape {
 
 int sk_check(sk_call *call);
 void sk_output_like(const sk_call *call, int item, sk_shape *shape);
+bool sk_is_absent(const sk_call *call, int item);
 int sk_bind(sk_call *call, int item);
 int sk_run(sk_call *call, void *stream);
 int sk_fail_value(const sk_call *call, int item, int64_t row, double value);
