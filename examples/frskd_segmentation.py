@@ -73,8 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     each = functools.partial(
         train, **common.prepare(options, large=self_teacher.VOC, small=self_teacher.Canvases)
     )
-    runs = common.train_all(each, options)
-    return common.report("FRSKD segmentation", runs, options.out, score="held-out mean IoU")
+    runs, score = common.train_all(each, options), "held-out mean IoU"
+    return common.report("FRSKD segmentation", runs, options.out, score)
 
 
 if __name__ == "__main__":

@@ -292,6 +292,6 @@ def test_plain_sums(bottom_up: bool) -> None:
     ]
     for x, y in zip((*found, *grads[0]), (*expected, *grads[1]), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
-    assert all(not len(layer.bottom_up) for layer in module.layers[1:]) is not bottom_up
+    assert [len(layer.bottom_up) for layer in module.layers] == [3, 3 * bottom_up]
     with pytest.raises(ValueError, match="PlainBiFPN: levels is 1, expected 2 or more"):
         PlainBiFPN(3, 1)
