@@ -10,6 +10,7 @@ from typing import Any
 import authors
 import harness
 import pytest
+import selfkd
 import torch
 import torch.nn.functional as F
 from selfkd.nn import BiFPN, PlainBiFPN
@@ -161,6 +162,27 @@ def test_two_forward_passes_before_backward() -> None:
         value = logits[0].square().sum() + logits[1].sin().sum()
         grads.append(torch.autograd.grad(value, [*first, *second]))
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [BiFPN, PlainBiFPN])
+def test_another_fusion(make: type[nn.Module]) -> None:
+    """Each of them is given by `fuse`."""
+    calls = 0
+
+    def fuse(*maps: Tensor, **arguments: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return selfkd.reference.bifpn_fuse(*maps, **arguments)
+
+    channels, found = (4, 4, 4), []
+    arguments = ((4, 3), {"repeat": 2}) if make is PlainBiFPN else ((channels, CLASSES), {})
+    maps = make_maps(channels)
+    for given in ({"fuse": fuse}, {}):
+        torch.manual_seed(0)
+        outputs = make(*arguments[0], **arguments[1], **given).double()(maps)
+        found.append(outputs if make is PlainBiFPN else [*outputs[0], outputs[1]])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+    assert calls == (8 if make is PlainBiFPN else 4)
 
 
 @pytest.mark.parametrize("options", [{}, {"uniform_channels": 6}])
