@@ -141,6 +141,12 @@ CASES = [
         big=True,
     ),
     Case(
+        "wide_late_down",
+        maps(1, 2, (3, 2500), (2, 100), (4, 9000), weight=W3),
+        ways("bilinear", "bilinear", **LATE),
+        big=True,
+    ),
+    Case(
         "very_far_up",
         maps(1, 2, (3, 5000), (2, 1), (1, 2), weight=W3),
         ways("nearest", "bilinear"),
