@@ -380,36 +380,46 @@ static block share_of(const fusion *f, int i, const block *strip) {
                    (strip->x + strip->columns) * h.from / h.to - x};
 }
 
-/* Leaves the gradient folded back to row b.y of map i, of its columns. */
-static void fold_row(const fusion *f, folding *m, const place *s, int i, const block *b, real *to) {
-    const sk_axis v = f->rows[i], h = f->columns[i];
-    const sk_span rows = sk_outputs_of(v, b->y);
-    const sk_span left = sk_outputs_of(h, b->x), right = sk_outputs_of(h, b->x + b->columns - 1);
-    const int64_t n = b->columns * s->lanes, width = SK_STRIP / s->lanes;
-    const bool pairs = h.way == SK_RESIZE_NEAREST && h.to == 2 * h.from &&
-                       right.end - left.begin <= width && rows.end - rows.begin <= RUN;
-    for (int64_t k = 0; k < n && !pairs; k++) m->wide[k] = 0;
+/* Leaves the gradients of some rows of the result, of columns x .. x + count - 1, each times the
+ * share of it that row `of` of map i has. */
+static void add_rows(const fusion *f, folding *m, const place *s, int i, int64_t of, sk_span rows,
+                     int64_t x, int64_t count) {
+    real *const sum = m->sum;
+    const int64_t n = count * s->lanes;
+    for (int64_t y = rows.begin; y < rows.end; y++) {
+        const real share = (real)sk_share(f->rows[i], y, of);
+        const real *const g = grad_of(f, &m->w, s, &(block){y, 1, x, count});
+        if (y == rows.begin) {
+#pragma omp simd
+            for (int64_t k = 0; k < n; k++) sum[k] = share * g[k];
+        } else {
+#pragma omp simd
+            for (int64_t k = 0; k < n; k++) sum[k] += share * g[k];
+        }
+    }
+}
+
+/* Leaves the gradient folded back to row b.y of map i, of its columns, which are parts of `columns`
+ * of the result. */
+static void fold_row(const fusion *f, folding *m, const place *s, int i, const block *b,
+                     sk_span columns, real *to) {
+    const sk_axis h = f->columns[i];
+    const sk_span rows = sk_outputs_of(f->rows[i], b->y);
+    const int64_t n = b->columns * s->lanes, width = f->width;
+    if (h.way == SK_RESIZE_NEAREST && h.to == 2 * h.from && columns.end - columns.begin <= width &&
+        rows.end > rows.begin && rows.end - rows.begin <= RUN) {
+        add_rows(f, m, s, i, b->y, rows, columns.begin, columns.end - columns.begin);
+        sk_fold_pairs(s->lanes, m->sum, b->columns, to);
+        return;
+    }
+    for (int64_t k = 0; k < n; k++) m->wide[k] = 0;
     for (int64_t y = rows.begin; y < rows.end; y += RUN) {
-        for (int64_t x = left.begin; x < right.end; x += width) {
-            const int64_t count = sk_min(width, right.end - x);
-            const real *sum = m->sum;
-            for (int64_t k = y; k < sk_min(y + RUN, rows.end); k++) {
-                const real share = (real)sk_share(v, k, b->y);
-                const real *g = grad_of(f, &m->w, s, &(block){k, 1, x, count});
-                if (k == y) {
-#pragma omp simd
-                    for (int64_t e = 0; e < count * s->lanes; e++) m->sum[e] = share * g[e];
-                } else {
-#pragma omp simd
-                    for (int64_t e = 0; e < count * s->lanes; e++) m->sum[e] += share * g[e];
-                }
-            }
-            if (pairs) {
-                sk_fold_pairs(s->lanes, sum, b->columns, to);
-                return;
-            }
+        const sk_span run = {y, sk_min(y + RUN, rows.end)};
+        for (int64_t x = columns.begin; x < columns.end; x += width) {
+            const int64_t count = sk_min(width, columns.end - x);
+            add_rows(f, m, s, i, b->y, run, x, count);
             sk_set_taps(&m->taps[i], h, x, count);
-            sk_fold(&m->taps[i], s->lanes, sum, b->x, b->columns, m->wide);
+            sk_fold(&m->taps[i], s->lanes, m->sum, b->x, b->columns, m->wide);
         }
     }
     for (int64_t k = 0; k < n; k++) to[k] = (real)m->wide[k];
@@ -423,9 +433,11 @@ static double unfold_strip(const fusion *f, folding *m, const sk_arg *grad, cons
     double sum = 0;
     for (int64_t x = all.x; x < end_x; x += width) {
         const block piece = {all.y, all.rows, x, sk_min(width, end_x - x)};
+        const sk_span columns = {sk_outputs_of(f->columns[i], x).begin,
+                                 sk_outputs_of(f->columns[i], x + piece.columns - 1).end};
         for (block b = {all.y, 0, x, piece.columns}; next_block(&piece, s->lanes, SK_SOURCE, &b);) {
             for (int64_t k = 0; k < b.rows; k++)
-                fold_row(f, m, s, i, &(block){b.y + k, 1, x, b.columns},
+                fold_row(f, m, s, i, &(block){b.y + k, 1, x, b.columns}, columns,
                          m->folded + k * b.columns * s->lanes);
             sum += conclude(f, m, grad, s, i, &b, m->folded);
         }

@@ -4,10 +4,10 @@ Maps F leave a neck of plain sums (selfkd.nn.PlainBiFPN); the self-teacher is tw
 maps G, and a head of its own, t. In the first two thirds of training only the cross-entropies count,
 which skip pixels of unknown label; then the weight of the rest rises.
 
-    loss = CE(z, y) + CE(t, y) + weight * ramp * (KL(t||z) + 5 * sum of |phi(F) - phi(G)|^2)
+    loss = CE(z, y) + CE(t, y) + weight * ramp * (KL(t||z) + beta * sum of |phi(F) - phi(G)|^2)
 
-The paper has 50 in place of 5, and maps of 64 times as many pixels, over which the distance is a mean.
-Source: "Refine Myself by Teaching Myself", arXiv 2103.08273, and its code.
+Source: "Refine Myself by Teaching Myself", arXiv 2103.08273, and its code. beta is 50 there, where the
+finest maps have 128 x 128 positions, over which the distance is a mean; here it is in proportion.
 
     python examples/frskd_segmentation.py                both, a table, and a picture in runs/
     python examples/frskd_segmentation.py --data ~/voc --checkpoint voc.pt --steps 20000
@@ -55,7 +55,8 @@ def train(
         refined, t = teacher(maps)
         everything = [student.classify(maps), t, *maps, *(x.detach() for x in refined)]
         ramp = weight * frskd_rampup(step, 2 * steps // 3, steps)
-        loss = criterion(*everything, target=labels, alpha=ramp, beta=5 * ramp)
+        beta = 50 * maps[0][0, 0].numel() / 128**2
+        loss = criterion(*everything, target=labels, alpha=ramp, beta=beta * ramp)
         self_teacher.set_rate(optimizer, step, rise=200, power=4, drop=2 * steps // 3)
         optimizer.zero_grad()
         loss.backward()
@@ -70,11 +71,9 @@ def train(
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says, report, return the exit code."""
     options = common.parse(argv, __doc__, weight=1.0, long=True)
-    each = functools.partial(
-        train, **common.prepare(options, large=self_teacher.VOC, small=self_teacher.Canvases)
-    )
-    runs = common.train_all(each, options)
-    return common.report("FRSKD segmentation", runs, options.out, score="held-out mean IoU")
+    prepared = common.prepare(options, large=self_teacher.VOC, small=self_teacher.Canvases)
+    runs = common.train_all(functools.partial(train, **prepared), options)
+    return common.report("FRSKD segmentation", runs, options.out, "held-out mean IoU")
 
 
 if __name__ == "__main__":

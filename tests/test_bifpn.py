@@ -10,6 +10,7 @@ from typing import Any
 import authors
 import harness
 import pytest
+import selfkd
 import torch
 import torch.nn.functional as F
 from selfkd.nn import BiFPN, PlainBiFPN
@@ -163,6 +164,27 @@ def test_two_forward_passes_before_backward() -> None:
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("make", [BiFPN, PlainBiFPN])
+def test_another_fusion(make: type[nn.Module]) -> None:
+    """Each of them is given by `fuse`."""
+    calls = 0
+
+    def fuse(*maps: Tensor, **arguments: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return selfkd.reference.bifpn_fuse(*maps, **arguments)
+
+    channels, found = (4, 4, 4), []
+    arguments = ((4, 3), {"repeat": 2}) if make is PlainBiFPN else ((channels, CLASSES), {})
+    maps = make_maps(channels)
+    for given in ({"fuse": fuse}, {}):
+        torch.manual_seed(0)
+        outputs = make(*arguments[0], **arguments[1], **given).double()(maps)
+        found.append(outputs if make is PlainBiFPN else [*outputs[0], outputs[1]])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+    assert calls == (8 if make is PlainBiFPN else 4)
+
+
 @pytest.mark.parametrize("options", [{}, {"uniform_channels": 6}])
 def test_inputs_are_not_written(options: dict[str, Any]) -> None:
     ours = BiFPN((3, 4, 6), CLASSES, **options).double()
@@ -292,6 +314,6 @@ def test_plain_sums(bottom_up: bool) -> None:
     ]
     for x, y in zip((*found, *grads[0]), (*expected, *grads[1]), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
-    assert all(not len(layer.bottom_up) for layer in module.layers[1:]) is not bottom_up
+    assert [len(layer.bottom_up) for layer in module.layers] == [3, 3 * bottom_up]
     with pytest.raises(ValueError, match="PlainBiFPN: levels is 1, expected 2 or more"):
         PlainBiFPN(3, 1)

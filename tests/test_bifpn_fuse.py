@@ -117,6 +117,12 @@ CASES = [
         big=True,
     ),
     Case(
+        "many_rows",
+        maps(1, 2, (150, 130), (80, 60), (299, 260), weight=W3),
+        ways("bilinear", "maxpool"),
+        big=True,
+    ),
+    Case(
         "wide_rows",
         maps(1, 2, (3, 2500), (2, 1250), (5, 5000), weight=W3),
         ways("nearest", "maxpool"),
@@ -132,6 +138,12 @@ CASES = [
         "wide_late",
         maps(1, 2, (3, 2500), (2, 3), (5, 5000), weight=W3),
         ways("bilinear", "maxpool", **LATE),
+        big=True,
+    ),
+    Case(
+        "wide_late_down",
+        maps(1, 2, (3, 2500), (2, 100), (4, 9000), weight=W3),
+        ways("bilinear", "bilinear", **LATE),
         big=True,
     ),
     Case(

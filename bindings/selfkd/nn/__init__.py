@@ -1,4 +1,4 @@
-"""Loss modules."""
+"""Losses as modules, the heads and self-teachers that go with them, schedules of their weights."""
 
 from .aikd import AIKDLoss, AIKDParts, Discriminator, PreviousEpoch
 from .bifpn import BiFPN

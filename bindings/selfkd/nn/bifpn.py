@@ -127,7 +127,8 @@ class _Layer(nn.Module):
             path.insert(0, self.top_down[i]([laterals[i], above], (None, "nearest")))
         refined = [path[0]]
         for i, node in enumerate(self.bottom_up, start=1):
-            operands = [self.skip[i - 1](maps[i]), *path[i:-1][:1], refined[-1]]
+            between = path[i:-1][:1]  # none at the top, where it would be the lateral
+            operands = [self.skip[i - 1](maps[i]), *between, refined[-1]]
             resize: list[str | None] = [None] * (len(operands) - 1) + ["maxpool"]
             if self.down:  # these sizes are even, so that ceil_mode pads as TensorFlow does
                 pooled = F.max_pool2d(refined[-1], 3, 2, ceil_mode=True)

@@ -36,7 +36,8 @@ class _Layer(nn.Module):
             return path
         refined = [path[0]]
         for i, node in enumerate(self.bottom_up, start=1):
-            operands = [maps[i], *path[i:-1][:1], refined[-1]]  # at the top, path is maps
+            between = path[i:-1][:1]  # none at the top, where it would be the map itself
+            operands = [maps[i], *between, refined[-1]]
             resize = [*[None] * (len(operands) - 1), "nearest"]
             refined.append(node(self.fuse(*operands, resize=resize, activation="none")))
         return refined
