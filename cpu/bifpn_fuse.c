@@ -7,6 +7,7 @@
 #include "bifpn_fuse.h"
 #include "cpu/core/chunk.h"
 #include "cpu/core/kernel.h"
+#include "cpu/core/map.h"
 #include "cpu/core/resize.h"
 
 SK_PARAMS(bifpn_fuse)
@@ -87,77 +88,14 @@ static sk_work work_of(const fusion *f) {
                      f->lanes > 1 ? "channels" : "positions"};
 }
 
-/* Some rows and columns of some channels; `lanes` are fewer in the last group. */
-typedef struct place {
-    int64_t n, c, lanes;
-} place;
-typedef struct block {
-    int64_t y, rows, x, columns;
-} block;
-
-static block strip_of(const fusion *f, int64_t i, place *s) {
+static sk_block strip_of(const fusion *f, int64_t i, sk_place *s) {
     const int64_t piece = i % f->pieces, band = i / f->pieces % f->bands;
     const int64_t group = i / f->pieces / f->bands % f->groups;
     s->n = i / f->pieces / f->bands / f->groups;
     s->c = group * f->lanes;
     s->lanes = sk_min(f->lanes, f->C - s->c);
     const int64_t y = band * f->height, x = piece * f->width;
-    return (block){y, sk_min(f->height, f->H - y), x, sk_min(f->width, f->W - x)};
-}
-
-/* ---- memory ---- */
-
-/* A block in memory: rows x runs of `length` elements. */
-typedef struct extent {
-    int64_t at, rows, row_step, runs, run_step, length, stride;
-} extent;
-
-static extent extent_of(const sk_arg *t, const place *s, const block *b) {
-    const int64_t *const st = t->stride;
-    extent e = {.at = s->n * st[0] + s->c * st[1] + b->y * st[2] + b->x * st[3],
-                .rows = b->rows,
-                .row_step = st[2],
-                .runs = b->columns,
-                .run_step = st[3],
-                .length = s->lanes,
-                .stride = st[1]};
-    if (s->lanes > 1 && (st[1] != 1 || (st[3] != s->lanes && b->columns > 1))) return e;
-    e.length = s->lanes * b->columns; /* a row is one run */
-    e.runs = 1;
-    e.stride = s->lanes > 1 ? 1 : st[3];
-    if (b->rows > 1 && st[2] != e.length * e.stride) return e;
-    e.length *= b->rows;
-    e.rows = 1;
-    return e;
-}
-
-static bool in_place(const sk_arg *t, const extent *e) {
-    return e->rows * e->runs == 1 && sk_is_plain(t, e->stride);
-}
-
-/* The elements of a block, row by row: where they lie or, if they cannot be used there, in `to`. */
-static const real *read(const sk_arg *t, const place *s, const block *b, real *to) {
-    const extent e = extent_of(t, s, b);
-    if (in_place(t, &e)) return (const real *)t->data + e.at;
-    real *next = to;
-    for (int64_t y = 0; y < e.rows; y++)
-        for (int64_t x = 0; x < e.runs; x++, next += e.length)
-            sk_copy(t, e.at + y * e.row_step + x * e.run_step, e.stride, e.length, next);
-    return to;
-}
-
-/* Where a block is to be written: its place or the buffer, from which end() takes it there. */
-static real *begin(const sk_arg *t, const place *s, const block *b, real *buffer) {
-    const extent e = extent_of(t, s, b);
-    return in_place(t, &e) ? (real *)t->data + e.at : buffer;
-}
-
-static void end(const sk_arg *t, const place *s, const block *b, const real *from) {
-    const extent e = extent_of(t, s, b);
-    if (in_place(t, &e)) return;
-    for (int64_t y = 0; y < e.rows; y++)
-        for (int64_t x = 0; x < e.runs; x++, from += e.length)
-            sk_put(t, e.at + y * e.row_step + x * e.run_step, e.stride, e.length, from);
+    return (sk_block){y, sk_min(f->height, f->H - y), x, sk_min(f->width, f->W - x)};
 }
 
 /* ---- activations ---- */
@@ -228,19 +166,20 @@ static int64_t early(const fusion *f) { return f->late ? SK_IDENTITY : f->activa
 
 /* A row of map i, activated; but not by relu before it is pooled, which the largest can wait for.
  */
-static const real *source_row(const fusion *f, const place *s, int i, const block *b,
+static const real *source_row(const fusion *f, const sk_place *s, int i, const sk_block *b,
                               real *buffer) {
-    const real *x = read(&f->x[i], s, b, buffer);
+    const real *x = sk_read_block(&f->x[i], s, b, buffer);
     if (early(f) == SK_RELU && f->rows[i].way == SK_RESIZE_MAXPOOL) return x;
     return activated(early(f), x, b->columns * s->lanes, buffer);
 }
 
-static void interpolate_row(const fusion *f, workspace *w, const place *s, int i, const block *b,
-                            real *to) {
+static void interpolate_row(const fusion *f, workspace *w, const sk_place *s, int i,
+                            const sk_block *b, real *to) {
     const sk_tap v = sk_tap_of(f->rows[i], b->y);
     sk_taps *const taps = &w->taps[i];
     sk_set_taps(taps, f->columns[i], b->x, b->columns);
-    const block low = {v.low, 1, taps->first, taps->span}, high = {v.high, 1, low.x, low.columns};
+    const sk_block low = {v.low, 1, taps->first, taps->span},
+                   high = {v.high, 1, low.x, low.columns};
     const real *x = source_row(f, s, i, &low, w->source[0]);
     if (v.part > 0) {
         const real *y = source_row(f, s, i, &high, w->source[1]);
@@ -256,12 +195,12 @@ static int64_t window_row(sk_axis a, int64_t y, int k) {
     return at < 0 ? 0 : sk_min(at, a.from - 1);
 }
 
-static void pool_row(const fusion *f, workspace *w, const place *s, int i, const block *b,
+static void pool_row(const fusion *f, workspace *w, const sk_place *s, int i, const sk_block *b,
                      real *to) {
     const sk_windows h = sk_windows_of(f->columns[i], b->x, b->columns);
     const real *x[3];
     for (int k = 0; k < 3; k++) {
-        const block row = {window_row(f->rows[i], b->y, k), 1, h.begin, h.end - h.begin};
+        const sk_block row = {window_row(f->rows[i], b->y, k), 1, h.begin, h.end - h.begin};
         x[k] = source_row(f, s, i, &row, w->source[k]);
     }
     sk_largest(x[0], x[1], x[2], (h.end - h.begin) * s->lanes, w->blend);
@@ -270,14 +209,15 @@ static void pool_row(const fusion *f, workspace *w, const place *s, int i, const
 }
 
 /* Map i at a block of the result. */
-static const real *resized(const fusion *f, workspace *w, const place *s, int i, const block *b) {
+static const real *resized(const fusion *f, workspace *w, const sk_place *s, int i,
+                           const sk_block *b) {
     const int64_t way = f->rows[i].way, row = b->columns * s->lanes;
     real *const to = w->resized[i];
     if (way == SK_RESIZE_NONE)
-        return activated(early(f), read(&f->x[i], s, b, to), b->rows * row, to);
+        return activated(early(f), sk_read_block(&f->x[i], s, b, to), b->rows * row, to);
     int64_t last = -1; /* the source of the row before */
     for (int64_t k = 0; k < b->rows; k++) {
-        const block one = {b->y + k, 1, b->x, b->columns};
+        const sk_block one = {b->y + k, 1, b->x, b->columns};
         const int64_t from = way == SK_RESIZE_NEAREST ? sk_tap_of(f->rows[i], one.y).low : -1;
         if (from >= 0 && from == last)
             memcpy(to + k * row, to + (k - 1) * row, (size_t)row * sizeof *to);
@@ -292,7 +232,8 @@ static const real *resized(const fusion *f, workspace *w, const place *s, int i,
 }
 
 /* Leaves the sum at a block. */
-static void fuse(const fusion *f, workspace *w, const place *s, const block *b, real *restrict to) {
+static void fuse(const fusion *f, workspace *w, const sk_place *s, const sk_block *b,
+                 real *restrict to) {
     const int64_t n = b->rows * b->columns * s->lanes;
     const real *x = resized(f, w, s, 0, b), *y = resized(f, w, s, 1, b);
     const real *z = f->count > 2 ? resized(f, w, s, 2, b) : NULL;
@@ -306,24 +247,16 @@ static void fuse(const fusion *f, workspace *w, const place *s, const block *b, 
     }
 }
 
-/* The next block of `most` elements of a strip, b being {strip.y, 0, ...} before the first. */
-static bool next_block(const block *strip, int64_t lanes, int64_t most, block *b) {
-    const int64_t fit = most / (strip->columns * lanes);
-    b->y += b->rows;
-    b->rows = sk_min(fit > 1 ? fit : 1, strip->y + strip->rows - b->y);
-    return b->rows > 0;
-}
-
 /* ---- forward ---- */
 
-static void forward_strip(const fusion *f, workspace *w, const sk_arg *fused, const place *s,
-                          const block *strip) {
-    for (block b = {strip->y, 0, strip->x, strip->columns};
-         next_block(strip, s->lanes, SK_STRIP, &b);) {
-        real *const to = begin(fused, s, &b, w->fused);
+static void forward_strip(const fusion *f, workspace *w, const sk_arg *fused, const sk_place *s,
+                          const sk_block *strip) {
+    for (sk_block b = {strip->y, 0, strip->x, strip->columns};
+         sk_next_block(strip, s->lanes, SK_STRIP, &b);) {
+        real *const to = sk_begin_block(fused, s, &b, w->fused);
         fuse(f, w, s, &b, to);
         if (f->late) activated(f->activation, to, b.rows * b.columns * s->lanes, to);
-        end(fused, s, &b, to);
+        sk_end_block(fused, s, &b, to);
     }
 }
 
@@ -339,8 +272,8 @@ typedef struct folding {
 } folding;
 
 /* The gradient of the sum at a block: where it lies or, if it must be computed, in a buffer. */
-static const real *grad_of(const fusion *f, workspace *w, const place *s, const block *b) {
-    const real *g = read(&f->grad, s, b, w->grad);
+static const real *grad_of(const fusion *f, workspace *w, const sk_place *s, const sk_block *b) {
+    const real *g = sk_read_block(&f->grad, s, b, w->grad);
     if (!f->late || f->activation == SK_IDENTITY) return g;
     fuse(f, w, s, b, w->fused);
     const int64_t n = b->rows * b->columns * s->lanes;
@@ -361,34 +294,34 @@ SK_SPECIAL real conclude_run(int64_t activation, real factor, const real *x, con
     return sum;
 }
 
-static double conclude(const fusion *f, folding *m, const sk_arg *grad, const place *s, int i,
-                       const block *b, const real *g) {
+static double conclude(const fusion *f, folding *m, const sk_arg *grad, const sk_place *s, int i,
+                       const sk_block *b, const real *g) {
     const int64_t n = b->rows * b->columns * s->lanes;
-    const real *x = read(&f->x[i], s, b, m->x), factor = (real)f->factor[i];
-    real *const to = begin(grad, s, b, m->grad);
+    const real *x = sk_read_block(&f->x[i], s, b, m->x), factor = (real)f->factor[i];
+    real *const to = sk_begin_block(grad, s, b, m->grad);
     double sum = 0;
     SWITCH_ACTIVATION(early(f), sum = conclude_run(activation, factor, x, g, n, to));
-    end(grad, s, b, to);
+    sk_end_block(grad, s, b, to);
     return sum;
 }
 
 /* A strip's share of map i. */
-static block share_of(const fusion *f, int i, const block *strip) {
+static sk_block share_of(const fusion *f, int i, const sk_block *strip) {
     const sk_axis v = f->rows[i], h = f->columns[i];
     const int64_t y = strip->y * v.from / v.to, x = strip->x * h.from / h.to;
-    return (block){y, (strip->y + strip->rows) * v.from / v.to - y, x,
-                   (strip->x + strip->columns) * h.from / h.to - x};
+    return (sk_block){y, (strip->y + strip->rows) * v.from / v.to - y, x,
+                      (strip->x + strip->columns) * h.from / h.to - x};
 }
 
 /* Leaves the gradients of some rows of the result, of columns x .. x + count - 1, each times the
  * share of it that row `of` of map i has. */
-static void add_rows(const fusion *f, folding *m, const place *s, int i, int64_t of, sk_span rows,
-                     int64_t x, int64_t count) {
+static void add_rows(const fusion *f, folding *m, const sk_place *s, int i, int64_t of,
+                     sk_span rows, int64_t x, int64_t count) {
     real *const sum = m->sum;
     const int64_t n = count * s->lanes;
     for (int64_t y = rows.begin; y < rows.end; y++) {
         const real share = (real)sk_share(f->rows[i], y, of);
-        const real *const g = grad_of(f, &m->w, s, &(block){y, 1, x, count});
+        const real *const g = grad_of(f, &m->w, s, &(sk_block){y, 1, x, count});
         if (y == rows.begin) {
 #pragma omp simd
             for (int64_t k = 0; k < n; k++) sum[k] = share * g[k];
@@ -401,7 +334,7 @@ static void add_rows(const fusion *f, folding *m, const place *s, int i, int64_t
 
 /* Leaves the gradient folded back to row b.y of map i, of its columns, which are parts of `columns`
  * of the result. */
-static void fold_row(const fusion *f, folding *m, const place *s, int i, const block *b,
+static void fold_row(const fusion *f, folding *m, const sk_place *s, int i, const sk_block *b,
                      sk_span columns, real *to) {
     const sk_axis h = f->columns[i];
     const sk_span rows = sk_outputs_of(f->rows[i], b->y);
@@ -426,18 +359,19 @@ static void fold_row(const fusion *f, folding *m, const place *s, int i, const b
 }
 
 /* The gradient of a strip's share of map i, nearest or bilinear. */
-static double unfold_strip(const fusion *f, folding *m, const sk_arg *grad, const place *s, int i,
-                           const block *strip) {
-    const block all = share_of(f, i, strip);
+static double unfold_strip(const fusion *f, folding *m, const sk_arg *grad, const sk_place *s,
+                           int i, const sk_block *strip) {
+    const sk_block all = share_of(f, i, strip);
     const int64_t width = SK_SOURCE / s->lanes, end_x = all.x + all.columns;
     double sum = 0;
     for (int64_t x = all.x; x < end_x; x += width) {
-        const block piece = {all.y, all.rows, x, sk_min(width, end_x - x)};
+        const sk_block piece = {all.y, all.rows, x, sk_min(width, end_x - x)};
         const sk_span columns = {sk_outputs_of(f->columns[i], x).begin,
                                  sk_outputs_of(f->columns[i], x + piece.columns - 1).end};
-        for (block b = {all.y, 0, x, piece.columns}; next_block(&piece, s->lanes, SK_SOURCE, &b);) {
+        for (sk_block b = {all.y, 0, x, piece.columns};
+             sk_next_block(&piece, s->lanes, SK_SOURCE, &b);) {
             for (int64_t k = 0; k < b.rows; k++)
-                fold_row(f, m, s, i, &(block){b.y + k, 1, x, b.columns}, columns,
+                fold_row(f, m, s, i, &(sk_block){b.y + k, 1, x, b.columns}, columns,
                          m->folded + k * b.columns * s->lanes);
             sum += conclude(f, m, grad, s, i, &b, m->folded);
         }
@@ -446,21 +380,21 @@ static double unfold_strip(const fusion *f, folding *m, const sk_arg *grad, cons
 }
 
 /* Deals out row k of the windows of a block of one row of the result. */
-static void deal_row(const fusion *f, folding *m, const place *s, int i, const block *b, int k,
-                     sk_dealt *to) {
+static void deal_row(const fusion *f, folding *m, const sk_place *s, int i, const sk_block *b,
+                     int k, sk_dealt *to) {
     const int64_t y = sk_window(f->rows[i], b->y) + k;
     sk_windows h = sk_windows_of(f->columns[i], b->x, b->columns);
     const real *x = m->x;
     if (y < 0 || y >= f->rows[i].from)
         for (int64_t e = 0; e < (h.end - h.begin) * s->lanes; e++) m->x[e] = -INFINITY;
     else
-        x = source_row(f, s, i, &(block){y, 1, h.begin, h.end - h.begin}, m->x);
+        x = source_row(f, s, i, &(sk_block){y, 1, h.begin, h.end - h.begin}, m->x);
     sk_deal_windows(x, h, s->lanes, b->columns, to);
 }
 
 /* Leaves the winners of a block of one row, whose windows are dealt out, and their gradients. The
  * block may begin with column -1, which has none. */
-static void find_winners(const fusion *f, folding *m, const place *s, int i, const block *b,
+static void find_winners(const fusion *f, folding *m, const sk_place *s, int i, const sk_block *b,
                          const sk_dealt *const *rows) {
     sk_winners *const w = &m->winners;
     const int above = sk_window(f->rows[i], b->y) < 0, before = b->x < 0;
@@ -469,7 +403,7 @@ static void find_winners(const fusion *f, folding *m, const place *s, int i, con
     if (b->x <= 0 && sk_window(f->columns[i], 0) < 0)
         for (int64_t e = before * s->lanes; e < (before + 1) * s->lanes; e++)
             w->at[e] = w->at[e] == none ? none + 1 : w->at[e];
-    const block there = {b->y, 1, b->x + before, b->columns - before};
+    const sk_block there = {b->y, 1, b->x + before, b->columns - before};
     const real *g = grad_of(f, &m->w, s, &there);
     for (int64_t e = 0; e < before * s->lanes; e++) w->grad[e] = 0;
     memcpy(w->grad + before * s->lanes, g, (size_t)(there.columns * s->lanes) * sizeof *g);
@@ -477,8 +411,8 @@ static void find_winners(const fusion *f, folding *m, const place *s, int i, con
 
 /* The gradient of a strip's share of map i, maxpool: for each row of the result the first two rows
  * of its windows, the third being the next one's first. */
-static double unpool_strip(const fusion *f, folding *m, const sk_arg *grad, const place *s, int i,
-                           const block *strip) {
+static double unpool_strip(const fusion *f, folding *m, const sk_arg *grad, const sk_place *s,
+                           int i, const sk_block *strip) {
     const sk_axis v = f->rows[i], h = f->columns[i];
     const sk_dealt *rows[3] = {&m->rows[0], &m->rows[1], &m->rows[2]};
     sk_dealt *grads[3] = {&m->grads[0], &m->grads[1], &m->grads[2]};
@@ -488,13 +422,13 @@ static double unpool_strip(const fusion *f, folding *m, const sk_arg *grad, cons
     double sum = 0;
     memset(grads[0], 0, sizeof *grads[0]);
     for (int64_t y = begin_row; y < strip->y + strip->rows; y++) {
-        const block b = {y, 1, strip->x - 1, strip->columns + 1};
+        const sk_block b = {y, 1, strip->x - 1, strip->columns + 1};
         for (int k = y == begin_row ? 0 : 1; k < 3; k++)
             deal_row(f, m, s, i, &b, k, &m->rows[rows[k] - m->rows]);
         find_winners(f, m, s, i, &b, rows);
         sk_unpool(&m->winners, s->lanes, strip->columns * s->lanes, grads[0], grads[1], grads[2]);
         const int64_t top = sk_window(v, y), from = top < 0 ? 0 : top;
-        const block two = {from, sk_min(top + 2, v.from) - from, x, columns};
+        const sk_block two = {from, sk_min(top + 2, v.from) - from, x, columns};
         for (int64_t k = 0; k < two.rows && y >= strip->y; k++) {
             const sk_dealt *const g = grads[from - top + k];
             sk_gather(first < 0 ? g->odd : g->even, first < 0 ? g->even + s->lanes : g->odd,
@@ -510,17 +444,17 @@ static double unpool_strip(const fusion *f, folding *m, const sk_arg *grad, cons
 }
 
 /* The gradient of a strip of a map that has the size of the result. */
-static double same_strip(const fusion *f, folding *m, const sk_arg *grad, const place *s, int i,
-                         const block *strip) {
+static double same_strip(const fusion *f, folding *m, const sk_arg *grad, const sk_place *s, int i,
+                         const sk_block *strip) {
     double sum = 0;
-    for (block b = {strip->y, 0, strip->x, strip->columns};
-         next_block(strip, s->lanes, SK_STRIP, &b);)
+    for (sk_block b = {strip->y, 0, strip->x, strip->columns};
+         sk_next_block(strip, s->lanes, SK_STRIP, &b);)
         sum += conclude(f, m, grad, s, i, &b, grad_of(f, &m->w, s, &b));
     return sum;
 }
 
-static void backward_strip(const fusion *f, folding *m, const backward_params *p, const place *s,
-                           const block *strip, double *d) {
+static void backward_strip(const fusion *f, folding *m, const backward_params *p, const sk_place *s,
+                           const sk_block *strip, double *d) {
     const sk_arg *const grad[MAPS] = {&p->grad_a, &p->grad_b, &p->grad_c};
     for (int i = 0; i < f->count; i++) {
         const int64_t way = f->rows[i].way;
@@ -564,8 +498,8 @@ static void bifpn_fuse_rows(const void *params, int64_t begin_task, int64_t end_
     workspace w;
     for (int i = 0; i < MAPS; i++) w.taps[i].count = 0;
     for (int64_t i = begin_task * strips / tasks; i < end_task * strips / tasks; i++) {
-        place s;
-        const block strip = strip_of(&f, i, &s);
+        sk_place s;
+        const sk_block strip = strip_of(&f, i, &s);
         forward_strip(&f, &w, &p->fused, &s, &strip);
     }
 }
@@ -581,8 +515,8 @@ static void bifpn_fuse_backward_rows(const void *params, int64_t begin_task, int
         double *const d = (double *)p->scratch.data + MAPS * task;
         for (int i = 0; i < MAPS; i++) d[i] = 0;
         for (int64_t i = task * strips / tasks; i < (task + 1) * strips / tasks; i++) {
-            place s;
-            const block strip = strip_of(&f, i, &s);
+            sk_place s;
+            const sk_block strip = strip_of(&f, i, &s);
             backward_strip(&f, &m, p, &s, &strip, d);
         }
     }
