@@ -11,10 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import authors
 import selfkd
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from selfkd.nn import BiFPN
+from torch import Tensor, nn
+from torch.func import functional_call
 
 Loss = Callable[..., Tensor]
 
@@ -45,8 +48,13 @@ class Case:
         How many of them, the first ones, get gradients.
     bytes_moved
         The least a fused forward and backward can read and write.
+    grad
+        Makes the gradient that comes in, where the result is a map.
     part
         A call of selfkd that does a part of the same, timed beside it.
+    rows
+        Whether gradients have rows of classes, in which an error is relative to the row's largest;
+        else to the tensor's.
     need
         What the ratios must be: at least, against "eager" and "compile"; at most, against "copy" and
         "part".
@@ -64,6 +72,8 @@ class Case:
     need: Mapping[str, float] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     part: Loss | None = None
+    grad: Callable[[], Tensor] | None = None
+    rows: bool = True
 
 
 def kl_of_log_targets(u: Tensor, v: Tensor) -> Tensor:
@@ -146,6 +156,39 @@ def simreg(*shape: int, **need: float) -> Case:
     )
 
 
+def attention_of_powers(student: Tensor, teacher: Tensor) -> Tensor:
+    """FRSKD's feature loss of maps (N, C, H, W) in the form of the authors' code."""
+
+    def attention_map(x: Tensor) -> Tensor:
+        return F.normalize(x.pow(2).mean(1).flatten(1))
+
+    return (attention_map(student) - attention_map(teacher)).pow(2).mean()
+
+
+def attention_of_norms(student: Tensor, teacher: Tensor) -> Tensor:
+    """The same without a square of each feature."""
+
+    def attention_map(x: Tensor) -> Tensor:
+        return F.normalize(torch.linalg.vector_norm(x, dim=1).square().flatten(1))
+
+    return F.mse_loss(attention_map(student), attention_map(teacher))
+
+
+def attention(*shape: int, teacher_channels: int, **need: float) -> Case:
+    """Features randn. Forward reads both; backward reads the student and writes its gradient."""
+    teacher_shape = (shape[0], teacher_channels, *shape[2:])
+    return Case(
+        name=f"attention {'x'.join(map(str, shape))} of {teacher_channels} channels",
+        fused=selfkd.attention,
+        reference=selfkd.reference.attention,
+        baselines={"powers": attention_of_powers, "norms": attention_of_norms},
+        inputs=lambda: [torch.randn(shape), torch.randn(teacher_shape)],
+        learning=1,
+        bytes_moved=(3 * math.prod(shape) + math.prod(teacher_shape)) * 4,
+        need=need,
+    )
+
+
 def distill(
     *shape: int, temperatures: tuple[float, ...] = (4.0,), ignore_index: int = -100, **need: float
 ) -> Case:
@@ -203,6 +246,99 @@ def distill(
     )
 
 
+def bifpn_fuse(
+    *shape: int, third: int, resize: str, baselines: Mapping[str, Loss], **need: float
+) -> Case:
+    """Maps randn with learned weights, the third of size `third`.
+
+    Forward reads three maps and writes one; backward reads them and the gradient and writes three.
+    """
+
+    def call(function: Loss, *inputs: Tensor) -> Tensor:
+        return function(*inputs[:3], weight=inputs[3], resize=(None, None, resize))
+
+    n, c, *_ = shape
+    other = (n, c, third, third)
+    return Case(
+        name=f"bifpn_fuse {'x'.join(map(str, shape))} {resize} {third}",
+        fused=partial(call, selfkd.bifpn_fuse),
+        reference=partial(call, selfkd.reference.bifpn_fuse),
+        baselines=baselines,
+        inputs=lambda: [*map(torch.randn, (shape, shape, other)), torch.ones(3)],
+        learning=4,
+        bytes_moved=(8 * math.prod(shape) + 3 * math.prod(other)) * 4,
+        need=need,
+        grad=lambda: torch.randn(shape),
+    )
+
+
+def fused_weights(weight: Tensor) -> Tensor:
+    """The factors of three maps."""
+    factors = F.relu(weight)
+    return factors / (factors.sum() + 1e-6)
+
+
+def sum_of_upsampled(x: Tensor, y: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+    """Fusion with a map of half the size."""
+    w = fused_weights(weight)
+    return w[0] * F.relu(x) + w[1] * F.relu(y) + w[2] * F.interpolate(F.relu(z), scale_factor=2)
+
+
+def upsampled_last(x: Tensor, y: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+    """The same, its small map weighted before it is upsampled."""
+    w = fused_weights(weight)
+    return w[0] * F.relu(x) + w[1] * F.relu(y) + F.interpolate(w[2] * F.relu(z), scale_factor=2)
+
+
+def sum_of_padded(x: Tensor, y: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+    """Fusion with a map of twice the size, padded as the authors' code does."""
+    w = fused_weights(weight)
+    pooled = F.max_pool2d(F.pad(F.relu(z), (0, 1, 0, 1)), 3, 2)
+    return w[0] * F.relu(x) + w[1] * F.relu(y) + w[2] * pooled
+
+
+def sum_of_pooled(x: Tensor, y: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+    """The same without padding."""
+    w = fused_weights(weight)
+    pooled = F.max_pool2d(F.relu(z), 3, 2, ceil_mode=True)
+    return w[0] * F.relu(x) + w[1] * F.relu(y) + w[2] * pooled
+
+
+def self_teacher(batch: int, **need: float) -> Case:
+    """FRSKD's self-teacher on the maps of ResNet-18 for CIFAR-100, trained through its logits.
+
+    Maps and parameters get gradients. The authors' module is the reference, too. Bytes: all of these
+    read twice and their gradients written once, without any map in between. In float32 the sign of
+    a few values before a ReLU is rounding, and small gradients differ by percents, theirs as well.
+    """
+    channels, sizes = (64, 128, 256, 512), (32, 16, 8, 4)
+    theirs, ours = authors.BiFPNc(channels, 100), BiFPN(channels, 100)
+    parameters = dict(theirs.named_parameters())
+    maps = [(batch, c, size, size) for c, size in zip(channels, sizes, strict=True)]
+
+    def loss(module: nn.Module, names: list[str], *inputs: Tensor) -> Tensor:
+        state = {name: x.to(inputs[0].dtype) for name, x in module.named_buffers() if x.ndim}
+        state |= dict(zip(names, inputs[len(maps) :], strict=True))
+        logits: Tensor = functional_call(module, state, (inputs[: len(maps)],))[1]
+        return logits.logsumexp(1).mean()
+
+    their_loss = partial(loss, theirs, list(parameters))
+    return Case(
+        name=f"BiFPN {'x'.join(map(str, maps[0]))}",
+        fused=partial(loss, ours, list(BiFPN.convert_authors_state_dict(parameters))),
+        reference=their_loss,
+        baselines={"authors": their_loss},
+        inputs=lambda: [
+            *map(torch.randn, maps),
+            *(x.detach().clone() for x in parameters.values()),
+        ],
+        learning=len(maps) + len(parameters),
+        bytes_moved=12 * (sum(map(math.prod, maps)) + sum(x.numel() for x in parameters.values())),
+        need=need,
+        rows=False,
+    )
+
+
 large_vocabulary = sd_dropout_kl(512, 32000, eager=15, compile=4.5, copy=2)
 
 CASES = [
@@ -219,4 +355,23 @@ CASES = [
     distill(256, 1000, temperatures=(4.0, 2.0), part=1.8),
     distill(4, 21, 256, 256, temperatures=(1.0,), ignore_index=255, eager=6, compile=4, copy=2.2),
     simreg(256, 2048, eager=4.5, compile=2.3),
+    attention(128, 64, 32, 32, teacher_channels=128, eager=5, compile=1.5, copy=1.7),
+    attention(128, 512, 4, 4, teacher_channels=1024),
+    bifpn_fuse(
+        *(32, 128, 32, 32),
+        third=16,
+        resize="nearest",
+        baselines={"weighted": sum_of_upsampled, "weighted small": upsampled_last},
+        eager=4,
+        compile=4,
+    ),
+    bifpn_fuse(
+        *(32, 128, 32, 32),
+        third=64,
+        resize="maxpool",
+        baselines={"padded": sum_of_padded, "ceil_mode": sum_of_pooled},
+        eager=8,
+        compile=9,
+    ),
+    self_teacher(32, eager=1.35),
 ]

@@ -247,18 +247,28 @@ def parse(
     add("--device", default=device, help=f"default: {device}")
     add("--out", type=Path, default=Path("runs"), help="folder of picture and csv, default: runs")
     if long:
-        add("--data", type=Path, help="folder of CIFAR-100, default: scikit-learn's digits")
+        add("--data", type=Path, help="folder of CIFAR-100 (or VOC), default: digits")
         add("--checkpoint", type=Path, help="file to save to and to go on from")
     return parser.parse_args(argv)
 
 
-def prepare(options: argparse.Namespace, features: int) -> dict[str, Any]:
-    """Return data, teacher and checkpoint, as the command line of a `long` example says."""
+def prepare(
+    options: argparse.Namespace,
+    features: int = 0,
+    large: type[Images] = CIFAR100,
+    small: type[Images] = Digits,
+) -> dict[str, Any]:
+    """Return data and checkpoint, as the command line of a `long` example says.
+
+    With `features`, a teacher of so many as well. Data are `large`, from a folder, or `small`.
+    """
     torch.set_num_threads(options.threads)
     device, checkpoint = options.device, Checkpoint(options.checkpoint)
-    data = CIFAR100(options.data, device) if options.data else Digits(device)
-    teacher = train_teacher(data, options.steps, checkpoint, features)
-    return {"data": data, "teacher": teacher, "checkpoint": checkpoint}
+    data = large(options.data, device) if options.data else small(device)
+    found = {"data": data, "checkpoint": checkpoint}
+    if features:
+        found["teacher"] = train_teacher(data, options.steps, checkpoint, features)
+    return found
 
 
 def train_all(train: Callable[..., Run], options: argparse.Namespace) -> list[Run]:
@@ -273,7 +283,7 @@ def train_all(train: Callable[..., Run], options: argparse.Namespace) -> list[Ru
     return runs
 
 
-def report(title: str, runs: list[Run], folder: Path) -> int:
+def report(title: str, runs: list[Run], folder: Path, score: str = "held-out accuracy") -> int:
     """Print the table of some runs and save their curves.
 
     Returns
@@ -288,7 +298,7 @@ def report(title: str, runs: list[Run], folder: Path) -> int:
     def row(text: str, form: str, cell: Callable[[Run], float]) -> None:
         table.add_row(text, *(form.format(cell(run)) for run in runs))
 
-    row("held-out accuracy", "{:.2%}", lambda run: run.accuracy)
+    row(score, "{:.2%}", lambda run: run.accuracy)
     row("final loss (mean of 20 steps)", "{:.6f}", lambda run: fmean(run.losses[-20:]))
     row("loss alone, forward + backward: seconds", "{:.4f}", lambda run: sum(run.seconds))
     row("... median of a step, microseconds", "{:.0f}", lambda run: 1e6 * median(run.seconds))
@@ -298,7 +308,7 @@ def report(title: str, runs: list[Run], folder: Path) -> int:
         row(f"{text}, first {EARLY} steps", "{:.1e}", lambda run: run.difference(first, EARLY))
         row(f"{text}, all steps", "{:.1e}", lambda run: run.difference(first))
     console.print(table)
-    path = folder / title.lower().replace("-", "_")
+    path = folder / title.lower().replace("-", "_").replace(" ", "_")
     save_curves(title, runs, path)
     console.print(f"curves: {path}.png and {path}.csv", soft_wrap=True)
 

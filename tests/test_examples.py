@@ -41,9 +41,14 @@ def test_load_library() -> None:
     assert "loss" in out
 
 
-def check_curves(out: str, csv_file: Path, least: float) -> list[float]:
-    """Fused and reference run along one curve, the run with weight 0 elsewhere; returns the accuracies."""
-    row = next(line for line in out.splitlines() if "held-out accuracy" in line and "│" in line)
+def check_curves(
+    out: str, csv_file: Path, least: float, *, score: str = "accuracy", warm_up: int = 0
+) -> list[float]:
+    """Fused and reference run along one curve, the run with weight 0 elsewhere; returns the scores.
+
+    The weight counts after `warm_up` steps.
+    """
+    row = next(line for line in out.splitlines() if f"held-out {score}" in line and "│" in line)
     accuracies = [float(word.rstrip("%")) for word in row.split() if word.endswith("%")]
     assert len(accuracies) == 3
     assert min(accuracies[:2]) >= least
@@ -52,12 +57,12 @@ def check_curves(out: str, csv_file: Path, least: float) -> list[float]:
         rows = list(csv.DictReader(file))
     assert len(rows) >= 300
 
-    def apart(a: str, b: str) -> float:
-        return max(abs(float(r[a]) / float(r[b]) - 1) for r in rows[:50])
+    def apart(a: str, b: str, start: int) -> float:
+        return max(abs(float(r[a]) / float(r[b]) - 1) for r in rows[start : start + 50])
 
-    assert apart("fused", "reference") < 1e-4
-    assert apart("weight 0", "reference") > 1e-2
-    assert apart("weight 0", "fused") > 1e-2
+    assert apart("fused", "reference", 0) < 1e-4
+    assert apart("weight 0", "reference", warm_up) > 1e-2
+    assert apart("weight 0", "fused", warm_up) > 1e-2
     return accuracies
 
 
@@ -83,7 +88,22 @@ def test_aikd(tmp_path: Path) -> None:
     assert check_curves(out, tmp_path / "runs" / "ai_kd.csv", least=95)[2] >= 95
 
 
-@pytest.mark.parametrize("example", ["aikd", "simreg"])
+def test_frskd(tmp_path: Path) -> None:
+    """A classifier and the self-teacher on its stages."""
+    script = ROOT / "examples" / "frskd.py"
+    out = run(sys.executable, script, "--control", "--steps", 300, cwd=tmp_path)
+    assert check_curves(out, tmp_path / "runs" / "frskd.csv", least=95)[2] >= 90
+
+
+def test_frskd_segmentation(tmp_path: Path) -> None:
+    """A network and the self-teacher on its pyramid, whose loss counts in the last third."""
+    script = ROOT / "examples" / "frskd_segmentation.py"
+    out = run(sys.executable, script, "--control", cwd=tmp_path)
+    file = tmp_path / "runs" / "frskd_segmentation.csv"
+    check_curves(out, file, least=60, score="mean IoU", warm_up=300)
+
+
+@pytest.mark.parametrize("example", ["aikd", "simreg", "frskd", "frskd_segmentation"])
 def test_example_goes_on_from_a_checkpoint(example: str, tmp_path: Path) -> None:
     """The second run takes the teacher and most steps from the file, and ends as the first."""
     command = [sys.executable, ROOT / "examples" / f"{example}.py", "--impl", "fused"]

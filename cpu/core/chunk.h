@@ -278,7 +278,15 @@ static inline void sk_fill(const sk_arg *x, int64_t at, int64_t stride, int64_t 
     sk_copy(x, at, stride, n, to);
 }
 
-/* The same elements where they lie or, if they cannot be used there, in the buffer. */
+/* n elements of x from `at`, where they lie or, if they cannot be used there, in the buffer. */
+static inline const real *sk_read_exactly(const sk_arg *x, int64_t at, int64_t stride, int64_t n,
+                                          real *buffer) {
+    if (sk_is_plain(x, stride)) return (const real *)x->data + at;
+    sk_copy(x, at, stride, n, buffer);
+    return buffer;
+}
+
+/* The same of whole groups of lanes: in the buffer they are rounded up. */
 static inline const real *sk_read(const sk_arg *x, int64_t at, int64_t stride, int64_t n,
                                   real *buffer) {
     if (sk_in_place(x, stride, n)) return (const real *)x->data + at;

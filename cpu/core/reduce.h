@@ -16,9 +16,7 @@ static inline double sk_sum(const sk_arg *x, int64_t N, int64_t S) {
         for (int64_t i = 0; i < length; i += SK_BLOCK) {
             const int64_t count = sk_min(SK_BLOCK, length - i);
             const int64_t at = n * x->stride[0] + i * stride;
-            const bool here = sk_is_plain(x, stride);
-            const real *const block = here ? (const real *)x->data + at : copy;
-            if (!here) sk_copy(x, at, stride, count, copy);
+            const real *const block = sk_read_exactly(x, at, stride, count, copy);
             double part = 0;
 #pragma omp simd reduction(+ : part)
             for (int64_t j = 0; j < count; j++) part += block[j];

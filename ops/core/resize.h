@@ -29,7 +29,6 @@ SK_BOTH sk_tap sk_tap_of(sk_axis a, int64_t y) {
     } else if (a.way == SK_RESIZE_BILINEAR) {
         const double at = ((double)y + 0.5) * ((double)a.from / (double)a.to) - 0.5;
         t.low = at > 0 ? (int64_t)at : 0;
-        if (t.low > a.from - 1) t.low = a.from - 1;
         t.high = t.low < a.from - 1 ? t.low + 1 : t.low;
         t.part = at > 0 ? at - (double)t.low : 0;
     }

@@ -1,17 +1,25 @@
-"""Loss modules."""
+"""Losses as modules, the heads and self-teachers that go with them, schedules of their weights."""
 
 from .aikd import AIKDLoss, AIKDParts, Discriminator, PreviousEpoch
-from .schedules import sigmoid_rampup
+from .bifpn import BiFPN
+from .frskd import FRSKDLoss, FRSKDParts
+from .plain_bifpn import PlainBiFPN
+from .schedules import frskd_rampup, sigmoid_rampup
 from .sd_dropout import SDDropout
 from .simreg import SimRegHead, SimRegLoss
 
 __all__ = [
     "AIKDLoss",
     "AIKDParts",
+    "BiFPN",
     "Discriminator",
+    "FRSKDLoss",
+    "FRSKDParts",
+    "PlainBiFPN",
     "PreviousEpoch",
     "SDDropout",
     "SimRegHead",
     "SimRegLoss",
+    "frskd_rampup",
     "sigmoid_rampup",
 ]

@@ -22,3 +22,24 @@ def sigmoid_rampup(epoch: float, length: float) -> float:
     if epoch >= length:
         return 1.0
     return math.exp(-5 * (1 - max(epoch, 0) / length) ** 2)
+
+
+def frskd_rampup(epoch: float, warmup: int = 40, epochs: int = 60) -> float:
+    """0 in the first `warmup` epochs, then exp(-5 (1 - t)^2), t = (epoch + 1 - warmup) / (epochs - warmup).
+
+    What FRSKD's weights for segmentation are multiplied by.
+
+    Parameters
+    ----------
+    epoch
+        The epoch, from 0; 1 is reached in the last one, `epochs` - 1.
+    warmup
+        Epochs in which only the cross-entropies count.
+    epochs
+        Length of training.
+
+    Notes
+    -----
+    Source: Ji et al., arXiv 2103.08273, as in its authors' code (MingiJi/FRSKD, segmentation).
+    """
+    return 0.0 if epoch < warmup else sigmoid_rampup(epoch + 1 - warmup, epochs - warmup)

@@ -1,0 +1,71 @@
+"""Attention transfer: the distance between two networks' attention maps, FRSKD's feature loss."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from . import arguments, operators
+
+_OP = "attention"
+
+
+def reference(student: torch.Tensor, teacher: torch.Tensor, *, eps: float = 1e-12) -> torch.Tensor:
+    """:func:`selfkd.attention` in plain PyTorch, differentiable any number of times.
+
+    Same arguments and results; arithmetic in float32, or float64 for a float64 student.
+    """
+    acc = torch.float64 if student.dtype == torch.float64 else torch.float32
+    maps = [x.to(acc).square().mean(1).unsqueeze(-1).flatten(1) for x in (student, teacher)]
+    q, p = (F.normalize(x, dim=1, eps=eps) for x in maps)
+    return (q - p).square().mean()
+
+
+_call = operators.register(_OP, reference)
+
+
+def attention(student: torch.Tensor, teacher: torch.Tensor, *, eps: float = 1e-12) -> torch.Tensor:
+    r"""Mean squared difference of two feature maps' attention, where each sample's has length 1.
+
+    .. math::
+        \frac{1}{N S} \sum_n | \phi(x_n) - \phi(t_n) |^2, \quad
+        \phi(x) = a / \max(|a|, \epsilon), \; a_s = \frac{1}{C} \sum_c x_{cs}^2
+
+    Parameters
+    ----------
+    student
+        Features x, shape (N, C, H, W) or (N, C, ...), S positions in all, float16, bfloat16, float32
+        or float64. Any strides; both memory formats are read in place.
+    teacher
+        Features t, shape (N, D, ...): as many positions, any number of channels; on the same
+        device, in any of these dtypes: it is read as stored. Never gets a gradient.
+    eps
+        Least length that a map is divided by, > 0.
+
+    Returns
+    -------
+    torch.Tensor
+        0-d, float32, or float64 for a float64 student; nan where there are no samples or positions.
+
+    Raises
+    ------
+    TypeError
+        A dtype or device that is not accepted.
+    ValueError
+        A shape or number that is not accepted, or a `teacher` that requires grad (detach it).
+
+    Notes
+    -----
+    Source: Ji et al., "Refine Myself by Teaching Myself: Feature Refinement via Self-Knowledge
+    Distillation", arXiv 2103.08273, as in its authors' code (MingiJi/FRSKD), where the weight 100 goes
+    with this mean of squares; and Zagoruyko, Komodakis, arXiv 1612.03928. Maps that nearly agree
+    keep their digits, and equal maps give exactly 0. A sample of zeros has the map 0 and gradient 0.
+    Kept for backward are 16 bytes a position. The second derivative (``create_graph=True``)
+    goes through :mod:`selfkd.reference`.
+
+    Examples
+    --------
+    >>> loss = sum(selfkd.attention(f, t.detach()) for f, t in zip(features, teacher_features))
+    """
+    arguments.without_gradient(_OP, "teacher", teacher)
+    return _call(arguments.merged(student, 2), arguments.merged(teacher, 2), eps)

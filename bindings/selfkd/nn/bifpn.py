@@ -1,0 +1,302 @@
+"""FRSKD's self-teacher: a bidirectional feature pyramid on a classifier's stages."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..bifpn_fuse import bifpn_fuse
+
+Fusion = Callable[..., torch.Tensor]
+
+# Members of a separable block; and the authors' names of what a layer has.
+_SEPARABLE = ("depthwise", "pointwise", "norm")
+_POINTWISE = {
+    "lat_conv": "lateral",
+    "lat_conv2": "skip",
+    "up_sample": "up",
+    "down_sample": "down",
+}
+_NODES = {
+    "up_conv": "top_down",
+    "up_weight": "top_down",
+    "down_conv": "bottom_up",
+    "down_weight": "bottom_up",
+}
+
+
+class _NormOfRepeated(nn.BatchNorm2d):
+    """Batch normalisation of maps of which every pixel stands for `repeats` equal ones.
+
+    Mean, biased variance and gradients of a batch do not change when its pixels are repeated. The
+    running variance does: it grows by n / (n - 1), and n is `repeats` times larger.
+    """
+
+    def __init__(self, channels: int, repeats: int) -> None:
+        super().__init__(channels)
+        self.repeats = repeats
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.running_var is None:
+            return super().forward(x)
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 1 / float(self.num_batches_tracked)
+        n = x.numel() // x.shape[1]
+        ratio = self.repeats * (n - 1) / (self.repeats * n - 1)
+        # The update is linear: scaled before and scaled back, only what this batch adds is corrected.
+        scaled = self.running_var / ratio
+        x = F.batch_norm(
+            x, self.running_mean, scaled, self.weight, self.bias, True, momentum, self.eps
+        )
+        self.running_var.copy_(scaled * ratio)
+        return x
+
+
+def _pointwise(inputs: int, outputs: int, repeats: int = 1) -> nn.Sequential:
+    """1x1 convolution and batch norm; the fusion that follows rectifies."""
+    norm = _NormOfRepeated(outputs, repeats) if repeats > 1 else nn.BatchNorm2d(outputs)
+    return nn.Sequential(OrderedDict(conv=nn.Conv2d(inputs, outputs, 1, bias=False), norm=norm))
+
+
+def _separable(channels: int) -> nn.Sequential:
+    """3x3 convolution of each channel, 1x1 convolution, batch norm."""
+    depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+    pointwise = nn.Conv2d(channels, channels, 1, bias=False)
+    members = zip(_SEPARABLE, (depthwise, pointwise, nn.BatchNorm2d(channels)), strict=True)
+    return nn.Sequential(OrderedDict(members))
+
+
+class _Node(nn.Module):
+    """Weighted sum of rectified maps, then `depth` separable convolutions, each rectified."""
+
+    def __init__(self, inputs: int, channels: int, depth: int, fuse: Fusion) -> None:
+        super().__init__()
+        self.fuse = fuse
+        self.weight = nn.Parameter(torch.ones(inputs))
+        self.conv = nn.ModuleList(_separable(channels) for _ in range(depth))
+
+    def forward(self, maps: Sequence[torch.Tensor], resize: Sequence[str | None]) -> torch.Tensor:
+        x = self.fuse(*maps, weight=self.weight, resize=resize)
+        for block in self.conv:
+            x = F.relu_(block(x))  # batch norm does not keep what it returns
+        return x
+
+
+class _Layer(nn.Module):
+    """Top-down, then bottom-up. `first`: with laterals; `scaled`: widths differ from level to level."""
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        widths: Sequence[int],
+        depth: tuple[int, int],
+        first: bool,
+        scaled: bool,
+        fuse: Fusion,
+    ) -> None:
+        super().__init__()
+        pairs, steps = list(zip(channels, widths, strict=True)), list(pairwise(widths))
+        self.lateral = nn.ModuleList(_pointwise(*pair) for pair in pairs * first)
+        self.skip = nn.ModuleList(_pointwise(*pair) for pair in pairs[1:])
+        self.up = nn.ModuleList(_pointwise(b, a, repeats=4) for a, b in steps * scaled)
+        self.down = nn.ModuleList(_pointwise(a, b) for a, b in steps * scaled)
+        self.top_down = nn.ModuleList(_Node(2, width, depth[0], fuse) for width in widths[:-1])
+        inputs = [3] * (len(widths) - 2) + [2]
+        self.bottom_up = nn.ModuleList(
+            _Node(k, width, depth[1], fuse) for k, width in zip(inputs, widths[1:], strict=True)
+        )
+
+    def forward(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Refine maps that are rectified; so are the results."""
+        laterals = list(maps)
+        if self.lateral:
+            laterals = [lateral(x) for lateral, x in zip(self.lateral, maps, strict=True)]
+        path = [F.relu(laterals[-1])]
+        for i in reversed(range(len(maps) - 1)):
+            # Convolution, norm and ReLU of each pixel alone come before the pixels are repeated.
+            above = self.up[i](path[0]) if self.up else path[0]
+            path.insert(0, self.top_down[i]([laterals[i], above], (None, "nearest")))
+        refined = [path[0]]
+        for i, node in enumerate(self.bottom_up, start=1):
+            between = path[i:-1][:1]  # none at the top, where it would be the lateral
+            operands = [self.skip[i - 1](maps[i]), *between, refined[-1]]
+            resize: list[str | None] = [None] * (len(operands) - 1) + ["maxpool"]
+            if self.down:  # these sizes are even, so that ceil_mode pads as TensorFlow does
+                pooled = F.max_pool2d(refined[-1], 3, 2, ceil_mode=True)
+                operands[-1], resize[-1] = self.down[i - 1](pooled), None
+            refined.append(node(operands, resize))
+        return refined
+
+
+class BiFPN(nn.Module):
+    """FRSKD's self-teacher: refines the maps of a classifier's stages, and classifies by the last.
+
+    Every layer sends the coarse maps up (nearest neighbour) and the fine ones down (max-pooling), each
+    map being a learned average of rectified ones followed by separable convolutions.
+
+    Parameters
+    ----------
+    channels
+        Channels C_i of the n >= 2 input maps, finest first.
+    num_classes
+        K, the width of the logits.
+    width
+        "BiFPNc", the default variant: level i has `width` * C_i channels, and 1x1 convolutions stand at
+        each change of resolution.
+    uniform_channels
+        "BiFPN", the other variant, in place of `width`: all levels have as many channels (256 in the
+        paper), without those convolutions.
+    repeat
+        Layers. More than 1 needs `uniform_channels` or `width` 1.
+    depth
+        Separable convolutions of a node: one number, or (lateral, up, down) as the authors' option, of
+        which the first has no effect there either.
+    fuse
+        What fuses maps: :func:`selfkd.bifpn_fuse`, or to compare with,
+        :func:`selfkd.reference.bifpn_fuse`.
+
+    Raises
+    ------
+    ValueError
+        A number that is not accepted.
+
+    Notes
+    -----
+    Source: Ji, Shin, Hwang, Park, Moon, "Refine Myself by Teaching Myself: Feature Refinement via
+    Self-Knowledge Distillation", arXiv 2103.08273, and its authors' code (MingiJi/FRSKD,
+    classification/models/bifpnc.py and bifpn.py). Parameters, results, gradients and running
+    statistics are those of their modules. What differs is the work: :func:`selfkd.bifpn_fuse`
+    rectifies, resamples and adds in one pass; the 1x1 convolutions stand before the upsampling, the
+    same function at a quarter of the arithmetic; on the CPU maps are computed and returned in
+    channels_last. (The norms of these convolutions allow for the repeated pixels in their running
+    variance; ``nn.SyncBatchNorm`` in their place does not.)
+
+    Examples
+    --------
+    >>> teacher = selfkd.nn.BiFPN([64, 128, 256, 512], 100)  # of ResNet-18's four stages
+    >>> refined, teacher_logits = teacher(features)
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        num_classes: int,
+        *,
+        width: int = 2,
+        uniform_channels: int | None = None,
+        repeat: int = 1,
+        depth: int | tuple[int, int, int] = 2,
+        fuse: Fusion = bifpn_fuse,
+    ) -> None:
+        super().__init__()
+        self.channels = tuple(channels)
+        if len(self.channels) < 2:
+            raise ValueError(
+                f"BiFPN: channels has length {len(self.channels)}, expected 2 levels or more"
+            )
+        scaled = uniform_channels is None
+        if repeat < 1 or (repeat > 1 and scaled and width != 1):
+            expected = "1 (or uniform_channels, or width 1)" if repeat > 1 else "1 or more"
+            raise ValueError(f"BiFPN: repeat is {repeat}, expected {expected}")
+        depths = (depth, depth) if isinstance(depth, int) else tuple(depth[1:])
+        if len(depths) != 2 or min(depths) < 1:
+            raise ValueError(
+                f"BiFPN: depth is {depth}, expected a number >= 1 or (lateral, up, down)"
+            )
+        widths = [width * c if uniform_channels is None else uniform_channels for c in channels]
+        self.layers = nn.ModuleList(
+            _Layer(widths if r else self.channels, widths, depths, r == 0, scaled, fuse)
+            for r in range(repeat)
+        )
+        self.head = nn.Linear(widths[-1], num_classes)
+
+    def forward(self, features: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Refined maps and logits.
+
+        Parameters
+        ----------
+        features
+            Maps (N, C_i, H_i, W_i) of the classifier's stages, finest first, each twice as high and wide as
+            the next. They get gradients; negative values count as 0.
+
+        Returns
+        -------
+        tuple
+            Maps (N, C'_i, H_i, W_i) that are not negative, to be distilled into `features`, with C'_i =
+            `width` * C_i or `uniform_channels`; and logits (N, K).
+
+        Raises
+        ------
+        ValueError
+            A shape that does not fit.
+        """
+        self._check(features)
+        if features[0].device.type == "cpu":  # there convolutions work on channels_last
+            features = [x.contiguous(memory_format=torch.channels_last) for x in features]
+        maps = [F.relu(x) for x in features]
+        for layer in self.layers:
+            maps = layer(maps)
+        logits: torch.Tensor = self.head(maps[-1].mean((2, 3)))
+        return maps, logits
+
+    def _check(self, features: Sequence[torch.Tensor]) -> None:
+        """Raise unless there is a map for each level, of the size that upsampling makes."""
+        if len(features) != len(self.channels):
+            raise ValueError(
+                f"BiFPN: features has length {len(features)}, expected {len(self.channels)}"
+            )
+        batch, _, height, width = features[-1].shape
+        for i, (x, channels) in enumerate(zip(features, self.channels, strict=True)):
+            scale = 2 ** (len(features) - 1 - i)
+            expected = (batch, channels, scale * height, scale * width)
+            if x.shape != expected:
+                raise ValueError(
+                    f"BiFPN: features[{i}] has shape {tuple(x.shape)}, expected {expected}"
+                )
+
+    @staticmethod
+    def convert_authors_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """Rename the entries of a checkpoint of the authors' modules, BiFPNc or BiFPN, to ours.
+
+        Parameters
+        ----------
+        state_dict
+            State dict of their self-teacher.
+
+        Returns
+        -------
+        dict
+            For ``load_state_dict`` of a :class:`BiFPN` of the same variant.
+
+        Raises
+        ------
+        ValueError
+            A key that their modules do not have.
+        """
+        return {_our_key(key): value for key, value in state_dict.items()}
+
+
+def _our_key(key: str) -> str:
+    """The name here of an entry of the authors' state dict."""
+    match key.split("."):
+        case ["fc" | "linear", name]:
+            return f"head.{name}"
+        case ["layers", r, "up_weight" | "down_weight" as stem, i]:
+            return f"layers.{r}.{_NODES[stem]}.{i}.weight"
+        case ["layers", r, stem, i, *_, "conv", "0", "0" | "1" as k, name] if stem in _POINTWISE:
+            return f"layers.{r}.{_POINTWISE[stem]}.{i}.{('conv', 'norm')[int(k)]}.{name}"
+        case ["layers", r, "up_conv" | "down_conv" as stem, i, "conv", j, k, name]:
+            member = _SEPARABLE[int(k) - (j != "0")]  # all but the first begin with a ReLU
+            return f"layers.{r}.{_NODES[stem]}.{i}.conv.{j}.{member}.{name}"
+    raise ValueError(
+        f"BiFPN: state_dict has the key {key!r}, expected those of FRSKD's BiFPNc or BiFPN"
+    )

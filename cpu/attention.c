@@ -1,0 +1,219 @@
+/* Attention transfer on the CPU: see ops/attention.h for the formula, cpu/core/chunk.h for rows.
+ *
+ * A task is a run of positions of one sample; the few numbers of all positions are put together
+ * when the tasks are done. Squares are summed in double, whatever the dtype: to convert costs less
+ * than to read, no square overflows, and maps that nearly agree keep the digits of their
+ * difference. */
+#include "attention.h"
+#include "cpu/core/chunk.h"
+#include "cpu/core/kernel.h"
+
+SK_PARAMS(attention)
+SK_PARAMS(attention_backward)
+typedef struct attention_params forward_params;
+typedef struct attention_backward_params backward_params;
+
+enum {
+    CHANNELS = 4,   /* added up at a time */
+    AHEAD = 4096,   /* bytes: the next page */
+    MANY_TASKS = 64 /* enough for all threads: the runs may be long */
+};
+
+/* Runs of equal length, long enough for the hardware to follow. */
+static sk_rows rows_of(int64_t N, int64_t C, int64_t S) {
+    const int64_t most = N * S < MANY_TASKS * SK_RUN ? SK_WIDTH : SK_RUN;
+    const int64_t runs = (S - 1) / most + 1;
+    return (sk_rows){.N = N,
+                     .C = C,
+                     .S = S,
+                     .width = sk_groups((S + runs - 1) / runs) * SK_LANES,
+                     .positions = true};
+}
+
+static sk_work work_of(int64_t N, int64_t C, int64_t S) {
+    const sk_rows all = rows_of(N, C, S);
+    sk_work work = sk_work_of(&all, 1);
+    work.path = "maps";
+    return work;
+}
+
+/* Whether neighbours in memory are positions, not channels. */
+static bool has_planes(const sk_arg *x, int64_t S) {
+    return S > 1 && x->stride[2] == 1 && x->stride[1] != 1;
+}
+
+/* ---- Forward ---- */
+
+static void add_squares(const real *const x[CHANNELS], int64_t n, double *restrict sum) {
+    const real *restrict a = x[0], *restrict b = x[1], *restrict c = x[2], *restrict d = x[3];
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        const double p = a[i], q = b[i], r = c[i], s = d[i];
+        sum[i] += (p * p + q * q) + (r * r + s * s);
+    }
+}
+
+static double squares(const real *x, int64_t n) {
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++) sum += (double)x[i] * (double)x[i];
+    return sum;
+}
+
+/* Asks for the elements of rows to come: hardware follows rows only to the end of a page. */
+static void fetch_ahead(const sk_arg *x, int64_t at, int64_t n) {
+    const int64_t line = 64, bytes = sk_bytes(x);
+    const sk_ahead next = {(uintptr_t)x->data + (uintptr_t)(at * bytes) + AHEAD, line};
+    for (int64_t i = 0; i * line < n * bytes; i++) sk_fetch(next, i);
+}
+
+/* Leaves the means of squares over C channels of x, at the positions of a task. */
+static void mean_squares(const sk_rows *r, const sk_arg *x, int64_t C, double *to) {
+    static const real zeros[SK_RUN]; /* the channels beyond C */
+    SK_ALIGNED real buffer[CHANNELS][SK_RUN];
+    SK_ALIGNED double sum[SK_RUN] = {0};
+    if (has_planes(x, r->S)) {
+        for (int64_t c = 0; c < C; c += CHANNELS) {
+            const real *plane[CHANNELS];
+            for (int64_t k = 0; k < CHANNELS; k++)
+                plane[k] = c + k < C ? sk_read_exactly(x, sk_class_at(r, x, 0, c + k), 1, r->width,
+                                                       buffer[k])
+                                     : zeros;
+            add_squares(plane, r->width, sum);
+        }
+    } else {
+        for (int64_t i = 0; i < r->width; i++) {
+            for (int64_t c = 0; c < C; c += SK_RUN) {
+                const int64_t n = sk_min(SK_RUN, C - c), at = sk_class_at(r, x, i, c);
+                fetch_ahead(x, at, n);
+                sum[i] += squares(sk_read_exactly(x, at, x->stride[1], n, buffer[0]), n);
+            }
+        }
+    }
+    for (int64_t i = 0; i < r->width; i++) to[i] = sum[i] / (double)C;
+}
+
+static double length(const double *x, int64_t n) {
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++) sum += x[i] * x[i];
+    return sqrt(sum);
+}
+
+/* The sum of (ratio a - b)^2, exactly 0 for equal maps and ratio 1. */
+static double distance(double ratio, const double *restrict a, const double *restrict b,
+                       int64_t n) {
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++) {
+        const double d = ratio * a[i] - b[i];
+        sum += d * d;
+    }
+    return sum;
+}
+
+/* Leaves the slopes of sample n; returns its |Q - P|^2. */
+static double conclude(const forward_params *p, int64_t n) {
+    const int64_t N = SK_DIM(p, N), S = SK_DIM(p, S);
+    const double *const a = (const double *)p->maps.data + n * S, *const b = a + N * S;
+    const double long_a = length(a, S), long_b = length(b, S);
+    const bool unit_a = !(long_a < p->eps), unit_b = !(long_b < p->eps);
+    const double scale_a = 1 / (unit_a ? long_a : p->eps), scale_b = 1 / (unit_b ? long_b : p->eps);
+    const double value = distance(scale_a / scale_b, a, b, S) * scale_b * scale_b;
+    const double bb = unit_b ? 1 : long_b * long_b * scale_b * scale_b; /* |P|^2 */
+    const double h = unit_a ? (value + (1 - bb)) / 2 : 0;
+    double *const slopes = p->slopes.data;
+    slopes[n] = scale_a / scale_b * (1 - h);
+    slopes[N + n] = scale_a * scale_b;
+    return value;
+}
+
+/* ---- Backward ---- */
+
+/* Leaves, for each position of a task, what the features are multiplied by. */
+static void factors_of(const backward_params *p, const sk_rows *r, double *restrict to) {
+    const int64_t *const stride = p->maps.stride;
+    const double *const a = (const double *)p->maps.data + r->n * stride[1] + r->s * stride[2];
+    const double *const b = a + stride[0];
+    const double *const slopes = (const double *)p->slopes.data + r->n * p->slopes.stride[1];
+    const double ratio = slopes[0], grad = *(const real *)p->grad.data;
+    const double factor =
+        slopes[p->slopes.stride[0]] * grad * 4 / ((double)r->N * (double)r->S * (double)r->C);
+    for (int64_t i = 0; i < r->width; i++)
+        to[i] = factor * (ratio * a[i * stride[2]] - b[i * stride[2]]);
+}
+
+/* Of a plane, where each element has a factor of its own. */
+static void scale_plane(const double *restrict factor, const real *restrict x, int64_t n,
+                        real *restrict to) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) to[i] = (real)(factor[i] * (double)x[i]);
+}
+
+static void scale_row(double factor, const real *restrict x, int64_t n, real *restrict to) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) to[i] = (real)(factor * (double)x[i]);
+}
+
+/* Leaves the gradients of a task, in the order of their addresses. */
+static void backward_task(const backward_params *p, const sk_rows *r) {
+    SK_ALIGNED real buffer[2][SK_RUN];
+    SK_ALIGNED double factor[SK_RUN];
+    factors_of(p, r, factor);
+    for (sk_run run = {0}; sk_next_run(r, &run);) {
+        const real *const x = sk_read_run(r, &p->student, run, buffer[0]);
+        real *const to = sk_begin_run(r, &p->grad_student, run, buffer[1]);
+        if (r->positions)
+            scale_plane(factor + run.row, x, run.n, to);
+        else
+            scale_row(factor[run.row], x, run.n, to);
+        sk_end_run(r, &p->grad_student, run, to);
+    }
+}
+
+/* ---- The kernels ---- */
+
+static sk_work forward_work(const void *params) {
+    const forward_params *p = params;
+    return work_of(SK_DIM(p, N), SK_DIM(p, C) + SK_DIM(p, D), SK_DIM(p, S));
+}
+
+static void attention_rows(const void *params, int64_t begin, int64_t end) {
+    const forward_params *p = params;
+    const int64_t N = SK_DIM(p, N), S = SK_DIM(p, S);
+    const sk_rows all = rows_of(N, SK_DIM(p, C), S);
+    for (int64_t i = begin; i < end; i++) {
+        const sk_rows r = sk_task(&all, i);
+        double *const maps = (double *)p->maps.data + r.n * S + r.s; /* outputs are compact */
+        mean_squares(&r, &p->student, SK_DIM(p, C), maps);
+        mean_squares(&r, &p->teacher, SK_DIM(p, D), maps + N * S);
+    }
+}
+
+static void forward_finish(const void *params) {
+    const forward_params *p = params;
+    const int64_t N = SK_DIM(p, N);
+    double sum = 0;
+    for (int64_t n = 0; n < N; n++) sum += conclude(p, n);
+    *(real *)p->loss.data = (real)(sum / ((double)N * (double)SK_DIM(p, S)));
+}
+
+static sk_work backward_work(const void *params) {
+    const backward_params *p = params;
+    return work_of(SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
+}
+
+static void attention_backward_rows(const void *params, int64_t begin, int64_t end) {
+    const backward_params *p = params;
+    const sk_rows all = rows_of(SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
+    const bool planes = has_planes(&p->grad_student, all.S);
+    for (int64_t i = begin; i < end; i++) {
+        sk_rows r = sk_task(&all, i);
+        r.positions = planes;
+        backward_task(p, &r);
+    }
+}
+
+const sk_cpu_kernel SK_CPU(attention) = {forward_work, attention_rows, forward_finish, NULL};
+const sk_cpu_kernel SK_CPU(attention_backward) = {backward_work, attention_backward_rows, NULL,
+                                                  NULL};
