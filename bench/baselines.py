@@ -45,6 +45,8 @@ class Case:
         How many of them, the first ones, get gradients.
     bytes_moved
         The least a fused forward and backward can read and write.
+    grad
+        Makes the gradient that comes in, where the result is a map.
     part
         A call of selfkd that does a part of the same, timed beside it.
     need
@@ -64,6 +66,7 @@ class Case:
     need: Mapping[str, float] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     part: Loss | None = None
+    grad: Callable[[], Tensor] | None = None
 
 
 def kl_of_log_targets(u: Tensor, v: Tensor) -> Tensor:
@@ -203,6 +206,64 @@ def distill(
     )
 
 
+def bifpn_fuse(
+    *shape: int, third: int, resize: str, baselines: Mapping[str, Loss], **need: float
+) -> Case:
+    """Maps randn with learned weights, the third of size `third`.
+
+    Forward reads three maps and writes one; backward reads them and the gradient and writes three.
+    """
+
+    def call(function: Loss, *inputs: Tensor) -> Tensor:
+        return function(*inputs[:3], weight=inputs[3], resize=(None, None, resize))
+
+    n, c, *_ = shape
+    other = (n, c, third, third)
+    return Case(
+        name=f"bifpn_fuse {'x'.join(map(str, shape))} {resize} {third}",
+        fused=partial(call, selfkd.bifpn_fuse),
+        reference=partial(call, selfkd.reference.bifpn_fuse),
+        baselines=baselines,
+        inputs=lambda: [*map(torch.randn, (shape, shape, other)), torch.ones(3)],
+        learning=4,
+        bytes_moved=(8 * math.prod(shape) + 3 * math.prod(other)) * 4,
+        need=need,
+        grad=lambda: torch.randn(shape),
+    )
+
+
+def fused_weights(weight: Tensor) -> Tensor:
+    """The factors of three maps."""
+    factors = F.relu(weight)
+    return factors / (factors.sum() + 1e-6)
+
+
+def sum_of_upsampled(x: Tensor, y: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+    """Fusion with a map of half the size."""
+    w = fused_weights(weight)
+    return w[0] * F.relu(x) + w[1] * F.relu(y) + w[2] * F.interpolate(F.relu(z), scale_factor=2)
+
+
+def upsampled_last(x: Tensor, y: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+    """The same, its small map weighted before it is upsampled."""
+    w = fused_weights(weight)
+    return w[0] * F.relu(x) + w[1] * F.relu(y) + F.interpolate(w[2] * F.relu(z), scale_factor=2)
+
+
+def sum_of_padded(x: Tensor, y: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+    """Fusion with a map of twice the size, padded as the authors' code does."""
+    w = fused_weights(weight)
+    pooled = F.max_pool2d(F.pad(F.relu(z), (0, 1, 0, 1)), 3, 2)
+    return w[0] * F.relu(x) + w[1] * F.relu(y) + w[2] * pooled
+
+
+def sum_of_pooled(x: Tensor, y: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+    """The same without padding."""
+    w = fused_weights(weight)
+    pooled = F.max_pool2d(F.relu(z), 3, 2, ceil_mode=True)
+    return w[0] * F.relu(x) + w[1] * F.relu(y) + w[2] * pooled
+
+
 large_vocabulary = sd_dropout_kl(512, 32000, eager=15, compile=4.5, copy=2)
 
 CASES = [
@@ -219,4 +280,20 @@ CASES = [
     distill(256, 1000, temperatures=(4.0, 2.0), part=1.8),
     distill(4, 21, 256, 256, temperatures=(1.0,), ignore_index=255, eager=6, compile=4, copy=2.2),
     simreg(256, 2048, eager=4.5, compile=2.3),
+    bifpn_fuse(
+        *(32, 128, 32, 32),
+        third=16,
+        resize="nearest",
+        baselines={"weighted": sum_of_upsampled, "weighted small": upsampled_last},
+        eager=4,
+        compile=4,
+    ),
+    bifpn_fuse(
+        *(32, 128, 32, 32),
+        third=64,
+        resize="maxpool",
+        baselines={"padded": sum_of_padded, "ceil_mode": sum_of_pooled},
+        eager=8,
+        compile=9,
+    ),
 ]

@@ -41,10 +41,12 @@ Errors = tuple[float, float]  # of the loss, of the gradients
 Result = dict[str, Any]
 
 
-def loss_and_gradients(loss: Loss, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-    """Return the loss and the gradients of the inputs that get one."""
+def loss_and_gradients(
+    loss: Loss, inputs: list[Tensor], grad: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Return the loss and the gradients of the inputs that get one; `grad` comes in if it is a map."""
     value = loss(*inputs)
-    return value.detach(), *torch.autograd.grad(value, [x for x in inputs if x.requires_grad])
+    return value.detach(), *torch.autograd.grad(value, [x for x in inputs if x.requires_grad], grad)
 
 
 def errors(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> Errors:
@@ -52,9 +54,11 @@ def errors(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> Errors:
 
     The latter is the largest error in a row of classes over the row's largest gradient.
     """
-    loss = ((found[0] - exact[0]).abs() / exact[0].abs()).item()
+    loss = ((found[0] - exact[0]).abs().max() / exact[0].abs().max()).item()
     pairs = list(zip(found[1:], exact[1:], strict=True))
-    rows = [(x - y).abs().amax(1) / y.abs().amax(1) for x, y in pairs]
+    rows = [
+        (x - y).abs().amax(min(1, x.ndim - 1)) / y.abs().amax(min(1, x.ndim - 1)) for x, y in pairs
+    ]
     return loss, max(row.max().item() for row in rows)
 
 
@@ -67,24 +71,28 @@ def prepare(case: Case) -> dict[str, Loss]:
     return contenders
 
 
-def check(case: Case, contenders: dict[str, Loss], inputs: list[Tensor]) -> dict[str, Errors]:
+def check(
+    case: Case, contenders: dict[str, Loss], inputs: list[Tensor], grad: Tensor | None
+) -> dict[str, Errors]:
     """Prove the baselines equal to the reference in float64; return the errors in float32."""
     doubles = [
         x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
         for x in inputs
     ]
-    exact = loss_and_gradients(case.reference, doubles)
+    wide = None if grad is None else grad.double()
+    exact = loss_and_gradients(case.reference, doubles, wide)
     for form, baseline in case.baselines.items():
-        difference = max(errors(loss_and_gradients(baseline, doubles), exact))
+        difference = max(errors(loss_and_gradients(baseline, doubles, wide), exact))
         if not difference < 1e-9:
             raise SystemExit(f"{case.name}: {form} is another function ({difference:.1e})")
     return {
-        name: errors(loss_and_gradients(loss, inputs), exact) for name, loss in contenders.items()
+        name: errors(loss_and_gradients(loss, inputs, grad), exact)
+        for name, loss in contenders.items()
     }
 
 
 def take_samples(
-    contenders: dict[str, Loss], inputs: list[Tensor], repeat: int
+    contenders: dict[str, Loss], inputs: list[Tensor], grad: Tensor | None, repeat: int
 ) -> dict[str, list[float]]:
     """Time the contenders in turns, and the copying of a large buffer ("copy"), in seconds."""
     source = torch.ones(COPY_BYTES // 4)
@@ -96,7 +104,7 @@ def take_samples(
             function()
         return (time.perf_counter() - start) / calls
 
-    passes = {name: partial(loss_and_gradients, f, inputs) for name, f in contenders.items()}
+    passes = {name: partial(loss_and_gradients, f, inputs, grad) for name, f in contenders.items()}
     calls = {name: math.ceil(SAMPLE_SECONDS / seconds(run, 2)) for name, run in passes.items()}
     samples: dict[str, list[float]] = {name: [] for name in [*passes, "copy"]}
     turns = list(passes)
@@ -115,11 +123,12 @@ def measure(case: Case, repeat: int) -> Result:
     """Check and time one case in this process."""
     torch.manual_seed(0)
     inputs = [x.requires_grad_(k < case.learning) for k, x in enumerate(case.inputs())]
+    grad = case.grad() if case.grad else None
     contenders = prepare(case)
-    error = check(case, contenders, inputs)
+    error = check(case, contenders, inputs, grad)
     if case.part:
         contenders["part"] = case.part
-    samples = take_samples(contenders, inputs, repeat)
+    samples = take_samples(contenders, inputs, grad, repeat)
 
     medians = {name: statistics.median(times) for name, times in samples.items()}
     fastest = {

@@ -182,8 +182,11 @@ int selfkd_torch_registered(void) { return registered; }
 
 /* "op(Tensor u, Tensor weight, bool has_weight, float T) -> (Tensor loss, ...)" */
 static void write_schema(const sk_op *op, char *text, size_t room) {
-    static const char *const type[] = {
-        [SK_REAL] = "float", [SK_INT] = "int", [SK_BOOL] = "bool", [SK_CHOICE] = "int", [SK_RESIZE] = "int"};
+    static const char *const type[] = {[SK_REAL] = "float",
+                                       [SK_INT] = "int",
+                                       [SK_BOOL] = "bool",
+                                       [SK_CHOICE] = "int",
+                                       [SK_RESIZE] = "int"};
     size_t n = (size_t)snprintf(text, room, "%s(", op->name);
     const char *comma = "";
     for (int i = 0; i < op->count; i++) {

@@ -105,7 +105,7 @@ def bifpn_fuse(
     activate: str = "inputs",
     eps: float = 1e-6,
 ) -> torch.Tensor:
-    r"""Fast normalised fusion of two or three maps, as in BiFPN: activation, resizing and weighted sum in one pass.
+    r"""Fusion of two or three maps, as in BiFPN: activation, resizing and weighted sum in one pass.
 
     .. math::
         \sum_i f_i \, resize_i(act(x_i)), \quad

@@ -229,12 +229,10 @@ class _Checker:
                 raise ValueError(
                     f"{op}: {item.name} has size 0 in dimension C, expected at least 1"
                 )
-            if letter == "#":
-                size, where = self.count_maps(), k
-            elif letter.isdigit():
-                size, where = int(letter), k
+            if letter.isalpha():
+                where, size = letter, self.sizes.setdefault(letter, sizes[k])
             else:
-                size, where = self.sizes.setdefault(letter, sizes[k]), letter
+                where, size = str(k), self.count_maps() if letter == "#" else int(letter)
             if sizes[k] != size:
                 raise ValueError(
                     f"{op}: {item.name} has size {sizes[k]} in dimension {where}, expected {size}"
@@ -260,7 +258,9 @@ class _Checker:
     def resize(self, item: Item, code: int) -> None:
         """Height and width of a RESIZE's input."""
         tensor, way = self.tensors.get(item.shape), item.choices[code]
-        for k in (2, 3) if tensor is not None else ():
+        if tensor is None:
+            return
+        for k in (2, 3):
             found, to = tensor.shape[k], self.tensors[self.contract.first].shape[k]
             expected = None
             if way == "none" and found != to:

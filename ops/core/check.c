@@ -467,7 +467,8 @@ int sk_bind(sk_call *call, int item) {
     const bool output = it->kind == SK_OUT || it->kind == SK_LIKE;
     int status = output ? check_tensor(call, item) : SELFKD_OK;
     if (status) return status;
-    arg->data = t->data ? (char *)t->data + t->byte_offset : NULL;
+    arg->data = arg; /* an empty tensor's; NULL means absent */
+    if (t->data) arg->data = (char *)t->data + t->byte_offset;
     arg->dtype = (int32_t)sk_dtype_of(t->dtype);
     int fixed = t->ndim;
     if (it->kind == SK_LIKE || has_trailing(it->shape)) fixed = t->ndim - trailing_rank(call);
