@@ -3,9 +3,9 @@
  * A task is a run of elements of the batch, whatever rows they are in: four at a time have their
  * words from one counter, and counters know of no rows. */
 #include "dropout_views.h"
-#include "core/philox.h"
 #include "cpu/core/chunk.h"
 #include "cpu/core/kernel.h"
+#include "cpu/core/philox.h"
 
 SK_PARAMS(dropout_views)
 SK_PARAMS(dropout_views_backward)
@@ -14,7 +14,7 @@ typedef struct dropout_views_backward_params backward_params;
 
 enum {
     SAMPLES = 2,
-    WORDS = SK_RUN + 4 * SK_LANES /* of a run that begins within a block, in whole groups */
+    WORDS = SK_RUN + 4 * SK_COUNTERS /* of a run that begins within a block, in whole vectors */
 };
 
 /* Elements begin .. end - 1 of the rows of this call, and their words. */
@@ -25,20 +25,6 @@ typedef struct masks {
     const uint32_t *first[SAMPLES]; /* the word of element `begin` */
     SK_ALIGNED uint32_t word[SAMPLES][WORDS];
 } masks;
-
-/* Words of whole groups of blocks, beginning with that of element e. */
-static void draw(uint64_t seed, uint32_t sample, uint64_t e, int64_t n, uint32_t *restrict word) {
-    const uint64_t first = e / 4;
-    const int64_t blocks = sk_groups((n + (int64_t)(e % 4) + 3) / 4) * SK_LANES;
-#pragma omp simd
-    for (int64_t i = 0; i < blocks; i++) {
-        const sk_words w = sk_dropout_words(seed, sample, first + (uint64_t)i);
-        word[4 * i] = w.x;
-        word[4 * i + 1] = w.y;
-        word[4 * i + 2] = w.z;
-        word[4 * i + 3] = w.w;
-    }
-}
 
 /* Leaves in m the run of a task. */
 static void begin_run(const sk_arg *seed, double p, int64_t first_row, int64_t N, int64_t C,
@@ -51,7 +37,7 @@ static void begin_run(const sk_arg *seed, double p, int64_t first_row, int64_t N
     m->scale = (real)drop.scale;
     const uint64_t e = (uint64_t)first_row * (uint64_t)C + (uint64_t)m->begin;
     for (uint32_t k = 0; k < SAMPLES; k++) {
-        draw(key, k, e, m->end - m->begin, m->word[k]);
+        sk_draw(key, k, e / 4, ((int64_t)(e % 4) + m->end - m->begin + 3) / 4, m->word[k]);
         m->first[k] = m->word[k] + e % 4;
     }
 }
@@ -98,12 +84,13 @@ static void forward_rows(const void *params, int64_t begin, int64_t end) {
     const sk_arg *const x = &p->features, *const y = &p->views;
     const int64_t N = SK_DIM(p, N), C = SK_DIM(p, C);
     masks m;
-    SK_ALIGNED real clean[SK_RUN], dropped[SK_RUN];
+    SK_ALIGNED real buffer[SK_RUN], dropped[SK_RUN];
     for (int64_t task = begin; task < end; task++) {
         begin_run(&p->seed, p->p, p->first_row, N, C, task, &m);
         for (piece part = {0}; next_piece(&m, C, &part);) {
             const int64_t to = piece_at(&part, y, 1);
-            sk_copy(x, piece_at(&part, x, 0), x->stride[1], part.n, clean);
+            const real *const clean =
+                sk_read(x, piece_at(&part, x, 0), x->stride[1], part.n, buffer);
             sk_put(y, to, y->stride[2], part.n, clean);
             for (int k = 0; k < SAMPLES; k++) {
                 drop(&m, k, &part, clean, dropped);
@@ -122,15 +109,18 @@ const sk_cpu_kernel SK_CPU(dropout_views) = {.work = forward_work, .rows = forwa
 
 /* ---- Backward ---- */
 
-static void add_kept(const masks *m, int sample, const piece *part, const real *restrict g,
-                     real *restrict sum) {
-    const uint32_t *const word = m->first[sample] + part->at, threshold = m->threshold;
-    const real scale = m->scale;
+static void add(const masks *m, const piece *part, const real *const g[1 + SAMPLES],
+                real *restrict sum) {
+    const uint32_t *const word_u = m->first[0] + part->at, *const word_v = m->first[1] + part->at;
+    const real *const clean = g[0], *const u = g[1], *const v = g[2], scale = m->scale;
+    const uint32_t threshold = m->threshold;
     const int64_t n = part->n;
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
-        const real kept = g[i] * scale;
-        sum[i] += word[i] >= threshold ? kept : 0;
+        const real kept_u = u[i] * scale, kept_v = v[i] * scale;
+        const real sample_u = word_u[i] >= threshold ? kept_u : 0;
+        const real sample_v = word_v[i] >= threshold ? kept_v : 0;
+        sum[i] = clean[i] + sample_u + sample_v;
     }
 }
 
@@ -139,16 +129,15 @@ static void backward_rows(const void *params, int64_t begin, int64_t end) {
     const sk_arg *const g = &p->grad, *const dx = &p->grad_features;
     const int64_t N = SK_DIM(p, N), C = SK_DIM(p, C);
     masks m;
-    SK_ALIGNED real sum[SK_RUN], one[SK_RUN];
+    SK_ALIGNED real buffer[1 + SAMPLES][SK_RUN], sum[SK_RUN];
+    const real *views[1 + SAMPLES];
     for (int64_t task = begin; task < end; task++) {
         begin_run(&p->seed, p->p, p->first_row, N, C, task, &m);
         for (piece part = {0}; next_piece(&m, C, &part);) {
             const int64_t at = piece_at(&part, g, 1);
-            sk_copy(g, at, g->stride[2], part.n, sum);
-            for (int k = 0; k < SAMPLES; k++) {
-                sk_copy(g, at + (k + 1) * g->stride[0], g->stride[2], part.n, one);
-                add_kept(&m, k, &part, one, sum);
-            }
+            for (int k = 0; k < 1 + SAMPLES; k++)
+                views[k] = sk_read(g, at + k * g->stride[0], g->stride[2], part.n, buffer[k]);
+            add(&m, &part, views, sum);
             sk_put(dx, piece_at(&part, dx, 0), dx->stride[1], part.n, sum);
         }
     }

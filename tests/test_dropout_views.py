@@ -75,8 +75,14 @@ def repeated(x: torch.Tensor) -> torch.Tensor:
     return x[..., -1:, :].expand(x.shape)
 
 
+def apart(x: torch.Tensor) -> torch.Tensor:
+    """One element between rows, or between views of rows: those after the first are not aligned."""
+    return F.pad(x.flatten(1), (0, 1))[:, :-1].view(x.shape)
+
+
 LAYOUTS = {
     "every_other": harness.every_other,
+    "apart": apart,
     "unaligned": harness.unaligned,
     "transposed": transposed,
     "repeated": repeated,

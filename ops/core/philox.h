@@ -8,32 +8,30 @@
 
 #include "both.h"
 
-/* Four words: a counter and what Philox makes of it. */
+/* Defines `name`, which makes of counter c, a struct of four words, as many random ones. For one
+ * counter, word is uint32_t and product uint64_t; for several, both are vectors of 64 bits for
+ * each, of which a word is the lower half. multiply(word, constant) is a product. */
+#define SK_PHILOX(name, words, word, product, multiply)                        \
+    SK_BOTH words name(words c, uint64_t key) {                                \
+        for (uint32_t round = 0; round < 10; round++) {                        \
+            const uint32_t low = (uint32_t)key + round * 0x9E3779B9u;          \
+            const uint32_t high = (uint32_t)(key >> 32) + round * 0xBB67AE85u; \
+            const product from_x = multiply(c.x, 0xD2511F53u),                 \
+                          from_z = multiply(c.z, 0xCD9E8D57u);                 \
+            c.x = (word)(from_z >> 32) ^ c.y ^ low;                            \
+            c.y = (word)from_z;                                                \
+            c.z = (word)(from_x >> 32) ^ c.w ^ high;                           \
+            c.w = (word)from_x;                                                \
+        }                                                                      \
+        return c;                                                              \
+    }
+
 typedef struct sk_words {
     uint32_t x, y, z, w;
 } sk_words;
 
-SK_BOTH sk_words sk_philox_round(sk_words c, uint32_t low, uint32_t high, uint32_t round) {
-    const uint64_t x = (uint64_t)c.x * 0xD2511F53u, z = (uint64_t)c.z * 0xCD9E8D57u;
-    const sk_words next = {(uint32_t)(z >> 32) ^ c.y ^ (low + round * 0x9E3779B9u), (uint32_t)z,
-                           (uint32_t)(x >> 32) ^ c.w ^ (high + round * 0xBB67AE85u), (uint32_t)x};
-    return next;
-}
-
-/* The rounds are written out, for a loop around them is not vectorised otherwise. */
-SK_BOTH sk_words sk_philox(sk_words c, uint64_t key) {
-    const uint32_t low = (uint32_t)key, high = (uint32_t)(key >> 32);
-    c = sk_philox_round(c, low, high, 0);
-    c = sk_philox_round(c, low, high, 1);
-    c = sk_philox_round(c, low, high, 2);
-    c = sk_philox_round(c, low, high, 3);
-    c = sk_philox_round(c, low, high, 4);
-    c = sk_philox_round(c, low, high, 5);
-    c = sk_philox_round(c, low, high, 6);
-    c = sk_philox_round(c, low, high, 7);
-    c = sk_philox_round(c, low, high, 8);
-    return sk_philox_round(c, low, high, 9);
-}
+SK_BOTH uint64_t sk_multiply_words(uint32_t a, uint32_t b) { return (uint64_t)a * b; }
+SK_PHILOX(sk_philox, sk_words, uint32_t, uint64_t, sk_multiply_words)
 
 /* Elements 4 block .. 4 block + 3 of one dropout sample have one word each. */
 SK_BOTH sk_words sk_dropout_words(uint64_t seed, uint32_t sample, uint64_t block) {
