@@ -226,20 +226,23 @@ def test_known_answers(counter: tuple[int, ...], seed: int, expected: tuple[int,
     assert tuple(int(x) for x in words) == expected
 
 
+@pytest.mark.parametrize("sample", [0, 1])
 @pytest.mark.parametrize("backend", harness.backends(), ids=str)
-def test_known_answers_decide_what_is_kept(backend: harness.Backend) -> None:
-    """Features 0 to 3 of sample u under seed 0 have the first known answer, to the last bit."""
+def test_words_decide_to_the_last_bit_what_is_kept(backend: harness.Backend, sample: int) -> None:
+    """Features 0 to 3 under seed 0: in sample u, their words are the first known answer."""
     harness.prepare(backend)
-    ones = torch.ones(1, 4, device=backend.device)
-    tensors = {"features": ones, "seed": torch.tensor(0, device=backend.device)}
-    for k, word in enumerate(VECTORS[0][2]):
+    zero = torch.tensor(0)
+    words = tuple(int(x) for x in _philox((zero, zero, torch.tensor(sample), zero), zero))
+    assert sample == 1 or words == VECTORS[0][2]
+    grad = torch.zeros(3, 1, 4, device=backend.device)
+    grad[1 + sample] = 1
+    features, seed = torch.ones(1, 4, device=backend.device), zero.to(backend.device)
+    for k, word in enumerate(words):
         for threshold, kept in ((word, True), (word + 1, False)):
-            views, _ = call(
-                backend,
-                {**tensors, "grad": torch.ones_like(ones).expand(3, 1, 4)},
-                p=threshold / 2**32,
-            )
-            assert (views[1, 0, k] != 0) == kept
+            tensors = {"features": features, "seed": seed, "grad": grad}
+            views, found = call(backend, tensors, p=threshold / 2**32)
+            assert (views[1 + sample, 0, k] != 0) == kept
+            assert (found[0, k] != 0) == kept
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])

@@ -13,46 +13,46 @@
 #endif
 
 #if defined __AVX512F__
-typedef uint64_t sk_lanes __attribute__((vector_size(64)));
-static inline sk_lanes sk_multiply_lanes(sk_lanes a, sk_lanes b) {
-    return (sk_lanes)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+typedef uint64_t sk_wide __attribute__((vector_size(64)));
+static inline sk_wide sk_multiply_wide(sk_wide a, sk_wide b) {
+    return (sk_wide)_mm512_mul_epu32((__m512i)a, (__m512i)b);
 }
 #elif defined __AVX2__
-typedef uint64_t sk_lanes __attribute__((vector_size(32)));
-static inline sk_lanes sk_multiply_lanes(sk_lanes a, sk_lanes b) {
-    return (sk_lanes)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+typedef uint64_t sk_wide __attribute__((vector_size(32)));
+static inline sk_wide sk_multiply_wide(sk_wide a, sk_wide b) {
+    return (sk_wide)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 }
 #else
-typedef uint64_t sk_lanes __attribute__((vector_size(16)));
-static inline sk_lanes sk_multiply_lanes(sk_lanes a, sk_lanes b) {
+typedef uint64_t sk_wide __attribute__((vector_size(16)));
+static inline sk_wide sk_multiply_wide(sk_wide a, sk_wide b) {
 #ifdef __SSE2__
-    return (sk_lanes)_mm_mul_epu32((__m128i)a, (__m128i)b);
+    return (sk_wide)_mm_mul_epu32((__m128i)a, (__m128i)b);
 #else
     return (a & 0xffffffffu) * (b & 0xffffffffu);
 #endif
 }
 #endif
 
-static inline sk_lanes sk_lanes_of(uint64_t x) { return x - (sk_lanes){0}; }
+static inline sk_wide sk_wide_of(uint64_t x) { return x - (sk_wide){0}; }
 
-enum { SK_COUNTERS = sizeof(sk_lanes) / 8 };
+enum { SK_COUNTERS = sizeof(sk_wide) / 8 };
 
-typedef struct sk_lane_words {
-    sk_lanes x, y, z, w;
-} sk_lane_words;
+typedef struct sk_wide_words {
+    sk_wide x, y, z, w;
+} sk_wide_words;
 
-#define SK_MULTIPLY_BY(a, constant) sk_multiply_lanes(a, sk_lanes_of(constant))
-SK_PHILOX(sk_philox_lanes, sk_lane_words, sk_lanes, sk_lanes, SK_MULTIPLY_BY)
+#define SK_MULTIPLY_BY(a, constant) sk_multiply_wide(a, sk_wide_of(constant))
+SK_PHILOX(sk_philox_wide, sk_wide_words, sk_wide, sk_wide, SK_MULTIPLY_BY)
 
 /* The words of `blocks` blocks from `first` on, four each, and of those that complete a vector. */
 static inline void sk_draw(uint64_t seed, uint32_t sample, uint64_t first, int64_t blocks,
                            uint32_t *word) {
-    sk_lanes block;
+    sk_wide block;
     for (uint64_t k = 0; k < SK_COUNTERS; k++) block[k] = first + k;
     for (int64_t i = 0; i < blocks; i += SK_COUNTERS) {
-        const sk_lane_words counters = {block, block >> 32, sk_lanes_of(sample), sk_lanes_of(0)};
-        const sk_lane_words c = sk_philox_lanes(counters, seed);
-        const sk_lanes pair[2] = {(c.x & 0xffffffffu) | c.y << 32, (c.z & 0xffffffffu) | c.w << 32};
+        const sk_wide_words counters = {block, block >> 32, sk_wide_of(sample), sk_wide_of(0)};
+        const sk_wide_words c = sk_philox_wide(counters, seed);
+        const sk_wide pair[2] = {(c.x & 0xffffffffu) | c.y << 32, (c.z & 0xffffffffu) | c.w << 32};
         uint64_t to[2 * SK_COUNTERS];
         for (int k = 0; k < SK_COUNTERS; k++) {
             to[2 * k] = pair[0][k];
