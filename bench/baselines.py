@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import ModuleType
 
 import authors
 import selfkd
@@ -51,13 +52,15 @@ class Case:
     grad
         Makes the gradient that comes in, where the result is a map.
     part
-        A call of selfkd that does a part of the same, timed beside it.
+        A call that does a part of the same, timed beside it; `part_name` says which.
+    proof
+        Stands for the case where functions are compared, if they are random: without the randomness.
     rows
         Whether gradients have rows of classes, in which an error is relative to the row's largest;
         else to the tensor's.
     need
-        What the ratios must be: at least, against "eager" and "compile"; at most, against "copy" and
-        "part".
+        What the ratios must be: at least, against "eager" and "compile"; at most, against "copy",
+        "part" and, of the memory that a call takes at its peak, against eager's: "memory".
     environment
         Environment variables of the process that runs the case.
     """
@@ -72,6 +75,8 @@ class Case:
     need: Mapping[str, float] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     part: Loss | None = None
+    part_name: str = "a call with one teacher less"
+    proof: Case | None = None
     grad: Callable[[], Tensor] | None = None
     rows: bool = True
 
@@ -339,6 +344,47 @@ def self_teacher(batch: int, **need: float) -> Case:
     )
 
 
+def sd_dropout_head(rows: int, K: int, C: int, p: float = 0.5, **need: float) -> Case:
+    """Features randn, weights randn / sqrt(K). `part` is the matrix products alone, stacked.
+
+    Bytes: features, weight and their gradients, the masked features and what comes back to them.
+    """
+
+    def objective(h: Tensor, w: Tensor, b: Tensor, y: Tensor, kl: Loss) -> Tensor:
+        u, v = (F.linear(F.dropout(h, p), w, b) for _ in range(2))
+        return F.cross_entropy(F.linear(h, w, b), y) + kl(u, v)
+
+    def head(space: ModuleType, h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        loss: Tensor = space.sd_dropout_head(h, w, b, y, p=p)
+        return loss
+
+    def products(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        return F.linear(h.repeat(3, 1), w, b).sum()
+
+    case = Case(
+        name=f"sd_dropout_head {rows}x{K} to {C}",
+        fused=partial(head, selfkd),
+        reference=partial(head, selfkd.reference),
+        baselines={
+            "log_target": partial(objective, kl=kl_of_log_targets),
+            "probabilities": partial(objective, kl=kl_of_probabilities),
+        },
+        inputs=lambda: [
+            torch.randn(rows, K),
+            torch.randn(C, K) / K**0.5,
+            torch.randn(C) / K**0.5,
+            torch.randint(0, C, (rows,)),
+        ],
+        learning=3,
+        bytes_moved=4 * (12 * rows * K + 3 * C * K),
+        need=need,
+        part=products,
+        part_name="its matrix products alone",
+        rows=False,
+    )
+    return replace(case, proof=sd_dropout_head(rows, K, C, p=0.0)) if p else case
+
+
 large_vocabulary = sd_dropout_kl(512, 32000, eager=15, compile=4.5, copy=2)
 
 CASES = [
@@ -374,4 +420,7 @@ CASES = [
         compile=9,
     ),
     self_teacher(32, eager=1.35),
+    sd_dropout_head(128, 512, 100, eager=4),
+    sd_dropout_head(256, 2048, 1000, eager=1.6),
+    sd_dropout_head(1024, 512, 32000, eager=2.5, memory=0.2),
 ]

@@ -36,7 +36,11 @@ from torch import Tensor
 COPY_BYTES = 256 << 20
 SLOW_COPY = 18e9  # bytes/s; below it the machine is busy with something else
 SAMPLE_SECONDS = 5e-3  # short calls are repeated until a sample takes this long
-AT_MOST = ("copy", "part")  # ratios that must not be larger than needed; the others not smaller
+AT_MOST = (
+    "copy",
+    "part",
+    "memory",
+)  # ratios that must not be larger than needed; the others not smaller
 Errors = tuple[float, float]  # of the loss, of the gradients
 Result = dict[str, Any]
 
@@ -94,6 +98,20 @@ def check(
     }
 
 
+def peak(run: Callable[[], object]) -> int:
+    """Return the bytes that a call adds to the resident memory of the process, at most."""
+
+    def resident(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(x for x in lines if x.startswith(field)).split()[1])
+
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    before = resident("VmRSS")
+    run()
+    return resident("VmHWM") - before
+
+
 def take_samples(
     contenders: dict[str, Loss], inputs: list[Tensor], grad: Tensor | None, repeat: int
 ) -> dict[str, list[float]]:
@@ -128,7 +146,12 @@ def measure(case: Case, repeat: int) -> Result:
     inputs = [x.requires_grad_(k < case.learning) for k, x in enumerate(case.inputs())]
     grad = case.grad() if case.grad else None
     contenders = prepare(case)
-    error = check(case, contenders, inputs, grad)
+    proof = case.proof or case
+    error = check(proof, prepare(proof), inputs, grad)
+    memory = {
+        name: peak(partial(loss_and_gradients, run, inputs, grad))
+        for name, run in contenders.items()
+    }
     if case.part:
         contenders["part"] = case.part
     samples = take_samples(contenders, inputs, grad, repeat)
@@ -145,11 +168,14 @@ def measure(case: Case, repeat: int) -> Result:
     ratios["copy"] = medians["selfkd"] / (case.bytes_moved / bandwidth)
     if case.part:
         ratios["part"] = medians["selfkd"] / medians["part"]
+    ratios["memory"] = memory["selfkd"] / max(memory[fastest["eager"]], 1)
     return {
         "case": case.name,
         "environment": dict(case.environment),
         "quartiles": {name: statistics.quantiles(times, n=4) for name, times in samples.items()},
         "errors": error,
+        "peak_bytes": memory,
+        "part_name": case.part_name,
         "fastest": fastest,
         "ratios": ratios,
         "need": dict(case.need),
@@ -233,9 +259,12 @@ def show(result: Result) -> str:
         times = f"{middle:10.3f} ms [{low:.3f}, {high:.3f}]"
         lines.append(f"  {name:<22}{times:<36}error {loss:.0e}, {gradient:.0e}  {note}")
     if "part" in result["ratios"]:
-        lines.append(
-            f"  {result['ratios']['part']:.2f}x a call with one teacher less{bound('part')}"
-        )
+        lines.append(f"  {result['ratios']['part']:.2f}x {result['part_name']}{bound('part')}")
+    own, eager = (result["peak_bytes"][name] for name in ("selfkd", result["fastest"]["eager"]))
+    lines.append(
+        f"  peak memory {own / 2**20:.0f} MB, eager {eager / 2**20:.0f} MB: "
+        f"{result['ratios']['memory']:.2f}x{bound('memory')}"
+    )
     return "\n".join(lines)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import harness
 import pytest
+import selfkd
 import torch
+import torch.nn.functional as F
 from harness import Case
 
 OP = "bifpn_fuse"

@@ -245,7 +245,8 @@ def define(
     takes = ", ".join(f"{types.get(item.kind, 'Tensor')} {item.name}" for item in of.items)
     gives = ", ".join(f"Tensor {name}" for name in outputs)
     registry = _registry()
-    registry.define(f"{of.name}({takes}) -> ({gives})", tags=(torch.Tag.pt2_compliant_tag,))
+    schema = f"{of.name}({takes}) -> ({gives})"
+    registry.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     for key, function in (("CPU", run), ("CUDA", run), ("Autograd", autograd)):
         registry.impl(of.name, function, key)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"selfkd::{of.name}", fake, lib=registry)

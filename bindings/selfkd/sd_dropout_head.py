@@ -150,7 +150,8 @@ class _Head:
     ) -> torch.Tensor:
         """The operand of the stacked product, (3 n, K)."""
         x = features if self.mixed else features.to(self.logits.dtype)
-        return _views(x, seed, p, first).flatten(0, 1)
+        stacked: torch.Tensor = _views(x, seed, p, first).flatten(0, 1)
+        return stacked
 
     def make_logits(self, views: torch.Tensor) -> torch.Tensor:
         out = self.logits[: views.shape[0]]
@@ -216,8 +217,8 @@ def _forward(
     grad_features = features.new_empty((N, K) if wanted & _FEATURES else 0, dtype=acc)
     grad_weight = features.new_zeros((C, K) if wanted & _WEIGHT else 0, dtype=acc)
     grad_bias = features.new_zeros(C if wanted & _BIAS else 0, dtype=acc)
-    numbers = (temperature, kl_weight, forward_weight, reverse_weight, detach_target)
-    numbers += (label_smoothing, ignore_index, wanted != 0)
+    numbers = [temperature, kl_weight, forward_weight, reverse_weight, detach_target]
+    numbers += [label_smoothing, ignore_index, wanted != 0]
     for first in range(0, N, size):
         part = slice(first, min(first + size, N))
         n = part.stop - first
@@ -283,7 +284,7 @@ class _Gradient(torch.autograd.Function):
         )
         ctx.dtypes = [None if x is None else x.dtype for x in live]
         with torch._C._AutoDispatchBelowAutograd():
-            outputs = _head(*values[:-1], 0 if ctx.by_row else wanted)
+            outputs: tuple[torch.Tensor, ...] = _head(*values[:-1], 0 if ctx.by_row else wanted)
         _, _, denominator, _, *grads = outputs
         if ctx.by_row:
             ctx.save_for_backward(*(x if isinstance(x, torch.Tensor) else None for x in values))

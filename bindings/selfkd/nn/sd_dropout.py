@@ -101,7 +101,7 @@ class SDDropout(nn.Module):
             chunk_bytes=self.chunk_bytes,
             return_logits=return_logits,
         )
-        if not return_logits:
+        if isinstance(found, torch.Tensor):
             return None, found
         loss, logits = found
         return logits, loss
