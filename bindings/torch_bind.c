@@ -163,11 +163,13 @@ void sk_guard_from_torch(const sk_op *op, uint64_t *stack) {
     f.call.op = op;
     unpack(&f, stack);
     free_handles(&f);
+    char backward[128];
+    snprintf(backward, sizeof backward, "%s_backward", op->name);
+    const bool exists = sk_find(backward) != NULL;
     sk_fail(SELFKD_ERROR_VALUE,
             "selfkd: %s has no gradient until `import selfkd` registers it; import the package, or "
-            "call under "
-            "torch.no_grad() and use %s_backward",
-            op->name, op->name);
+            "call under torch.no_grad()%s%s",
+            op->name, exists ? " and use " : "", exists ? backward : "");
     raise_message(op->name);
 }
 

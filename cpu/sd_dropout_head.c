@@ -73,7 +73,7 @@ static void differentiate_z(const row_params *p, const sk_rows *r, const labels 
     for (sk_run run = {0}; sk_next_run(r, &run);) {
         const real *const z = sk_read_run(r, &p->z, run, buffer[0]);
         real *const grad = buffer[1];
-        memset(grad, 0, sizeof buffer[1]);
+        memset(grad, 0, (size_t)(sk_groups(run.n) * SK_LANES) * sizeof *grad);
         if (of->weight[run.row] != 0)
             sk_ce_run(false, SK_FRESH, run, of->target, ce, z, sk_next_read(r, &p->z, run), NULL,
                       grad);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from typing import Any
 
 import harness
@@ -12,6 +14,9 @@ import torch.nn.functional as F
 from selfkd import c, library
 
 ROWS = "sd_dropout_head_rows"
+needs_torch_backend = pytest.mark.skipif(
+    bool(harness.SIMT_LIBRARY), reason="of PyTorch on the CPU: run without SELFKD_SIMT_LIBRARY"
+)
 # In float64 the reference's softmax - onehot has lost digits where a row is sure of its class.
 ROUNDED = harness.Case("rounded", lambda g: {}, exact=1e-10)
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -90,6 +95,13 @@ def run_rows(
             *numbers.values(),
         )
     return rows, logits
+
+
+def to_float(tensors: dict[str, torch.Tensor], backend: harness.Backend) -> dict[str, torch.Tensor]:
+    return {
+        name: x.to(backend.device, torch.float32 if x.is_floating_point() else x.dtype)
+        for name, x in tensors.items()
+    }
 
 
 def check_rows(
@@ -189,6 +201,66 @@ def test_non_finite_rows_stay_alone(backend: harness.Backend, generator: torch.G
         assert torch.equal(grad[other], expected[other])
 
 
+@pytest.mark.parametrize("backend", harness.backends(), ids=str)
+def test_rows_of_any_length_and_strides(
+    backend: harness.Backend, generator: torch.Generator
+) -> None:
+    harness.prepare(backend)
+    for C in (1023, 1024, 1025, 1041):
+        check_rows(backend, torch.float32, draw(generator, 9, C), ROUNDED)
+    tensors = draw(generator, 19, 33)
+    right, right_grads = run_rows(backend, to_float(tensors, backend))
+    for layout in ("channels_last", "every_other", "unaligned"):
+        named = to_float(tensors, backend)
+        named |= {name: harness.LAYOUTS[layout](named[name]) for name in "zuv"}
+        found, grads = run_rows(backend, named)
+        harness.assert_values(found, right.double(), layout)
+        for one, other in zip(grads, right_grads, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@needs_torch_backend
+def test_rows_do_not_depend_on_threads(generator: torch.Generator) -> None:
+    backend = harness.Backend("v4", None)
+    tensors = to_float(draw(generator, 500, 130), backend)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            rows, grads = run_rows(backend, tensors)
+            found.append([rows, *grads])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@needs_torch_backend
+def test_rows_are_written_over_in_memory_of_their_own(generator: torch.Generator) -> None:
+    x = to_float(draw(generator, 9, 5), harness.Backend("v4", None))
+    numbers = [item.default for item in selfkd.contract.contract(ROWS).items if item.is_number]
+
+    def call(z: Any, u: Any, v: Any) -> Any:
+        return torch.ops.selfkd.sd_dropout_head_rows(z, u, v, x["target"], z, False, *numbers)
+
+    with pytest.raises(
+        RuntimeError, match="z has stride 0 in dimension 0, expected one that can be"
+    ):
+        call(x["z"][:1].expand(9, 5), x["u"], x["v"])
+    with pytest.raises(RuntimeError, match="v is u, expected one that can be written over"):
+        call(x["z"], x["u"], x["u"])
+    with pytest.raises(RuntimeError, match="has no gradient and writes over its inputs; call it"):
+        call(x["z"].requires_grad_(), x["u"], x["v"])
+
+
+@needs_torch_backend
+def test_opcheck_of_rows(generator: torch.Generator) -> None:
+    x = to_float(draw(generator, 9, 5), harness.Backend("v4", None))
+    numbers = [item.default for item in selfkd.contract.contract(ROWS).items if item.is_number]
+    arguments = (x["z"], x["u"], x["v"], x["target"], x["z"], False, *numbers)
+    torch.library.opcheck(torch.ops.selfkd.sd_dropout_head_rows.default, arguments)
+
+
 # ---- the head ----
 
 
@@ -215,9 +287,15 @@ def both(
         (selfkd.reference.sd_dropout_head, torch.float64),
     ):
         x, w, b, y = problem(dtype=dtype)
+        y[y == -100] = options.get("ignore_index", -100)
+        acc = torch.float64 if kind == torch.float64 else torch.float32
+        named = {
+            name: z.to(acc) if isinstance(z, torch.Tensor) and z.is_floating_point() else z
+            for name, z in options.items()
+        }
         live = [z.detach().to(kind).requires_grad_() for z in ([x, w, b] if bias else [x, w])]
         torch.manual_seed(5)
-        loss = function(live[0], live[1], live[2] if bias else None, y, **options)
+        loss = function(live[0], live[1], live[2] if bias else None, y, **named)
         grad = torch.ones_like(loss) if scale is None else scale.to(loss.dtype)
         found.append([loss.detach(), *torch.autograd.grad(loss, live, grad)])
     return found[0], found[1]
@@ -237,27 +315,26 @@ CALLS: dict[str, dict[str, Any]] = {
     "masked": {"row_weight": torch.arange(23) % 3 > 0},
     "sum": {"reduction": "sum"},
     "divisor": {"divisor": 40.0},
-    "ignored": {"ignore_index": -100, "label_smoothing": 0.2},
+    "divisor_tensor": {"divisor": torch.tensor(40.0)},
+    "ignored": {"ignore_index": 2, "label_smoothing": 0.2},
     "rows_at_a_time": {"chunk_bytes": 3 * 7 * 8 * 2},
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@needs_torch_backend
 @pytest.mark.parametrize("name", CALLS)
 def test_head(name: str, dtype: torch.dtype) -> None:
-    options = dict(CALLS[name])
-    if isinstance(w := options.get("row_weight"), torch.Tensor) and w.is_floating_point():
-        options["row_weight"] = w.to(dtype)
-        if dtype == torch.float32:  # the reference's row_weight is that of its features
-            pytest.skip("float32 weights do not go with the float64 reference; float64 runs them")
-    found, expected = both(dtype, **options)
+    found, expected = both(dtype, **CALLS[name])
     assert_same(found, expected, 1e-12 if dtype == torch.float64 else 1e-5)
 
 
+@needs_torch_backend
 def test_without_bias() -> None:
     assert_same(*both(bias=False), 1e-5)
 
 
+@needs_torch_backend
 def test_rows_of_the_batch() -> None:
     """reduction "none", with a gradient of its own for each row."""
     scale = torch.linspace(-1, 2, 23)
@@ -267,6 +344,7 @@ def test_rows_of_the_batch() -> None:
     assert_same(found, expected, 1e-5)
 
 
+@needs_torch_backend
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_types(dtype: torch.dtype) -> None:
     found, expected = both(dtype)
@@ -275,12 +353,65 @@ def test_half_types(dtype: torch.dtype) -> None:
     assert_same(found[:1], expected[:1], 1e-5)
 
 
+@needs_torch_backend
 def test_small_gradients_survive_a_gradient_scaler() -> None:
     """In float16, gradients of 1e-7 times a scale of 65536: rounded once, after scaling."""
     found, expected = both(torch.float16, divisor=1e6, scale=torch.tensor(65536.0))
     assert_same(found, expected, 5e-3)
 
 
+@needs_torch_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_mixed_products(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of half types on CUDA, with a product of converted halves in the place of CUDA's."""
+    module = importlib.import_module("selfkd.sd_dropout_head")
+
+    def product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        assert x.dtype == y.dtype == dtype
+        return x.float() @ y.float()
+
+    monkeypatch.setattr(module, "_has_mixed_products", lambda features: True)
+    monkeypatch.setattr(module, "_mixed_product", product)
+    for options in ({}, {"chunk_bytes": 200}, {"row_weight": 1e-6 * torch.rand(23)}):
+        assert_same(*both(dtype, **options), 1e-2)
+    assert_same(*both(dtype, reduction="sum", scale=torch.tensor(65536.0 / 1e4)), 1e-2)
+
+
+@needs_torch_backend
+def test_skipped_rows_reach_no_gradient() -> None:
+    """Rows of weight 0 or an ignored target may hold NaN features."""
+    x, w, b, y = problem()
+    row_weight = (torch.arange(23) % 3 > 0).float()
+    gone = (row_weight == 0) | (y == -100)
+    found = []
+    for value in (0.0, torch.nan):
+        features = x.detach().clone()
+        features[gone] = value
+        features.requires_grad_()
+        torch.manual_seed(1)
+        loss = selfkd.sd_dropout_head(features, w, b, y, row_weight=row_weight)
+        grads = torch.autograd.grad(loss, (features, w, b))
+        assert (grads[0][gone] == 0).all()
+        found.append([loss.detach(), *grads])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    row_weight[4] = torch.nan  # of the ignored target
+    torch.manual_seed(1)
+    assert selfkd.sd_dropout_head(x, w, b, y, row_weight=row_weight).isfinite()
+
+
+@needs_torch_backend
+def test_any_strides() -> None:
+    x, w, b, y = problem(dtype=torch.float64)
+    right, found = [], []
+    for to, wide in ((right, lambda z: z), (found, lambda z: z.t().contiguous().t())):
+        live = [wide(x.detach()).requires_grad_(), wide(w.detach()).requires_grad_(), b]
+        torch.manual_seed(1)
+        targets = y if to is right else torch.stack([y, y], 1)[:, 0]
+        to += torch.autograd.grad(selfkd.sd_dropout_head(*live, targets), live)
+    assert_same(found, right, 1e-12)
+
+
+@needs_torch_backend
 def test_logits_are_those_without_dropout() -> None:
     x, w, b, y = problem()
     loss, logits = selfkd.sd_dropout_head(x, w, b, y, return_logits=True, chunk_bytes=200)
@@ -289,6 +420,7 @@ def test_logits_are_those_without_dropout() -> None:
     torch.testing.assert_close(logits, F.linear(x, w, b).detach())
 
 
+@needs_torch_backend
 def test_seed_repeats_the_masks() -> None:
     x, w, b, y = problem()
     losses = []
@@ -300,6 +432,7 @@ def test_seed_repeats_the_masks() -> None:
     assert selfkd.sd_dropout_head(x, w, b, y, generator=generator).item() == losses[0]
 
 
+@needs_torch_backend
 def test_chunks_change_no_mask() -> None:
     x, w, b, y = problem(dtype=torch.float64)
     found = []
@@ -311,6 +444,7 @@ def test_chunks_change_no_mask() -> None:
         assert_same(other, found[0], 1e-12)
 
 
+@needs_torch_backend
 def test_masks_do_not_depend_on_threads() -> None:
     x, w, b, y = problem(N=300, K=130)
     threads = torch.get_num_threads()
@@ -326,6 +460,7 @@ def test_masks_do_not_depend_on_threads() -> None:
     assert_same(found[1], [z.double() for z in found[0]], 1e-5)
 
 
+@needs_torch_backend
 def test_backward_twice_and_accumulation() -> None:
     x, w, b, y = problem()
     loss = selfkd.sd_dropout_head(x, w, b, y)
@@ -333,12 +468,16 @@ def test_backward_twice_and_accumulation() -> None:
     second = torch.autograd.grad(3 * loss, (x, w, b))
     for one, other in zip(first, second, strict=True):
         torch.testing.assert_close(3 * one, other)
-    selfkd.sd_dropout_head(x, w, b, y).backward()
-    kept = w.grad.clone()
-    selfkd.sd_dropout_head(x, w, b, y).backward()
-    assert not torch.equal(kept, w.grad)
+    for _ in range(2):
+        torch.manual_seed(1)
+        loss = selfkd.sd_dropout_head(x, w, b, y)
+        loss.backward()
+    torch.manual_seed(1)
+    (once,) = torch.autograd.grad(selfkd.sd_dropout_head(x, w, b, y), w)
+    torch.testing.assert_close(w.grad, 2 * once)
 
 
+@needs_torch_backend
 @pytest.mark.parametrize("frozen", [0, 1, 2])
 def test_only_wanted_gradients(frozen: int) -> None:
     x, w, b, y = problem()
@@ -356,6 +495,7 @@ def test_only_wanted_gradients(frozen: int) -> None:
         assert selfkd.sd_dropout_head(x, w, b, y).item() == loss.item()
 
 
+@needs_torch_backend
 def test_shared_weight() -> None:
     """The head's weight is the model's classifier, used once more beside it."""
     found = []
@@ -367,6 +507,7 @@ def test_shared_weight() -> None:
     assert_same(list(found[0]), list(found[1]), 1e-12)
 
 
+@needs_torch_backend
 def test_empty_batch_and_all_ignored() -> None:
     x, w, b, y = problem()
     assert selfkd.sd_dropout_head(x[:0], w, b, y[:0]).isnan()
@@ -377,6 +518,7 @@ def test_empty_batch_and_all_ignored() -> None:
         assert (grad == 0).all()  # as F.cross_entropy
 
 
+@needs_torch_backend
 def test_gradient_by_differences() -> None:
     x, w, b, y = problem(N=5, K=6, C=4, dtype=torch.float64)
 
@@ -387,6 +529,7 @@ def test_gradient_by_differences() -> None:
     assert torch.autograd.gradcheck(loss, (x, w, b))
 
 
+@needs_torch_backend
 def test_double_backward_is_refused() -> None:
     x, w, b, y = problem()
     loss = selfkd.sd_dropout_head(x, w, b, y)
@@ -396,6 +539,7 @@ def test_double_backward_is_refused() -> None:
         torch.autograd.grad(loss, (x,), create_graph=True)
 
 
+@needs_torch_backend
 def test_compiles_without_a_break() -> None:
     x, w, b, y = problem()
 
@@ -409,6 +553,7 @@ def test_compiles_without_a_break() -> None:
         torch.testing.assert_close(one, other)
 
 
+@needs_torch_backend
 def test_opcheck() -> None:
     x, w, b, y = problem()
     seed = torch.tensor(1)
@@ -421,6 +566,7 @@ def test_opcheck() -> None:
     )
 
 
+@needs_torch_backend
 def test_autocast_and_checkpointing() -> None:
     x, w, b, y = problem()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -480,6 +626,7 @@ BAD: dict[str, tuple[type[Exception], dict[str, Any]]] = {
 }
 
 
+@needs_torch_backend
 @pytest.mark.parametrize("sentence", BAD)
 def test_bad_arguments(sentence: str) -> None:
     error, options = BAD[sentence]
@@ -487,18 +634,17 @@ def test_bad_arguments(sentence: str) -> None:
         selfkd.sd_dropout_head(**{"features": X, "weight": W, "bias": B, "target": Y, **options})
 
 
+@needs_torch_backend
 def test_signatures_agree() -> None:
-    import inspect
-
     signature = inspect.signature(selfkd.sd_dropout_head)
     assert signature == inspect.signature(selfkd.reference.sd_dropout_head)
-    from selfkd.sd_dropout_head import _CONTRACT
-
-    for item in _CONTRACT.items:
+    of = importlib.import_module("selfkd.sd_dropout_head")._CONTRACT
+    for item in of.items:
         if item.is_number and item.name in signature.parameters and not item.choices:
             assert signature.parameters[item.name].default == item.default, item.name
 
 
+@needs_torch_backend
 def test_module_is_the_papers_objective() -> None:
     head = torch.nn.Linear(12, 7)
     module = selfkd.nn.SDDropout(head, p=0.4, temperature=2.0, kl_weight=0.7)

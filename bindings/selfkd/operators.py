@@ -64,6 +64,22 @@ def register_fake(op: str) -> None:
     torch.library.register_fake(f"selfkd::{of.name}", fake, lib=_registry())
 
 
+def register_private(op: str) -> None:
+    """Register what PyTorch needs of an operator that writes over its inputs and has no gradient."""
+    register_fake(op)
+    run = getattr(torch.ops.selfkd, op).default
+
+    def autograd(*values: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*values):
+            raise RuntimeError(
+                f"selfkd: {op} has no gradient and writes over its inputs; call it under torch.no_grad()"
+            )
+        with _below_autograd():
+            return run(*values)
+
+    _registry().impl(op, autograd, "Autograd")  # type: ignore[no-untyped-call]
+
+
 def _as_tuple(results: Any) -> tuple[torch.Tensor, ...]:
     """What an operator returned; PyTorch gives a single result without its tuple."""
     return results if isinstance(results, tuple) else (results,)

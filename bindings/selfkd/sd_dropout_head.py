@@ -42,7 +42,7 @@ _REDUCTION, _NONE, _MEAN = _NAMES.index("reduction"), 0, 1
 _BITS = _FEATURES, _WEIGHT, _BIAS = 1, 2, 4  # gradients that are `wanted`
 _LIVE = len(_BITS)  # the first arguments
 
-operators.register_fake(_ROWS)
+operators.register_private(_ROWS)
 _rows = getattr(torch.ops.selfkd, _ROWS).default
 _views = torch.ops.selfkd.dropout_views.default
 _views_backward = torch.ops.selfkd.dropout_views_backward.default
@@ -62,7 +62,7 @@ def _accumulator(features: torch.Tensor) -> torch.dtype:
 def _kept(target: torch.Tensor, row_weight: torch.Tensor | None, ignore_index: int) -> torch.Tensor:
     """Weight of each row, 0 (False) where its target is ignored."""
     counted = target != ignore_index
-    return counted if row_weight is None else row_weight * counted
+    return counted if row_weight is None else torch.where(counted, row_weight, 0)
 
 
 def reference(
@@ -91,13 +91,14 @@ def reference(
     Same arguments, seeds and masks; all logits are stored, whatever `chunk_bytes` is.
     """
     acc = _accumulator(features)
-    wide = features.to(acc)
-    views = reference_views(wide, _seed(features, generator), p=p)
-    logits, u, v = F.linear(views, weight.to(acc), None if bias is None else bias.to(acc))
+    wide, weight = features.to(acc), weight.to(acc)
+    bias = None if bias is None else bias.to(acc)
     w = _kept(target, row_weight, ignore_index)
-    live = w != 0
+    live = w != 0  # what is skipped must not reach the gradients either
+    views = reference_views(wide.masked_fill(~live[:, None], 0), _seed(features, generator), p=p)
+    logits, u, v = F.linear(views, weight, bias)
     rows = F.cross_entropy(
-        logits.masked_fill(~live[:, None], 0),
+        logits,
         target.masked_fill(~live, 0),
         label_smoothing=label_smoothing,
         reduction="none",
@@ -115,56 +116,81 @@ def reference(
         )
     rows = torch.where(live, w.to(acc) * rows, 0)
     loss = arguments.reduce_rows(rows, w, reduction, divisor)
-    return (loss, logits.detach().to(features.dtype)) if return_logits else loss
+    if not return_logits:
+        return loss
+    return loss, F.linear(wide, weight, bias).detach().to(features.dtype)
 
 
 # ---- the operator ----
 
 
+def _has_mixed_products(features: torch.Tensor) -> bool:
+    """Whether products of halves give float32; PyTorch has none on the CPU."""
+    return features.is_cuda and features.dtype in (torch.float16, torch.bfloat16)
+
+
+def _mixed_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.mm(x, y, out_dtype=torch.float32)
+
+
 class _Head:
-    """One call: its chunks of rows, the buffers they share, and what they add up to."""
+    """The products of one call. Chunks share the buffer of logits, but where products are mixed."""
 
     def __init__(
-        self, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, size: int
+        self,
+        features: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        size: int,
+        largest: torch.Tensor,
     ) -> None:
-        acc = _accumulator(features)
-        half = features.dtype != acc
-        # Half types: on CUDA the products take halves and give float32; PyTorch has no such product
-        # on the CPU, where the operands are converted.
-        self.mixed = half and features.is_cuda
-        self.weight = weight if self.mixed else weight.to(acc)
-        self.bias = None if bias is None else bias.to(acc)
-        self.logits = features.new_empty((3 * size, weight.shape[0]), dtype=acc)
-
-    def product(
-        self, x: torch.Tensor, y: torch.Tensor, out: torch.Tensor, add: bool = False
-    ) -> torch.Tensor:
-        """x @ y, added to `out` or in its place."""
-        if self.mixed:
-            found = torch.mm(x.to(y.dtype), y.to(self.weight.dtype), out_dtype=out.dtype)
-            return out.add_(found) if add else out.copy_(found)
-        return out.addmm_(x, y) if add else torch.mm(x, y, out=out)
+        self.acc = _accumulator(features)
+        self.mixed = _has_mixed_products(features)
+        self.weight = weight if self.mixed else weight.to(self.acc)
+        self.bias = None if bias is None else bias.to(self.acc)
+        rows = 0 if self.mixed else 3 * size
+        self.logits = features.new_empty((rows, weight.shape[0]), dtype=self.acc)
+        # Gradients become float16 for a product: a power of two makes the most of its range, with
+        # room for 64 times the largest weight of a row.
+        self.scale: torch.Tensor | None = None
+        if self.mixed and features.dtype == torch.float16:
+            self.scale = torch.exp2(torch.floor(torch.log2(1024 / largest)))
 
     def views(
         self, features: torch.Tensor, seed: torch.Tensor, p: float, first: int
     ) -> torch.Tensor:
         """The operand of the stacked product, (3 n, K)."""
-        x = features if self.mixed else features.to(self.logits.dtype)
+        x = features if self.mixed else features.to(self.acc)
         stacked: torch.Tensor = _views(x, seed, p, first).flatten(0, 1)
         return stacked
 
     def make_logits(self, views: torch.Tensor) -> torch.Tensor:
+        if self.mixed:
+            logits = _mixed_product(views, self.weight.t())
+            return logits if self.bias is None else logits.add_(self.bias)
         out = self.logits[: views.shape[0]]
-        if self.bias is not None and not self.mixed:
-            return torch.addmm(self.bias, views, self.weight.t(), out=out)
-        self.product(views, self.weight.t(), out)
-        return out if self.bias is None else out.add_(self.bias)
+        if self.bias is None:
+            return torch.mm(views, self.weight.t(), out=out)
+        return torch.addmm(self.bias, views, self.weight.t(), out=out)
+
+    def narrow(self, grad: torch.Tensor) -> torch.Tensor:
+        """Gradients of logits as the operand of a product."""
+        if not self.mixed:
+            return grad
+        return (grad if self.scale is None else grad * self.scale).to(self.weight.dtype)
+
+    def product(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """x @ y, of which one is narrowed."""
+        found = _mixed_product(x, y) if self.mixed else torch.mm(x, y)
+        return found if self.scale is None else found.div_(self.scale)
 
 
 def _check(values: tuple[Any, ...]) -> None:
     """The contract, and room for one row."""
     named = dict(zip(_NAMES, values, strict=True))
     contract.check(_CONTRACT, named)
+    if named["features"].shape[1] == 0:
+        raise ValueError(f"{_OP}: features has size 0 in dimension K, expected at least 1")
     row = 3 * named["weight"].shape[0] * _accumulator(named["features"]).itemsize
     if named["chunk_bytes"] < row:
         raise ValueError(
@@ -211,7 +237,9 @@ def _forward(
     (N, K), C, acc = features.shape, weight.shape[0], _accumulator(features)
     _check_target(target, C, ignore_index)
     size = min(max(N, 1), chunk_bytes // (3 * C * acc.itemsize))
-    head = _Head(features, weight, bias, size)
+    kept = _kept(target, row_weight, ignore_index)
+    largest = kept.to(acc).abs().amax().clamp(min=1e-30) if N else features.new_ones((), dtype=acc)
+    head = _Head(features, weight, bias, size, largest)
     rows = features.new_empty(N, dtype=acc)
     logits = features.new_empty((N, C) if return_logits else 0)
     grad_features = features.new_empty((N, K) if wanted & _FEATURES else 0, dtype=acc)
@@ -229,27 +257,29 @@ def _forward(
             logits[part] = z
         w = z if row_weight is None else row_weight[part]
         rows[part] = _rows(z, u, v, target[part], w, row_weight is not None, *numbers)
-        if wanted & _FEATURES:
-            grad = head.product(stacked, head.weight, torch.empty_like(views, dtype=acc))
-            grad_features[part] = _views_backward(
-                grad.view(3, n, K), grad_features[part], seed, p, first
-            )
-        if wanted & _WEIGHT:
-            head.product(stacked.t(), views, grad_weight, add=True)
         if wanted & _BIAS:
             grad_bias += stacked.sum(0)
+        grad = head.narrow(stacked) if wanted & (_FEATURES | _WEIGHT) else stacked
+        if wanted & _FEATURES:
+            back = head.product(grad, head.weight).view(3, n, K)
+            grad_features[part] = _views_backward(back, grad_features[part], seed, p, first)
+        if wanted & _WEIGHT:  # whose skipped rows are 0 times what may be NaN
+            views.view(3, n, K).masked_fill_((kept[part] == 0)[None, :, None], 0)
+            if head.mixed:
+                grad_weight += head.product(grad.t(), views)
+            else:
+                grad_weight.addmm_(grad.t(), views)
     denominator = rows.new_ones(())
     if reduction == _MEAN:
-        denominator = (
-            _kept(target, row_weight, ignore_index).to(acc).sum() if divisor is None else divisor
-        )
+        denominator = kept.to(acc).sum() if divisor is None else divisor
     loss = (rows.sum(dtype=torch.float64) / denominator).to(acc)
     return loss, rows, denominator.clone(), logits, grad_features, grad_weight, grad_bias
 
 
 def _run(*values: Any) -> tuple[torch.Tensor, ...]:
     _check(values)
-    return _forward(*values)
+    with torch.autocast(values[0].device.type, enabled=False):  # dtypes are as they should be
+        return _forward(*values)
 
 
 def _fake(*values: Any) -> tuple[torch.Tensor, ...]:
@@ -311,8 +341,9 @@ class _Gradient(torch.autograd.Function):
             named = dict(
                 zip(_NAMES, (number if x is None else x for x, number in tensors), strict=True)
             )
-            row_weight = named["row_weight"]
-            named["row_weight"] = grad if row_weight is None else grad * row_weight
+            w = named["row_weight"]
+            named["row_weight"] = grad if w is None else torch.where(w == 0, 0, grad * w)
+            named["return_logits"] = False
             _, _, _, _, *grads = _head(*named.values())
             scale = None
         else:
@@ -396,12 +427,14 @@ def sd_dropout_head(
     divisor
         Denominator of ``"mean"`` instead: a positive number or a 0-d tensor.
     generator
-        Of the seed of the masks, on the features' device; default: PyTorch's own.
+        Of the seed of the masks, on the features' device; default: PyTorch's own (the one that
+        activation checkpointing restores).
     chunk_bytes
         Room for logits, in bytes: chunks have chunk_bytes // (12 C) rows (24 C for float64), at least
-        one. Beside it, each chunk has its views of the features and their gradient (24 K bytes a row
-        in float32); the call has the gradients of features and weight in float32, for half types on
-        the CPU also the weight in float32.
+        one. Beside it, a chunk has its views of the features and their gradients (24 K bytes a row in
+        float32); the call keeps the gradients of features and weight in float32, which backward
+        scales into new tensors. Half types: on the CPU also the weight in float32; on CUDA also the
+        chunk's gradients of logits in the half type, and its gradient of the weight.
     return_logits
         Return the logits of the features without dropout too, detached, (N, C), for accuracy: this
         stores them.
@@ -426,10 +459,12 @@ def sd_dropout_head(
     Source: Lee, Park, Seo, Kang, "Self-Knowledge Distillation via Dropout", arXiv 2208.05642; the
     objective as in the authors' code, models/methods.py: the cross-entropy sees the features without
     dropout. The masks are those of :func:`selfkd.dropout_views` under a seed drawn for each call, so
-    ``torch.manual_seed`` repeats them. Logits stay float32 from the product to the gradient (float64
-    for float64), and weight gradients add up in it; the gradients are rounded to their dtype once,
-    after scaling, so that small ones survive in float16. Half types: on CUDA products take halves
-    and give float32; on the CPU PyTorch has none that do, and operands are converted to float32.
+    ``torch.manual_seed`` repeats them. Logits are float32 (float64 for float64), gradients of features
+    and weight add up in it and are rounded to their dtype once, after scaling, so that small ones
+    survive in float16. Half types: on CUDA products take halves and give float32, for which the
+    gradients of logits are rounded to the half type (in float16 after scaling them by a power of two
+    that leaves room for 64 times the largest weight of a row); on the CPU PyTorch has no such
+    products, and operands are converted to float32.
 
     Examples
     --------
@@ -438,7 +473,7 @@ def sd_dropout_head(
     if row_weight is not None:
         arguments.without_gradient(_OP, "row_weight", row_weight)
     device = features.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and features.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         features, weight = features.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)

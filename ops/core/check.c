@@ -353,8 +353,27 @@ int sk_fail_value(const sk_call *call, int item, int64_t row, double value) {
 
 /* ---- a call ---- */
 
-static bool is_input(const sk_item *it) {
-    return it->kind <= SK_GRAD;
+static bool is_input(const sk_item *it) { return it->kind <= SK_GRAD; }
+
+/* What is written over has memory of its own for each element. */
+static int check_own_memory(const sk_call *call, int item) {
+    const selfkd_tensor *const t = &call->tensor[item];
+    const char *const data = (const char *)t->data + t->byte_offset, *const op = call->op->name;
+    for (int k = 0; k < t->ndim; k++)
+        if (t->shape[k] == 0) return SELFKD_OK;
+    for (int k = 0; k < t->ndim && t->strides; k++)
+        if (t->shape[k] > 1 && t->strides[k] == 0)
+            return sk_fail(
+                SELFKD_ERROR_VALUE,
+                "%s: %s has stride 0 in dimension %d, expected one that can be written over", op,
+                call->op->items[item].name, k);
+    for (int i = 0; i < item; i++)
+        if (call->op->items[i].kind == SK_INOUT &&
+            (const char *)call->tensor[i].data + call->tensor[i].byte_offset == data)
+            return sk_fail(SELFKD_ERROR_VALUE,
+                           "%s: %s is %s, expected one that can be written over", op,
+                           call->op->items[item].name, call->op->items[i].name);
+    return SELFKD_OK;
 }
 
 /* The contract's order, but the first FLOATING tensor comes before those that are measured by it.
@@ -376,8 +395,10 @@ int sk_check(sk_call *call) {
             memcpy(call->params.bytes + it->in_params, &call->number[i], sizeof call->number[i]);
         }
     }
-    for (int i = 0; i < op->count && !status; i++)
+    for (int i = 0; i < op->count && !status; i++) {
         if (is_input(&op->items[i])) status = sk_bind(call, i);
+        if (op->items[i].kind == SK_INOUT && !status) status = check_own_memory(call, i);
+    }
     return status;
 }
 

@@ -3,7 +3,8 @@
  *
  * A row is X(kind, name, ...):
  *   IN      name, shape, dtype   input tensor
- *   INOUT   name, shape, dtype   tensor that is read and written over (private operators only)
+ *   INOUT   name, shape, dtype   tensor that is read and written over, no other's memory (private
+ *                                operators only)
  *   OPT     name, shape, dtype   input tensor that may be absent: NULL in C, a flag in torch.ops
  *   GRAD    name, shape, dtype   incoming gradient: that shape, or one 0-d value for all of it
  *   OUT     name, shape, dtype   output tensor, compact
