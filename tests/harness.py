@@ -50,6 +50,7 @@ class Case:
     exact: how far the float64 reference itself (the textbook formula) can be trusted.
     one_hot: rows of probability 1, where the gradient of two that agree is nothing but the rounding
     of large logits: it is measured against a tenth of the tensor's largest.
+    per_sample: gradients are measured against the largest of their sample, not of their row.
     big: too slow for the emulator.
     """
 
@@ -59,6 +60,7 @@ class Case:
     close: bool = False
     exact: float = 1e-12
     one_hot: bool = False
+    per_sample: bool = False
     big: bool = False
 
     def __str__(self) -> str:
@@ -151,9 +153,8 @@ def through_c(
         arguments: dict[str, Any] = {**numbers, **tensors}
         outputs = poisoned_outputs(op, arguments)
         library.check(c.run(lib, op, arguments | outputs, device=device))
-        result = (
-            outputs["rows"] if numbers.get("reduction") == 0 else outputs[forward.outputs[0].name]
-        )
+        first = forward.outputs[0].name
+        result = outputs["rows"] if numbers.get("reduction") == 0 else outputs[first]
         everything = (
             arguments | outputs | {"grad": torch.ones_like(result) if grad is None else grad}
         )
@@ -255,7 +256,7 @@ def assert_gradient(
     found, expected = found.double().cpu(), expected.double().cpu()
     assert found.isfinite().all(), f"{what}: not finite"
     error = (found - expected).abs() - HALF_ULP[dtype] * expected.abs() - HALF_SMALLEST[dtype]
-    largest = expected.abs().amax(1, keepdim=True)
+    largest = expected.abs().amax(list(range(1, expected.ndim if case.per_sample else 2)), True)
     if case.one_hot:
         largest = largest.clamp(min=0.1 * largest.max().item())
     scale = torch.where(largest < 1e-15, 32 * epsilon(dtype) / tolerance, largest)
@@ -300,23 +301,31 @@ def cast(
     }
 
 
+def reductions(op: str, case: Case) -> list[dict[str, Any]]:
+    """The case's own reduction and "none"; a loss that has no choice is called as it is."""
+    if not any(item.name == "reduction" for item in contract(op).items):
+        return [{}]
+    own = case.options.get("reduction", "mean")
+    return [{"reduction": name} for name in dict.fromkeys([own, "none"])]
+
+
 def check_tensors(
     op: str, case: Case, backend: Backend, tensors: Mapping[str, torch.Tensor]
 ) -> None:
     """Loss, every row, and all gradients of one case, whatever the dtypes and strides of its tensors."""
-    if "reduction" not in contract(op).torch_arguments:
+    if "grad" in tensors:
         check_map(op, case, backend, tensors)
         return
-    for reduction in dict.fromkeys([case.options.get("reduction", "mean"), "none"]):
-        options = {**case.options, "reduction": reduction}
-        if reduction == "none":
+    for reduction in reductions(op, case):
+        options = {**case.options, **reduction}
+        if reduction.get("reduction") == "none":
             tensors = {name: x for name, x in tensors.items() if name != "divisor"}
         expected, expected_grads = reference(op, tensors, options)
         found, grads = backend.call(op, tensors, options)
-        assert_values(found, expected, f"{op} {reduction}", case)
+        assert_values(found, expected, f"{op} {options}", case)
         for name in live_inputs(op, tensors):
             assert grads[name].stride() == torch.empty_like(tensors[name]).stride()
-            what = f"gradient of {name}, {reduction}"
+            what = f"gradient of {name}, {options}"
             assert_gradient(grads[name], expected_grads[name], what, case)
             if "weight" in tensors:
                 assert (grads[name].movedim(1, -1)[tensors["weight"] == 0] == 0).all()
@@ -371,7 +380,8 @@ def check_case(
     if case.big and backend.name == "simt":
         pytest.skip("too large for the emulator; the CPU and CUDA back ends run it")
     tensors = cast(case.make(generator), op, DTYPES[dtype], backend.device)
-    rows = [item.name for item in contract(op).items if item.is_input and item.shape[:2] == "NC"]
+    inputs = [item for item in contract(op).items if item.is_input]
+    rows = [item.name for item in inputs if item.shape[:2] in ("NC", "ND")]
     tensors |= {name: LAYOUTS[layout](tensors[name]) for name in rows if name in tensors}
     check_tensors(op, case, backend, tensors)
     if backend.variant and path:
