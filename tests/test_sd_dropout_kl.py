@@ -200,6 +200,25 @@ def test_non_finite_rows_stay_alone(
 
 
 @pytest.mark.parametrize("backend", harness.backends(), ids=str)
+@pytest.mark.parametrize("excluding", ["u", "v"])
+def test_a_class_that_one_side_excludes(
+    backend: harness.Backend, excluding: str, generator: torch.Generator
+) -> None:
+    """The direction from that side is finite, and every digit of it counts."""
+    harness.prepare(backend)
+    tensors = harness.cast(pair(9, 50)(generator), OP, torch.float32, backend.device)
+    tensors[excluding][:, 7] = -INF
+    given = {"forward_weight": 1.0, "reverse_weight": 0.0, "reduction": "none"}
+    if excluding == "v":
+        given |= {"forward_weight": 0.0, "reverse_weight": 1.0}
+    expected, expected_grads = harness.reference(OP, tensors, given)
+    found, grads = backend.call(OP, tensors, given)
+    harness.assert_values(found, expected, excluding)
+    for name in ("u", "v"):
+        harness.assert_gradient(grads[name], expected_grads[name], f"gradient of {name}")
+
+
+@pytest.mark.parametrize("backend", harness.backends(), ids=str)
 def test_empty_batch(backend: harness.Backend) -> None:
     harness.prepare(backend)
     for shape in [(0, 10), (0, 10, 4), (3, 10, 0)]:
