@@ -39,8 +39,8 @@ static inline bool sk_extent_in_place(const sk_arg *t, const sk_extent *e) {
     return e->rows * e->runs == 1 && sk_is_plain(t, e->stride);
 }
 
-/* Asks for what lies a page after n elements: maps are read in the order of their addresses, several
- * at a time, and hardware follows none of them into the next page. */
+/* Asks for what lies a page after n elements: maps are read in the order of their addresses,
+ * several at a time, and hardware follows none of them into the next page. */
 static inline void sk_fetch_page_ahead(const real *x, int64_t n) {
     const uintptr_t at = (uintptr_t)x + 4096;
     for (int64_t k = 0; k < n * (int64_t)sizeof *x; k += 64)
