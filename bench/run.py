@@ -151,6 +151,7 @@ def measure(case: Case, repeat: int) -> Result:
     memory = {
         name: peak(partial(loss_and_gradients, run, inputs, grad))
         for name, run in contenders.items()
+        if "memory" in case.need  # small blocks stay in the process, and tell nothing
     }
     if case.part:
         contenders["part"] = case.part
@@ -168,7 +169,8 @@ def measure(case: Case, repeat: int) -> Result:
     ratios["copy"] = medians["selfkd"] / (case.bytes_moved / bandwidth)
     if case.part:
         ratios["part"] = medians["selfkd"] / medians["part"]
-    ratios["memory"] = memory["selfkd"] / max(memory[fastest["eager"]], 1)
+    if memory:
+        ratios["memory"] = memory["selfkd"] / memory[fastest["eager"]]
     return {
         "case": case.name,
         "environment": dict(case.environment),
@@ -260,11 +262,12 @@ def show(result: Result) -> str:
         lines.append(f"  {name:<22}{times:<36}error {loss:.0e}, {gradient:.0e}  {note}")
     if "part" in result["ratios"]:
         lines.append(f"  {result['ratios']['part']:.2f}x {result['part_name']}{bound('part')}")
-    own, eager = (result["peak_bytes"][name] for name in ("selfkd", result["fastest"]["eager"]))
-    lines.append(
-        f"  peak memory {own / 2**20:.0f} MB, eager {eager / 2**20:.0f} MB: "
-        f"{result['ratios']['memory']:.2f}x{bound('memory')}"
-    )
+    if result["peak_bytes"]:
+        own, eager = (result["peak_bytes"][k] for k in ("selfkd", result["fastest"]["eager"]))
+        lines.append(
+            f"  peak memory {own / 2**20:.0f} MB, eager {eager / 2**20:.0f} MB: "
+            f"{result['ratios']['memory']:.2f}x{bound('memory')}"
+        )
     return "\n".join(lines)
 
 
