@@ -15,7 +15,6 @@ typedef struct attention_backward_params backward_params;
 
 enum {
     CHANNELS = 4,   /* added up at a time */
-    AHEAD = 4096,   /* bytes: the next page */
     MANY_TASKS = 64 /* enough for all threads: the runs may be long */
 };
 
@@ -60,13 +59,6 @@ static double squares(const real *x, int64_t n) {
     return sum;
 }
 
-/* Asks for the elements of rows to come: hardware follows rows only to the end of a page. */
-static void fetch_ahead(const sk_arg *x, int64_t at, int64_t n) {
-    const int64_t line = 64, bytes = sk_bytes(x);
-    const sk_ahead next = {(uintptr_t)x->data + (uintptr_t)(at * bytes) + AHEAD, line};
-    for (int64_t i = 0; i * line < n * bytes; i++) sk_fetch(next, i);
-}
-
 /* Leaves the means of squares over C channels of x, at the positions of a task. */
 static void mean_squares(const sk_rows *r, const sk_arg *x, int64_t C, double *to) {
     static const real zeros[SK_RUN]; /* the channels beyond C */
@@ -85,7 +77,7 @@ static void mean_squares(const sk_rows *r, const sk_arg *x, int64_t C, double *t
         for (int64_t i = 0; i < r->width; i++) {
             for (int64_t c = 0; c < C; c += SK_RUN) {
                 const int64_t n = sk_min(SK_RUN, C - c), at = sk_class_at(r, x, i, c);
-                fetch_ahead(x, at, n);
+                sk_fetch_page(x, at, n);
                 sum[i] += squares(sk_read_exactly(x, at, x->stride[1], n, buffer[0]), n);
             }
         }

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from selfkd import c, library
 
 ROWS = "sd_dropout_head_rows"
+DEFAULTS = {x.name: x.default for x in selfkd.contract.contract(ROWS).items if x.is_number}
 needs_torch_backend = pytest.mark.skipif(
     bool(harness.SIMT_LIBRARY), reason="of PyTorch on the CPU: run without SELFKD_SIMT_LIBRARY"
 )
@@ -70,21 +71,18 @@ def run_rows(
     """Rows and the gradients that replace the logits."""
     logits = [tensors[name].clone() for name in "zuv"]
     named = {**tensors, **dict(zip("zuv", logits, strict=True))}
+    numbers = DEFAULTS | options
     if backend.name in ("c", "simt"):
         lib = (
             library.open_library(harness.SIMT_LIBRARY)
             if backend.name == "simt"
             else library.library()
         )
-        of = selfkd.contract.contract(ROWS)
-        numbers = {item.name: item.default for item in of.items if item.is_number} | options
         arguments = {**numbers, **named}
         outputs = harness.poisoned_outputs(ROWS, arguments)
         device = 2 if backend.name == "simt" else None
         library.check(c.run(lib, ROWS, arguments | outputs, device=device))
         return outputs["rows"], logits
-    of = selfkd.contract.contract(ROWS)
-    numbers = {item.name: item.default for item in of.items if item.is_number} | options
     weight = named.get("weight")
     with torch.no_grad():
         rows = torch.ops.selfkd.sd_dropout_head_rows(
@@ -97,23 +95,10 @@ def run_rows(
     return rows, logits
 
 
-def to_float(tensors: dict[str, torch.Tensor], backend: harness.Backend) -> dict[str, torch.Tensor]:
-    return {
-        name: x.to(backend.device, torch.float32 if x.is_floating_point() else x.dtype)
-        for name, x in tensors.items()
-    }
-
-
 def check_rows(
     backend: harness.Backend, dtype: torch.dtype, tensors: dict[str, Any], case: Any, **options: Any
 ) -> None:
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-    cast = {
-        name: x.to(backend.device, acc if name == "weight" else dtype)
-        if x.is_floating_point()
-        else x.to(backend.device)
-        for name, x in tensors.items()
-    }
+    cast = harness.cast(tensors, ROWS, dtype, backend.device)
     wide = {
         name: x.double().cpu() if x.is_floating_point() else x.cpu() for name, x in cast.items()
     }
@@ -160,18 +145,7 @@ def test_special_rows(backend: harness.Backend, dtype: str, generator: torch.Gen
     tensors["weight"][skipped] = 0
     for name in "zuv":
         tensors[name][skipped | (tensors["target"] == -100)] = torch.nan
-    found, grads = run_rows(
-        backend,
-        {
-            name: x.to(
-                backend.device,
-                kind if name in "zuv" else torch.float32 if kind != torch.float64 else kind,
-            )
-            if x.is_floating_point()
-            else x.to(backend.device)
-            for name, x in tensors.items()
-        },
-    )
+    found, grads = run_rows(backend, harness.cast(tensors, ROWS, kind, backend.device))
     none = (skipped | (tensors["target"] == -100)).to(backend.device)
     assert found.isfinite().all()
     assert (found[none] == 0).all()
@@ -185,10 +159,7 @@ def test_special_rows(backend: harness.Backend, dtype: str, generator: torch.Gen
 @pytest.mark.parametrize("backend", harness.backends(), ids=str)
 def test_non_finite_rows_stay_alone(backend: harness.Backend, generator: torch.Generator) -> None:
     harness.prepare(backend)
-    tensors = {
-        k: x.float().to(backend.device) if x.is_floating_point() else x.to(backend.device)
-        for k, x in draw(generator, 9, 40).items()
-    }
+    tensors = harness.cast(draw(generator, 9, 40), ROWS, torch.float32, backend.device)
     tensors["target"].clamp_(min=0)
     right, right_grads = run_rows(backend, tensors)
     tensors["z"][2, 3] = torch.nan
@@ -209,9 +180,11 @@ def test_rows_of_any_length_and_strides(
     for C in (1023, 1024, 1025, 1041):
         check_rows(backend, torch.float32, draw(generator, 9, C), ROUNDED)
     tensors = draw(generator, 19, 33)
-    right, right_grads = run_rows(backend, to_float(tensors, backend))
+    right, right_grads = run_rows(
+        backend, harness.cast(tensors, ROWS, torch.float32, backend.device)
+    )
     for layout in ("channels_last", "every_other", "unaligned"):
-        named = to_float(tensors, backend)
+        named = harness.cast(tensors, ROWS, torch.float32, backend.device)
         named |= {name: harness.LAYOUTS[layout](named[name]) for name in "zuv"}
         found, grads = run_rows(backend, named)
         harness.assert_values(found, right.double(), layout)
@@ -222,7 +195,7 @@ def test_rows_of_any_length_and_strides(
 @needs_torch_backend
 def test_rows_do_not_depend_on_threads(generator: torch.Generator) -> None:
     backend = harness.Backend("v4", None)
-    tensors = to_float(draw(generator, 500, 130), backend)
+    tensors = harness.cast(draw(generator, 500, 130), ROWS, torch.float32, backend.device)
     threads = torch.get_num_threads()
     found = []
     try:
@@ -237,11 +210,12 @@ def test_rows_do_not_depend_on_threads(generator: torch.Generator) -> None:
 
 @needs_torch_backend
 def test_rows_are_written_over_in_memory_of_their_own(generator: torch.Generator) -> None:
-    x = to_float(draw(generator, 9, 5), harness.Backend("v4", None))
-    numbers = [item.default for item in selfkd.contract.contract(ROWS).items if item.is_number]
+    x = harness.cast(draw(generator, 9, 5), ROWS, torch.float32)
 
     def call(z: Any, u: Any, v: Any) -> Any:
-        return torch.ops.selfkd.sd_dropout_head_rows(z, u, v, x["target"], z, False, *numbers)
+        return torch.ops.selfkd.sd_dropout_head_rows(
+            z, u, v, x["target"], z, False, *DEFAULTS.values()
+        )
 
     with pytest.raises(
         RuntimeError, match="z has stride 0 in dimension 0, expected one that can be"
@@ -255,9 +229,8 @@ def test_rows_are_written_over_in_memory_of_their_own(generator: torch.Generator
 
 @needs_torch_backend
 def test_opcheck_of_rows(generator: torch.Generator) -> None:
-    x = to_float(draw(generator, 9, 5), harness.Backend("v4", None))
-    numbers = [item.default for item in selfkd.contract.contract(ROWS).items if item.is_number]
-    arguments = (x["z"], x["u"], x["v"], x["target"], x["z"], False, *numbers)
+    x = harness.cast(draw(generator, 9, 5), ROWS, torch.float32)
+    arguments = (x["z"], x["u"], x["v"], x["target"], x["z"], False, *DEFAULTS.values())
     torch.library.opcheck(torch.ops.selfkd.sd_dropout_head_rows.default, arguments)
 
 

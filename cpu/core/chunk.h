@@ -336,6 +336,14 @@ static inline void sk_fetch(sk_ahead x, int64_t i) {
     __builtin_prefetch((const void *)(x.at + (uintptr_t)(i * x.step)), 0, 2);
 }
 
+/* Asks for what lies a page after n elements of x: where several runs are read at a time, hardware
+ * follows each only to the end of its page. */
+static inline void sk_fetch_page(const sk_arg *x, int64_t at, int64_t n) {
+    const int64_t page = 4096, line = 64, bytes = sk_bytes(x);
+    const sk_ahead next = {(uintptr_t)x->data + (uintptr_t)(at * bytes + page), line};
+    for (int64_t i = 0; i * line < n * bytes; i++) sk_fetch(next, i);
+}
+
 /* Raises top to the largest of x, of each row. Four vectors at a time, for a chain of one maximum
  * after the other would take longer than the exponentials. */
 static inline void sk_raise(const sk_rows *r, const real *x, int64_t depth, int64_t g, real *top) {

@@ -39,20 +39,12 @@ static inline bool sk_extent_in_place(const sk_arg *t, const sk_extent *e) {
     return e->rows * e->runs == 1 && sk_is_plain(t, e->stride);
 }
 
-/* Asks for what lies a page after n elements: maps are read in the order of their addresses,
- * several at a time, and hardware follows none of them into the next page. */
-static inline void sk_fetch_page_ahead(const real *x, int64_t n) {
-    const uintptr_t at = (uintptr_t)x + 4096;
-    for (int64_t k = 0; k < n * (int64_t)sizeof *x; k += 64)
-        __builtin_prefetch((const void *)(at + (uintptr_t)k), 0, 2);
-}
-
 /* The elements of a block, row by row: where they lie or, if they cannot be used there, in `to`. */
 static inline const real *sk_read_block(const sk_arg *t, const sk_place *s, const sk_block *b,
                                         real *to) {
     const sk_extent e = sk_extent_of(t, s, b);
     if (sk_extent_in_place(t, &e)) {
-        sk_fetch_page_ahead((const real *)t->data + e.at, e.length);
+        sk_fetch_page(t, e.at, e.length);
         return (const real *)t->data + e.at;
     }
     real *next = to;
