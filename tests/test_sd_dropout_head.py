@@ -513,17 +513,19 @@ def test_double_backward_is_refused() -> None:
 
 
 @needs_torch_backend
-def test_compiles_without_a_break() -> None:
-    x, w, b, y = problem()
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_break(dynamic: bool, backend: str) -> None:
+    def step(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return selfkd.sd_dropout_head(x, w, b, y, p=0.0).square()  # type: ignore[union-attr]
 
-    def step(*live: torch.Tensor) -> torch.Tensor:
-        return selfkd.sd_dropout_head(*live, y, p=0.0)  # type: ignore[no-any-return]
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    right = torch.autograd.grad(step(x, w, b), (x, w, b))
-    found = torch.autograd.grad(compiled(x, w, b), (x, w, b))
-    for one, other in zip(found, right, strict=True):
-        torch.testing.assert_close(one, other)
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=backend)
+    for rows in (23, 17) if dynamic else (23,):
+        x, w, b, y = problem(rows)
+        right = torch.autograd.grad(step(x, w, b, y), (x, w, b))
+        found = torch.autograd.grad(compiled(x, w, b, y), (x, w, b))
+        for one, other in zip(found, right, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 @needs_torch_backend
@@ -639,3 +641,25 @@ def test_module_is_the_papers_objective() -> None:
         module.train()(h)
     with pytest.raises(ValueError, match="p is 1, expected a number in"):
         selfkd.nn.SDDropout(head, p=1.0)
+
+
+@needs_torch_backend
+def test_module_takes_what_the_function_takes() -> None:
+    h, _, _, y = problem()
+    head = torch.nn.Linear(12, 7)
+    seeded = torch.Generator().manual_seed
+    options = {"forward_weight": 0.5, "detach_target": True, "label_smoothing": 0.1}
+    each_call = {"row_weight": torch.rand(23), "divisor": 11.0}
+    module = selfkd.nn.SDDropout(head, 0.4, 2.0, 0.7, ignore_index=2, **options)
+    named = {"p": 0.4, "temperature": 2.0, "kl_weight": 0.7, "ignore_index": 2, **options}
+    _, loss = module(h, y.abs() % 7, generator=seeded(5), **each_call)
+    right = selfkd.sd_dropout_head(
+        h, head.weight, head.bias, y.abs() % 7, generator=seeded(5), **named, **each_call
+    )
+    assert torch.equal(loss, right)
+    _, rows = selfkd.nn.SDDropout(head, reduction="none")(h, y)
+    assert rows.shape == (23,)
+    accepted = set(inspect.signature(type(module)).parameters)
+    accepted |= set(inspect.signature(module.forward).parameters)
+    wanted = set(inspect.signature(selfkd.sd_dropout_head).parameters)
+    assert wanted - accepted == {"weight", "bias"}

@@ -142,7 +142,7 @@ class _Head:
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         size: int,
-        largest: torch.Tensor,
+        kept: torch.Tensor,
     ) -> None:
         self.acc = _accumulator(features)
         self.mixed = _has_mixed_products(features)
@@ -154,6 +154,9 @@ class _Head:
         # room for 64 times the largest weight of a row.
         self.scale: torch.Tensor | None = None
         if self.mixed and features.dtype == torch.float16:
+            largest = torch.cat(
+                [kept.to(self.acc).abs(), kept.new_tensor([1e-30], dtype=self.acc)]
+            ).amax()
             self.scale = torch.exp2(torch.floor(torch.log2(1024 / largest)))
 
     def views(
@@ -185,6 +188,19 @@ class _Head:
         return found if self.scale is None else found.div_(self.scale)
 
 
+_passed: set[tuple[Any, ...]] = set()  # by what checks see of the arguments; sizes seldom change
+
+
+def _check_once(values: tuple[Any, ...]) -> None:
+    """:func:`_check`, but not of what has passed before: it takes longer than a small head."""
+    seen = tuple((x.dtype, x.device, x.shape) if isinstance(x, torch.Tensor) else x for x in values)
+    if seen not in _passed:
+        _check(values)
+        if len(_passed) >= 256:
+            _passed.clear()
+        _passed.add(seen)
+
+
 def _check(values: tuple[Any, ...]) -> None:
     """The contract, and room for one row."""
     named = dict(zip(_NAMES, values, strict=True))
@@ -198,10 +214,8 @@ def _check(values: tuple[Any, ...]) -> None:
         )
 
 
-def _check_target(target: torch.Tensor, classes: int, ignore_index: int) -> None:
-    """Values are looked at on the CPU only, here rather than in chunks, for the position in the batch."""
-    if target.is_cuda:
-        return
+def _explain_target(target: torch.Tensor, classes: int, ignore_index: int) -> None:
+    """Raise ValueError if a target is out of range, with its position in the batch."""
     bad = (target != ignore_index) & ((target < 0) | (target >= classes))
     if bad.any():
         at = int(bad.nonzero()[0])
@@ -209,6 +223,14 @@ def _check_target(target: torch.Tensor, classes: int, ignore_index: int) -> None
             f"{_OP}: target is {int(target[at])} at position [{at}], expected 0 to {classes - 1}, or "
             f"ignore_index, {ignore_index}"
         )
+
+
+def _fill(to: torch.Tensor, part: slice, found: torch.Tensor) -> torch.Tensor:
+    """What was found of a part; nothing is copied where that is all."""
+    if len(found) == len(to):
+        return found
+    to[part] = found
+    return to
 
 
 def _forward(
@@ -235,19 +257,18 @@ def _forward(
     """Loss, rows, denominator, logits, and the gradients of the sum of rows that are wanted; the
     others are empty."""
     (N, K), C, acc = features.shape, weight.shape[0], _accumulator(features)
-    _check_target(target, C, ignore_index)
     size = min(max(N, 1), chunk_bytes // (3 * C * acc.itemsize))
     kept = _kept(target, row_weight, ignore_index)
-    largest = kept.to(acc).abs().amax().clamp(min=1e-30) if N else features.new_ones((), dtype=acc)
-    head = _Head(features, weight, bias, size, largest)
+    skipped = kept == 0
+    has_skipped = skipped.is_cuda or bool(skipped.any())  # nothing waits for a GPU
+    head = _Head(features, weight, bias, size, kept)
     rows = features.new_empty(N, dtype=acc)
     logits = features.new_empty((N, C) if return_logits else 0)
     grad_features = features.new_empty((N, K) if wanted & _FEATURES else 0, dtype=acc)
-    grad_weight = features.new_zeros((C, K) if wanted & _WEIGHT else 0, dtype=acc)
-    grad_bias = features.new_zeros(C if wanted & _BIAS else 0, dtype=acc)
+    grad_weight, grad_bias = (features.new_empty(0, dtype=acc) for _ in range(2))
     numbers = [temperature, kl_weight, forward_weight, reverse_weight, detach_target]
     numbers += [label_smoothing, ignore_index, wanted != 0]
-    for first in range(0, N, size):
+    for first in range(0, max(N, 1), size):
         part = slice(first, min(first + size, N))
         n = part.stop - first
         views = head.views(features[part], seed, p, first)
@@ -256,29 +277,43 @@ def _forward(
         if return_logits:
             logits[part] = z
         w = z if row_weight is None else row_weight[part]
-        rows[part] = _rows(z, u, v, target[part], w, row_weight is not None, *numbers)
+        try:
+            found = _rows(z, u, v, target[part], w, row_weight is not None, *numbers)
+        except RuntimeError:
+            _explain_target(target, C, ignore_index)  # which the kernels look at on the CPU
+            raise
+        rows = _fill(rows, part, found)
         if wanted & _BIAS:
-            grad_bias += stacked.sum(0)
+            found = stacked.sum(0)
+            grad_bias = found if first == 0 else grad_bias.add_(found)
         grad = head.narrow(stacked) if wanted & (_FEATURES | _WEIGHT) else stacked
         if wanted & _FEATURES:
             back = head.product(grad, head.weight).view(3, n, K)
-            grad_features[part] = _views_backward(back, grad_features[part], seed, p, first)
-        if wanted & _WEIGHT:  # whose skipped rows are 0 times what may be NaN
-            views.view(3, n, K).masked_fill_((kept[part] == 0)[None, :, None], 0)
-            if head.mixed:
+            found = _views_backward(back, grad_features[part], seed, p, first)
+            grad_features = _fill(grad_features, part, found)
+        if wanted & _WEIGHT:
+            if has_skipped:  # 0 times what may be NaN
+                views.view(3, n, K).masked_fill_(skipped[part][None, :, None], 0)
+            if first == 0:
+                grad_weight = head.product(grad.t(), views)
+            elif head.mixed:
                 grad_weight += head.product(grad.t(), views)
             else:
                 grad_weight.addmm_(grad.t(), views)
-    denominator = rows.new_ones(())
-    if reduction == _MEAN:
-        denominator = kept.to(acc).sum() if divisor is None else divisor
+    if reduction != _MEAN:
+        denominator = rows.new_ones(())
+    else:
+        denominator = kept.sum(dtype=acc) if divisor is None else divisor.clone()
     loss = (rows.sum(dtype=torch.float64) / denominator).to(acc)
-    return loss, rows, denominator.clone(), logits, grad_features, grad_weight, grad_bias
+    return loss, rows, denominator, logits, grad_features, grad_weight, grad_bias
 
 
 def _run(*values: Any) -> tuple[torch.Tensor, ...]:
-    _check(values)
-    with torch.autocast(values[0].device.type, enabled=False):  # dtypes are as they should be
+    _check_once(values)
+    device = values[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return _forward(*values)
+    with torch.autocast(device, enabled=False):  # dtypes are as they should be
         return _forward(*values)
 
 

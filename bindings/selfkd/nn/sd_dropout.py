@@ -28,8 +28,8 @@ class SDDropout(nn.Module):
     label_smoothing, ignore_index
         As for :func:`torch.nn.functional.cross_entropy`. Rows with target `ignore_index` count in
         neither term.
-    chunk_bytes
-        Room for logits; see :func:`selfkd.sd_dropout_head`.
+    reduction, chunk_bytes
+        As for :func:`selfkd.sd_dropout_head`.
 
     Notes
     -----
@@ -49,6 +49,7 @@ class SDDropout(nn.Module):
         detach_target: bool = False,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
+        reduction: str = "mean",
         chunk_bytes: int = 64 << 20,
     ) -> None:
         super().__init__()
@@ -62,10 +63,17 @@ class SDDropout(nn.Module):
             detach_target,
         )
         self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
-        self.chunk_bytes = chunk_bytes
+        self.reduction, self.chunk_bytes = reduction, chunk_bytes
 
     def forward(
-        self, features: torch.Tensor, target: torch.Tensor | None = None, return_logits: bool = True
+        self,
+        features: torch.Tensor,
+        target: torch.Tensor | None = None,
+        return_logits: bool = True,
+        *,
+        row_weight: torch.Tensor | None = None,
+        divisor: float | torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor | None, torch.Tensor]:
         """Logits and loss in training mode, logits in evaluation mode.
 
@@ -77,6 +85,8 @@ class SDDropout(nn.Module):
             Class of each row, (N,) int64; needed in training mode.
         return_logits
             Return the logits without dropout, detached, beside the loss (else None in their place).
+        row_weight, divisor, generator
+            As for :func:`selfkd.sd_dropout_head`.
         """
         if not self.training:
             logits: torch.Tensor = self.head(features)
@@ -98,6 +108,10 @@ class SDDropout(nn.Module):
             detach_target=self.detach_target,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
+            row_weight=row_weight,
+            reduction=self.reduction,
+            divisor=divisor,
+            generator=generator,
             chunk_bytes=self.chunk_bytes,
             return_logits=return_logits,
         )
