@@ -1,5 +1,5 @@
 # make demo       train the example with plain PyTorch and with selfkd; a table and a picture
-# make test       run all tests
+# make test       run all tests (in two processes of one thread each; TESTS="-n 0 -k NAMES" for others)
 # make bench      time selfkd against eager PyTorch and torch.compile (BENCH="--case 128x100 --json FILE")
 # make gpu-check  run the GPU tests with the Python and PyTorch already here; writes a report (REPORT=FILE;
 #                 SANITIZED="-k NAMES" restricts what compute-sanitizer sees)
@@ -12,6 +12,7 @@ TORCH ?= torch==2.13.0
 CLANG_FORMAT ?= clang-format==14.0.6
 CXX ?= c++
 BENCH ?=
+TESTS ?= -n 2 --dist worksteal
 REPORT ?= bench/results/gpu-check.txt
 SANITIZED ?=
 SHELL := bash
@@ -25,7 +26,8 @@ C_FILES := $(shell find ops cpu cuda bindings tests examples -name '*.[ch]' -o -
 help:; @sed -n 's/^# make/make/p' Makefile
 
 demo: $(VENV)/selfkd.stamp; $(IN) python examples/sd_dropout.py
-test: $(VENV)/selfkd.stamp $(VENV)/tools.stamp | needs-cmocka; $(IN) python -m pytest
+test: $(VENV)/selfkd.stamp $(VENV)/tools.stamp | needs-cmocka
+	$(IN) OMP_NUM_THREADS=1 python -m pytest $(TESTS)
 bench: $(VENV)/selfkd.stamp; $(IN) python bench/run.py $(BENCH)
 lint: $(VENV)/selfkd.stamp $(VENV)/tools.stamp
 	export $(IN); ruff check && ruff format --check && mypy && clang-format --dry-run -Werror $(C_FILES)
