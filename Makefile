@@ -3,6 +3,7 @@
 # make bench      time selfkd against eager PyTorch and torch.compile (BENCH="--case 128x100 --json FILE")
 # make gpu-check  run the GPU tests with the Python and PyTorch already here; writes a report (REPORT=FILE;
 #                 SANITIZED="-k NAMES" restricts what compute-sanitizer sees)
+# make docs       build the documentation in build/docs; a warning is an error
 # make lint       check the form of Python and C
 # make clean      remove what was built (the environment in .venv stays)
 
@@ -22,13 +23,14 @@ IN := PATH="$(abspath $(VENV))/bin:$$PATH"
 SOURCES := $(shell find ops cpu cuda cmake bindings -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 C_FILES := $(shell find ops cpu cuda bindings tests examples -name '*.[ch]' -o -name '*.cu*' -o -name '*.cpp')
 
-.PHONY: help demo test bench gpu-check lint clean needs-python needs-compilers needs-cmocka
+.PHONY: help demo test bench docs gpu-check lint clean needs-python needs-compilers needs-cmocka
 help:; @sed -n 's/^# make/make/p' Makefile
 
 demo: $(VENV)/selfkd.stamp; $(IN) python examples/sd_dropout.py
 test: $(VENV)/selfkd.stamp $(VENV)/tools.stamp | needs-cmocka
 	$(IN) OMP_NUM_THREADS=1 python -m pytest $(TESTS)
 bench: $(VENV)/selfkd.stamp; $(IN) python bench/run.py $(BENCH)
+docs: $(VENV)/selfkd.stamp; $(IN) python -m sphinx -W --keep-going docs build/docs
 lint: $(VENV)/selfkd.stamp $(VENV)/tools.stamp
 	export $(IN); ruff check && ruff format --check && mypy && clang-format --dry-run -Werror $(C_FILES)
 clean:; rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache $(VENV)/selfkd.stamp

@@ -243,8 +243,8 @@ def distill(
     dim
         Dimension of the classes.
     return_parts
-        Return :class:`DistillParts` (loss, ce, kl), the last two for logging: detached, and already on
-        the device.
+        Return :class:`~selfkd.distill.DistillParts` (loss, ce, kl), the last two for logging:
+        detached, and already on the device.
 
     Returns
     -------

@@ -10,5 +10,7 @@ import importlib
 
 from .contract import modules
 
-for _name in modules():
+__all__ = list(modules())
+
+for _name in __all__:
     globals()[_name] = importlib.import_module(f".{_name}", __package__).reference

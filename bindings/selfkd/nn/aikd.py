@@ -42,7 +42,7 @@ class Discriminator(nn.Module):
 
     Notes
     -----
-    The defaults are ours: the paper's discriminator is not known (see :mod:`selfkd.nn.aikd`).
+    The defaults are ours: the paper's discriminator is not known (see :class:`AIKDLoss`).
     """
 
     def __init__(
