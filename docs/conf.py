@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"selfkd {release}"
 html_show_copyright = False
+pygments_style = "tango"  # furo's own leaves added lines without a colour
 
 autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
@@ -37,17 +38,17 @@ nitpick_ignore_regex = [
 
 
 def public_modules() -> Iterator[str]:
-    """The modules that `selfkd` offers, packages first announced by their folder."""
+    """What `selfkd` offers beside its functions, and the adapters, each of which is a module."""
     yield "selfkd"
-    offered = {name for name in selfkd.__all__ if inspect.ismodule(getattr(selfkd, name))}
-    offered |= {found.name for found in pkgutil.iter_modules(selfkd.__path__) if found.ispkg}
-    for name in sorted(offered):
-        module = importlib.import_module(f"selfkd.{name}")
-        yield module.__name__
-        if hasattr(module, "__path__") and not hasattr(module, "__all__"):
-            yield from (
-                f"{module.__name__}.{x.name}" for x in pkgutil.iter_modules(module.__path__)
-            )
+    for name in selfkd.__all__:
+        if inspect.ismodule(getattr(selfkd, name)):
+            yield f"selfkd.{name}"
+    if importlib.util.find_spec("selfkd.integrations"):
+        adapters = importlib.import_module("selfkd.integrations")
+        yield adapters.__name__
+        yield from (
+            f"{adapters.__name__}.{x.name}" for x in pkgutil.iter_modules(adapters.__path__)
+        )
 
 
 _BLOCK = "## {0}\n\n```{{eval-rst}}\n.. automodule:: {0}\n   :members:\n```\n"
