@@ -7,12 +7,12 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-import authors
 import harness
 import pytest
 import selfkd
 import torch
 import torch.nn.functional as F
+from selfkd.bench import authors
 from selfkd.nn import BiFPN, PlainBiFPN
 from torch import Tensor, nn
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from . import __version__, library
+from .bench.options import UsageError, add_arguments
 from .contract import operators
 
 
@@ -25,7 +28,7 @@ def _huge_pages() -> str:
     return setting.read_text().strip() if setting.exists() else "unknown"
 
 
-def info() -> int:
+def info(options: argparse.Namespace) -> int:
     """Print what this installation consists of."""
     cores = len(os.sched_getaffinity(0))
     rows = {
@@ -44,12 +47,45 @@ def info() -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _bench(options: argparse.Namespace) -> int:
+    try:
+        from .bench.run import main as run
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        print("selfkd bench: needs PyTorch 2.8 or newer: pip install torch", file=sys.stderr)
+        return 2
+    try:
+        return run(options)
+    except UsageError as error:
+        print(f"selfkd bench: {error}", file=sys.stderr)
+        return 2
+
+
+def _check(options: argparse.Namespace) -> int:
+    from .check import main as run
+
+    return run()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="selfkd", description="Fused self-distillation losses.")
+    parser = _Parser(prog="selfkd", description="Fused self-distillation losses.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser(
-        "info", help="library, CPU variant, CUDA, PyTorch and operators"
-    ).set_defaults(run=info)
-    run = parser.parse_args(arguments).run
-    return int(run())
+    for name, run, what in (
+        ("info", info, "library, CPU variant, CUDA, PyTorch and operators"),
+        ("check", _check, "whether every operator is right on this machine; seconds"),
+        ("bench", _bench, "speed, memory and accuracy beside eager PyTorch and torch.compile"),
+    ):
+        commands.add_parser(name, help=what).set_defaults(run=run)
+    add_arguments(commands.choices["bench"])
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser.parse_args(given, argparse.Namespace(given=given))
+    return int(options.run(options))

@@ -7,6 +7,7 @@ classification/models/bifpnc.py and bifpn.py. Names of parameters are those of i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -37,7 +38,8 @@ class Block(nn.Module):
             inputs = outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+        found: Tensor = self.conv(x)
+        return found
 
 
 class SamePool(nn.Module):
@@ -70,7 +72,8 @@ class Layer(nn.Module):
         )
         self.up_sample, self.down_sample = nn.ModuleList(), nn.ModuleList()
         for fine, coarse in pairwise(widths):
-            up, down = [nn.Upsample(scale_factor=2)], [SamePool()]
+            up: list[nn.Module] = [nn.Upsample(scale_factor=2)]
+            down: list[nn.Module] = [SamePool()]
             if scaled:
                 up, down = [*up, Block(coarse, fine, 1)], [*down, Block(fine, coarse, 1)]
             self.up_sample.append(nn.Sequential(*up))
@@ -80,7 +83,8 @@ class Layer(nn.Module):
     def fuse(weight: Tensor, *maps: Tensor) -> Tensor:
         weight = F.relu(weight)
         weight = weight / (weight.sum() + 1e-6)
-        return sum(w * F.relu(x) for w, x in zip(weight, maps, strict=True))
+        terms = (w * F.relu(x) for w, x in zip(weight, maps, strict=True))
+        return functools.reduce(torch.add, terms)  # sum() would add the first to 0
 
     def forward(self, feats: Sequence[Tensor]) -> list[Tensor]:
         feats = [F.relu(x) for x in feats]

@@ -1,0 +1,315 @@
+"""A case of each operator, at any shape. A new operator adds its own, and its baselines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import selfkd
+from selfkd.nn import BiFPN
+
+from . import authors, baselines
+from .case import Case, Loss
+
+SELFKD: Any = selfkd  # whose functions mypy takes for the modules of the same names
+PROVEN = 1 << 26  # values; larger cases are compared with the reference on fewer rows
+
+
+def text(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def sd_dropout_kl(*shape: int, **need: float) -> Case:
+    """Logits 3 * randn. Forward reads both; backward reads both and writes two gradients."""
+    return Case(
+        name=f"sd_dropout_kl {text(shape)}",
+        fused=SELFKD.sd_dropout_kl,
+        reference=selfkd.reference.sd_dropout_kl,
+        baselines={
+            "log_target": baselines.kl_of_log_targets,
+            "probabilities": baselines.kl_of_probabilities,
+        },
+        nearest=baselines.liger_kl_of_both if len(shape) == 2 else None,
+        inputs=lambda: [3 * torch.randn(shape) for _ in range(2)],
+        learning=2,
+        values_moved=6 * math.prod(shape),
+        need=need,
+    )
+
+
+def adversarial(*shape: int, **need: float) -> Case:
+    """Scores 3 * randn. Forward reads both; backward reads both and writes two gradients."""
+    return Case(
+        name=f"adversarial {text(shape)}",
+        fused=SELFKD.adversarial,
+        reference=selfkd.reference.adversarial,
+        baselines={
+            "bce_with_logits": baselines.bce_with_logits,
+            "softplus": baselines.softplus_of_scores,
+        },
+        inputs=lambda: [3 * torch.randn(shape) for _ in range(2)],
+        learning=2,
+        values_moved=6 * math.prod(shape),
+        need=need,
+    )
+
+
+def simreg(*shape: int, **need: float) -> Case:
+    """Features randn. Forward reads both; backward reads both and writes one gradient."""
+    return Case(
+        name=f"simreg {text(shape)}",
+        fused=SELFKD.simreg,
+        reference=selfkd.reference.simreg,
+        baselines={
+            "cosine": baselines.cosine_of_normalized,
+            "distance": baselines.distance_of_normalized,
+        },
+        inputs=lambda: [torch.randn(shape) for _ in range(2)],
+        learning=1,
+        values_moved=5 * math.prod(shape),
+        need=need,
+    )
+
+
+def attention(*shape: int, teacher_channels: int = 0, **need: float) -> Case:
+    """Features randn, the teacher with twice the channels unless said otherwise.
+
+    Forward reads both; backward reads the student and writes its gradient.
+    """
+    teacher_shape = (shape[0], teacher_channels or 2 * shape[1], *shape[2:])
+    return Case(
+        name=f"attention {text(shape)} of {teacher_shape[1]} channels",
+        fused=SELFKD.attention,
+        reference=selfkd.reference.attention,
+        baselines={
+            "powers": baselines.attention_of_powers,
+            "norms": baselines.attention_of_norms,
+        },
+        inputs=lambda: [torch.randn(shape), torch.randn(teacher_shape)],
+        learning=1,
+        values_moved=3 * math.prod(shape) + math.prod(teacher_shape),
+        need=need,
+    )
+
+
+def distill(
+    *shape: int, temperatures: tuple[float, ...] = (4.0,), ignore_index: int = -100, **need: float
+) -> Case:
+    """Cross-entropy and a teacher for each temperature; logits 3 * randn, a tenth of 255 ignored.
+
+    Forward reads all logits; backward reads them again and writes one gradient.
+    """
+
+    def call(function: Loss, count: int, *inputs: Tensor) -> Tensor:
+        z, y, *teachers = inputs
+        return function(
+            z,
+            y,
+            teachers[:count],
+            temperature=temperatures[:count],
+            ignore_index=ignore_index,
+        )
+
+    def inputs() -> list[Tensor]:
+        z, *teachers = (3 * torch.randn(shape) for _ in range(1 + len(temperatures)))
+        y = torch.randint(0, shape[1], (shape[0], *shape[2:]))
+        if ignore_index == 255:
+            y[torch.rand(y.shape) < 0.1] = 255
+        return [z, y, *teachers]
+
+    n = len(temperatures)
+    options: dict[str, Any] = {"temperatures": temperatures, "ignore_index": ignore_index}
+    return Case(
+        name=f"distill {text(shape)} T {', '.join(f'{T:g}' for T in temperatures)}",
+        fused=partial(call, SELFKD.distill, n),
+        reference=partial(call, selfkd.reference.distill, n),
+        baselines={
+            "log_target": partial(baselines.distill_of_log_targets, **options),
+            "probabilities": partial(baselines.distill_of_probabilities, **options),
+        },
+        nearest=partial(baselines.distill_by_liger, **options) if len(shape) == 2 else None,
+        inputs=inputs,
+        learning=1,
+        values_moved=(3 + 2 * n) * math.prod(shape),
+        need=need,
+        part=partial(call, SELFKD.distill, n - 1) if n > 1 else None,
+    )
+
+
+def bifpn_fuse(*shape: int, resize: str = "nearest", **need: float) -> Case:
+    """Maps randn with learned weights, the third half ("nearest") or twice ("maxpool") as large.
+
+    Forward reads three maps and writes one; backward reads them and the gradient and writes three.
+    """
+
+    def call(function: Loss, *inputs: Tensor) -> Tensor:
+        return function(*inputs[:3], weight=inputs[3], resize=(None, None, resize))
+
+    n, c, h, w = shape
+    if resize == "nearest" and (h % 2 or w % 2):
+        raise ValueError("bifpn_fuse: H and W must be even")
+    other = (n, c, h // 2, w // 2) if resize == "nearest" else (n, c, 2 * h, 2 * w)
+    return Case(
+        name=f"bifpn_fuse {text(shape)} {resize} {other[2]}",
+        fused=partial(call, SELFKD.bifpn_fuse),
+        reference=partial(call, selfkd.reference.bifpn_fuse),
+        baselines=baselines.FUSIONS[resize],
+        inputs=lambda: [*map(torch.randn, (shape, shape, other)), torch.ones(3)],
+        learning=4,
+        values_moved=8 * math.prod(shape) + 3 * math.prod(other),
+        need=need,
+        grad=lambda: torch.randn(shape),
+        accumulators=(3,),
+        widen=False,
+    )
+
+
+def dropout_views(*shape: int, p: float = 0.5, **need: float) -> Case:
+    """Features randn. Forward reads one map and writes three; backward the other way round."""
+
+    def call(function: Loss, h: Tensor, seed: Tensor) -> Tensor:
+        return function(h, seed, p=p)
+
+    return Case(
+        name=f"dropout_views {text(shape)}",
+        fused=partial(call, SELFKD.dropout_views),
+        reference=partial(call, selfkd.reference.dropout_views),
+        baselines={"stack": partial(baselines.stacked_views, p=p)},
+        inputs=lambda: [torch.randn(shape), torch.randint(2**62, ())],
+        learning=1,
+        values_moved=8 * math.prod(shape),
+        need=need,
+        grad=lambda: torch.randn(3, *shape),
+        proof=dropout_views(*fewer(shape), p=0.0) if p else None,
+        widen=False,
+    )
+
+
+def sd_dropout_head(rows: int, K: int, C: int, p: float = 0.5, **need: float) -> Case:
+    """Features randn, weights randn / sqrt(K). `part` is the matrix products alone, stacked.
+
+    Values: features, weight and their gradients, the masked features and what comes back to them.
+    """
+
+    def head(space: ModuleType, h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        loss: Tensor = space.sd_dropout_head(h, w, b, y, p=p)
+        return loss
+
+    def objective(kl: Loss) -> Loss:
+        return partial(baselines.head_objective, p=p, kl=kl)
+
+    return Case(
+        name=f"sd_dropout_head {rows}x{K} to {C}",
+        fused=partial(head, selfkd),
+        reference=partial(head, selfkd.reference),
+        baselines={
+            "log_target": objective(baselines.kl_of_log_targets),
+            "probabilities": objective(baselines.kl_of_probabilities),
+        },
+        inputs=lambda: [
+            torch.randn(rows, K),
+            torch.randn(C, K) / K**0.5,
+            torch.randn(C) / K**0.5,
+            torch.randint(0, C, (rows,)),
+        ],
+        learning=3,
+        values_moved=12 * rows * K + 3 * C * K,
+        need=need,
+        part=baselines.head_products,
+        part_name="its matrix products alone",
+        rows=False,
+        proof=sd_dropout_head(fewer((rows, C))[0], K, C, p=0.0) if p else None,
+        widen=False,
+    )
+
+
+def self_teacher(batch: int, **need: float) -> Case:
+    """FRSKD's self-teacher on the maps of ResNet-18 for CIFAR-100, trained through its logits.
+
+    Maps and parameters get gradients. The authors' module is the reference, too. Values: all of these
+    read twice and their gradients written once, without any map in between. In float32 the sign of
+    a few values before a ReLU is rounding, and small gradients differ by percents, theirs as well.
+    """
+    channels, sizes = (64, 128, 256, 512), (32, 16, 8, 4)
+    theirs, ours = authors.BiFPNc(channels, 100), BiFPN(channels, 100)
+    parameters = dict(theirs.named_parameters())
+    maps = [(batch, c, size, size) for c, size in zip(channels, sizes, strict=True)]
+
+    def loss(module: nn.Module, names: list[str], *inputs: Tensor) -> Tensor:
+        state = {name: x.to(inputs[0]) for name, x in module.named_buffers() if x.ndim}
+        state |= dict(zip(names, inputs[len(maps) :], strict=True))
+        logits: Tensor = functional_call(module, state, (inputs[: len(maps)],))[1]
+        return logits.logsumexp(1).mean()
+
+    their_loss = partial(loss, theirs, list(parameters))
+    return Case(
+        name=f"BiFPN {text(maps[0])}",
+        fused=partial(loss, ours, list(BiFPN.convert_authors_state_dict(parameters))),
+        reference=their_loss,
+        baselines={"authors": their_loss},
+        inputs=lambda: [
+            *map(torch.randn, maps),
+            *(x.detach().clone() for x in parameters.values()),
+        ],
+        learning=len(maps) + len(parameters),
+        values_moved=3 * (sum(map(math.prod, maps)) + sum(x.numel() for x in parameters.values())),
+        need=need,
+        rows=False,
+        widen=False,
+    )
+
+
+class Form(NamedTuple):
+    """The sizes that a user gives for a case: one a letter, and any number more if `open`."""
+
+    make: Callable[..., Case]
+    letters: str
+    open: bool = False
+
+    def __str__(self) -> str:
+        return "x".join(self.letters) + "x..." * self.open
+
+
+FORMS = {
+    "adversarial": Form(adversarial, "N", True),
+    "attention": Form(attention, "NCHW"),
+    "bifpn_fuse": Form(bifpn_fuse, "NCHW"),
+    "distill": Form(distill, "NC", True),
+    "dropout_views": Form(dropout_views, "NC"),
+    "sd_dropout_head": Form(sd_dropout_head, "NKC"),
+    "sd_dropout_kl": Form(sd_dropout_kl, "NC", True),
+    "simreg": Form(simreg, "ND"),
+    "BiFPN": Form(self_teacher, "N"),
+}
+
+
+def fewer(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """`shape` with as many rows as can be compared with the reference."""
+    return (max(1, min(shape[0], shape[0] * PROVEN // math.prod(shape))), *shape[1:])
+
+
+def make(operator: str, *shape: int, dtype: str = "float32", **options: Any) -> Case:
+    """The case of an operator at a shape; `options` are those of its function here.
+
+    Raises
+    ------
+    ValueError
+        The operator takes other sizes.
+    """
+    form = FORMS[operator]
+    count = len(form.letters)
+    if min(shape) < 1 or len(shape) < count or (len(shape) > count and not form.open):
+        raise ValueError(f"shape is {text(shape)}, {operator} expects {form}, all at least 1")
+    case = form.make(*shape, **options)
+    if case.proof is None and fewer(shape) != shape:
+        few = {name: x for name, x in options.items() if name not in case.need}
+        case = replace(case, proof=form.make(*fewer(shape), **few))
+    return replace(case.of_dtype(dtype), need=case.need)

@@ -1,0 +1,238 @@
+"""Results as text: on the screen, as a page of Markdown, as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Result = dict[str, Any]
+Table = list[list[str]]  # the first row is the head
+AT_MOST = ("copy", "part", "memory")  # ratios that must not be larger than needed; others: smaller
+SLOW_COPY = 18e9  # bytes/s; a CPU below it is busy with something else
+NAMES = {"eager": "eager", "compile": "torch.compile", "graph": "CUDA graph", "liger": "Liger"}
+
+
+# ---- judging ----
+
+
+def unmet(result: Result) -> list[str]:
+    """Return the names of the ratios that miss what they must be; what was not measured is left out."""
+    ratios, need = result["ratios"], result["need"]
+    return [
+        k
+        for k, n in need.items()
+        if k in ratios and (ratios[k] > n if k in AT_MOST else ratios[k] < n)
+    ]
+
+
+def is_busy(result: Result) -> bool:
+    """Tell whether something else was running: then no ratio means anything."""
+    on_cpu = result.get("device", "cpu") == "cpu"
+    return bool(on_cpu and result["bytes_per_second"] < SLOW_COPY)
+
+
+def missed(results: Sequence[Result]) -> list[str]:
+    """What does not hold, case by case."""
+    found = [f"{result['case']}: {kind}" for result in results for kind in unmet(result)]
+    return found + [f"{result['case']}: quiet machine" for result in results if is_busy(result)]
+
+
+# ---- a case ----
+
+
+def milliseconds(quartiles: Sequence[float]) -> list[str]:
+    low, middle, high = (f"{1e3 * x:.3f}" for x in quartiles)
+    return [middle, f"{low} - {high}"]
+
+
+def bound(result: Result, kind: str) -> str:
+    """What a ratio must be, and whether it is."""
+    if kind not in result["need"]:
+        return ""
+    sign = "<=" if kind in AT_MOST else ">="
+    return f" (must be {sign} {result['need'][kind]:.4g}){' MISSED' * (kind in unmet(result))}"
+
+
+def contenders(result: Result) -> list[str]:
+    return [name for name in result["quartiles"] if name not in ("copy", "part")]
+
+
+def launched(result: Result, name: str) -> str:
+    """Kernels of forward and backward, and what else was launched."""
+    passes = result.get("launches", {}).get(name)
+    if not passes:
+        return ""
+    return " + ".join(
+        f"{x['kernels']}" + "".join(f" ({x[k]} {k})" for k in ("memsets", "copies") if x[k])
+        for x in passes.values()
+    )
+
+
+def of_case(result: Result) -> Table:
+    """A line for each contender."""
+    head = ["", "ms, median", "quartiles", "selfkd is faster", "error of loss", "of gradients"]
+    table = [[*head, "peak MB", "launches, forward + backward"]]
+    for name in contenders(result):
+        kind = name.split()[0]
+        own = "graph selfkd" if kind == "graph" and name != "graph selfkd" else "selfkd"
+        times = result["quartiles"][name][1] / result["quartiles"][own][1]
+        note = "" if name == own else f"{times:.2f}x"
+        if name == result["fastest"].get(kind):
+            note += bound(result, kind)
+        peak = result["peak_bytes"].get(name)
+        table.append(
+            [
+                name,
+                *milliseconds(result["quartiles"][name]),
+                note,
+                *(f"{x:.0e}" for x in result["errors"].get(name, ())),
+                *[""] * (2 * (name not in result["errors"])),
+                "" if peak is None else f"{peak / 2**20:.0f}",
+                launched(result, name),
+            ]
+        )
+    filled = [k for k in range(len(table[0])) if any(row[k] for row in table[1:])]
+    return [[row[k] for k in filled] for row in table]
+
+
+def notes(result: Result) -> list[str]:
+    """What is said of selfkd beside the table."""
+    ratios = result["ratios"]
+    found = [f"{ratios['copy']:.2f}x the time of copying its bytes{bound(result, 'copy')}"]
+    if "part" in ratios:
+        found.append(f"{ratios['part']:.2f}x {result['part_name']}{bound(result, 'part')}")
+    if "memory" in ratios:
+        found.append(f"{ratios['memory']:.2f}x the peak memory of eager{bound(result, 'memory')}")
+    return found + [f"with {name}={value}" for name, value in result["environment"].items()]
+
+
+def title(result: Result) -> str:
+    busy = "; THE MACHINE IS BUSY, repeat the run" if is_busy(result) else ""
+    return f"{result['case']}: copy {result['bytes_per_second'] / 1e9:.1f} GB/s{busy}"
+
+
+# ---- all cases ----
+
+
+def share(result: Result) -> str:
+    """Part of the copy bandwidth that the bytes of a pass are moved at."""
+    return f"{100 / result['ratios']['copy']:.0f} %"
+
+
+def faster(result: Result, kind: str, named: bool = False) -> str:
+    """How many times faster selfkd is than each form of a kind of contender, the fastest first."""
+    own = result["quartiles"]["graph selfkd" if kind == "graph" else "selfkd"][1]
+    times = {
+        name.removeprefix(f"{kind} "): x[1] / own
+        for name, x in result["quartiles"].items()
+        if name.startswith(f"{kind} ") and name != "graph selfkd"
+    }
+    forms = sorted(times, key=lambda form: times[form])
+    if named and len(forms) > 1:
+        return ", ".join(f"{times[form]:.1f}x ({form})" for form in forms)
+    return " - ".join(dict.fromkeys(f"{times[form]:.1f}x" for form in forms))
+
+
+def gradient_errors(result: Result) -> str:
+    """Of selfkd, and of the fastest eager form."""
+    names = ["selfkd", result["fastest"].get("eager", "selfkd")]
+    return " / ".join(f"{result['errors'][name][1]:.0e}" for name in dict.fromkeys(names))
+
+
+def summary(results: Sequence[Result], named: bool = False) -> Table:
+    """A row for each case; `named`: with the names of the forms compared."""
+    kinds = [k for k in NAMES if any(k in result["ratios"] for result in results)]
+    head = ["case", "ms", *(f"against {NAMES[kind]}" for kind in kinds), "of copy bandwidth"]
+    table = [[*head, "gradient error / eager's"]]
+    for result in results:
+        table.append(
+            [
+                result["case"],
+                milliseconds(result["quartiles"]["selfkd"])[0],
+                *(faster(result, kind, named) for kind in kinds),
+                share(result),
+                gradient_errors(result),
+            ]
+        )
+    return table
+
+
+# ---- the screen ----
+
+
+def console(stderr: bool = False) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=stderr, width=None if os.isatty(1 + stderr) else 160)
+
+
+def print_table(table: Table, name: str) -> None:
+    """By rich where it is installed, else in plain columns."""
+    try:
+        import rich.table as tables
+    except ModuleNotFoundError:
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        print(name)
+        for row in table:
+            print("  " + "  ".join(x.ljust(n) for x, n in zip(row, widths, strict=True)).rstrip())
+        return
+    rich = tables.Table(title=name, title_justify="left")
+    for k, label in enumerate(table[0]):
+        rich.add_column(label, justify="right" if k else "left")
+    for row in table[1:]:
+        rich.add_row(*row)
+    console().print(rich, markup=False)
+
+
+def print_result(result: Result) -> None:
+    """The table of a case and what is said of it."""
+    print_table(of_case(result), title(result))
+    print("".join(f"  {note}\n" for note in notes(result)), flush=True)
+
+
+def print_summary(results: Sequence[Result]) -> None:
+    if len(results) > 1:
+        print_table(
+            summary(results), "forward + backward, medians: times faster, fastest form first"
+        )
+
+
+# ---- files ----
+
+
+def save(found: Result, path: Path) -> None:
+    """Write JSON, whole or not at all."""
+    new = path.with_name(f"{path.name}.part")
+    new.write_text(json.dumps(found, indent=1) + "\n")
+    new.replace(path)
+
+
+def markdown(table: Table) -> str:
+    """A table of Markdown."""
+    head, *rows = table
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+
+
+def page(found: Result, name: str) -> str:
+    """A report on one page of Markdown."""
+    about = "\n".join(f"- {key}: {value}" for key, value in found["machine"].items())
+    parts = [
+        f"# {name}",
+        about,
+        "Forward and backward through autograd: medians of interleaved runs in one process per case, "
+        "in milliseconds; how many times faster selfkd is than each form of the loss, the fastest "
+        "first; the part of the copy bandwidth, measured in the same run, at which the bytes are moved "
+        "that a separate forward and backward must read and write; largest error of a gradient against "
+        "float64.",
+        markdown(summary(found["results"])),
+    ]
+    for result in found["results"]:
+        parts += [f"## {title(result)}", markdown(of_case(result))]
+        parts.append("\n".join(f"- {note}" for note in notes(result)))
+    lacking = missed(found["results"])
+    parts.append(f"Missed: {'; '.join(lacking)}." if lacking else "All required ratios hold.")
+    return "\n\n".join(parts) + "\n"
