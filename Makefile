@@ -1,6 +1,7 @@
 # make demo       train the example with plain PyTorch and with selfkd; a table and a picture
 # make test       run all tests (in two processes of one thread each; TESTS="-n 0 -k NAMES" for others)
 # make bench      time selfkd against eager PyTorch and torch.compile (BENCH="--case 128x100 --json FILE")
+# make results    write the tables of README.md and docs/ from the reports in bench/results/
 # make gpu-check  run the GPU tests with the Python and PyTorch already here; writes a report (REPORT=FILE;
 #                 SANITIZED="-k NAMES" restricts what compute-sanitizer sees)
 # make docs       build the documentation in build/docs; a warning is an error
@@ -23,13 +24,14 @@ IN := PATH="$(abspath $(VENV))/bin:$$PATH"
 SOURCES := $(shell find ops cpu cuda cmake bindings -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 C_FILES := $(shell find ops cpu cuda bindings tests examples -name '*.[ch]' -o -name '*.cu*' -o -name '*.cpp')
 
-.PHONY: help demo test bench docs gpu-check lint clean needs-python needs-compilers needs-cmocka
+.PHONY: help demo test bench results docs gpu-check lint clean needs-python needs-compilers needs-cmocka
 help:; @sed -n 's/^# make/make/p' Makefile
 
 demo: $(VENV)/selfkd.stamp; $(IN) python examples/sd_dropout.py
 test: $(VENV)/selfkd.stamp $(VENV)/tools.stamp | needs-cmocka
 	$(IN) OMP_NUM_THREADS=1 python -m pytest $(TESTS)
-bench: $(VENV)/selfkd.stamp; $(IN) python bench/run.py $(BENCH)
+bench: $(VENV)/selfkd.stamp; $(IN) selfkd bench $(BENCH)
+results: $(VENV)/selfkd.stamp; $(IN) python -m selfkd.bench.results
 docs: $(VENV)/selfkd.stamp; $(IN) python -m sphinx -W --keep-going docs build/docs
 lint: $(VENV)/selfkd.stamp $(VENV)/tools.stamp
 	export $(IN); ruff check && ruff format --check && mypy && clang-format --dry-run -Werror $(C_FILES)

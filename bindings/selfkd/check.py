@@ -109,7 +109,7 @@ class Array:
 
 def draw(of: Contract, optional: bool) -> dict[str, Any]:
     """Inputs in float64 that float32 can hold, and the default of every number."""
-    source, found = random.Random(of.name), {}
+    source, found = random.Random(of.name), dict[str, Any]()
     for item in of.items:
         if item.is_number:
             found[item.name] = item.default

@@ -8,7 +8,7 @@ classification/models/bifpnc.py and bifpn.py. Names of parameters are those of i
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -83,7 +83,7 @@ class Layer(nn.Module):
     def fuse(weight: Tensor, *maps: Tensor) -> Tensor:
         weight = F.relu(weight)
         weight = weight / (weight.sum() + 1e-6)
-        terms = (w * F.relu(x) for w, x in zip(weight, maps, strict=True))
+        terms: Iterator[Tensor] = (w * F.relu(x) for w, x in zip(weight, maps, strict=True))
         return functools.reduce(torch.add, terms)  # sum() would add the first to 0
 
     def forward(self, feats: Sequence[Tensor]) -> list[Tensor]:

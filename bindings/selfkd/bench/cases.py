@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
@@ -17,7 +18,7 @@ import selfkd
 from selfkd.nn import BiFPN
 
 from . import authors, baselines
-from .case import Case, Loss
+from .case import Case, Loss, wide
 
 SELFKD: Any = selfkd  # whose functions mypy takes for the modules of the same names
 PROVEN = 1 << 26  # values; larger cases are compared with the reference on fewer rows
@@ -234,9 +235,10 @@ def sd_dropout_head(rows: int, K: int, C: int, p: float = 0.5, **need: float) ->
 def self_teacher(batch: int, **need: float) -> Case:
     """FRSKD's self-teacher on the maps of ResNet-18 for CIFAR-100, trained through its logits.
 
-    Maps and parameters get gradients. The authors' module is the reference, too. Values: all of these
-    read twice and their gradients written once, without any map in between. In float32 the sign of
-    a few values before a ReLU is rounding, and small gradients differ by percents, theirs as well.
+    Maps and parameters get gradients; of half types are the maps alone, under autocast. The authors'
+    module is the reference, too. Values: all of these read twice and their gradients written once,
+    without any map in between. In float32 the sign of a few values before a ReLU is rounding, and
+    small gradients differ by percents, theirs as well.
     """
     channels, sizes = (64, 128, 256, 512), (32, 16, 8, 4)
     theirs, ours = authors.BiFPNc(channels, 100), BiFPN(channels, 100)
@@ -244,10 +246,13 @@ def self_teacher(batch: int, **need: float) -> Case:
     maps = [(batch, c, size, size) for c, size in zip(channels, sizes, strict=True)]
 
     def loss(module: nn.Module, names: list[str], *inputs: Tensor) -> Tensor:
-        state = {name: x.to(inputs[0]) for name, x in module.named_buffers() if x.ndim}
+        state = {name: x.to(inputs[-1]) for name, x in module.named_buffers() if x.ndim}
         state |= dict(zip(names, inputs[len(maps) :], strict=True))
-        logits: Tensor = functional_call(module, state, (inputs[: len(maps)],))[1]
-        return logits.logsumexp(1).mean()
+        device, dtype = inputs[0].device.type, inputs[0].dtype
+        mixed = torch.autocast(device, dtype) if dtype.itemsize == 2 else nullcontext()
+        with mixed:
+            logits: Tensor = functional_call(module, state, (inputs[: len(maps)],))[1]
+        return wide(logits).logsumexp(1).mean()  # type: ignore[no-any-return]
 
     their_loss = partial(loss, theirs, list(parameters))
     return Case(
@@ -263,6 +268,7 @@ def self_teacher(batch: int, **need: float) -> Case:
         values_moved=3 * (sum(map(math.prod, maps)) + sum(x.numel() for x in parameters.values())),
         need=need,
         rows=False,
+        accumulators=tuple(range(len(maps), len(maps) + len(parameters))),
         widen=False,
     )
 

@@ -47,16 +47,19 @@ def errors(case: Case, found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> 
     """Return the relative error of the loss, and the largest of the gradients.
 
     The latter is the largest error in a row of classes, or in a tensor if the case has no rows, over
-    the largest gradient there.
+    the largest gradient there (in a row of zeros: over the tensor's).
     """
     loss = ((found[0] - exact[0]).abs().max() / exact[0].abs().max()).item()
-    pairs = list(zip(found[1:], exact[1:], strict=True))
-    if not case.rows:
-        pairs = [(x.reshape(1, -1), y.reshape(1, -1)) for x, y in pairs]
-    rows = [
-        (x - y).abs().amax(min(1, x.ndim - 1)) / y.abs().amax(min(1, x.ndim - 1)) for x, y in pairs
-    ]
-    return loss, max(row.max().item() for row in rows)
+    worst = 0.0
+    for x, y in zip(found[1:], exact[1:], strict=True):
+        error, size = (x - y).abs(), y.abs()
+        if case.rows and x.ndim > 1:
+            error, largest = error.amax(1), size.amax(1)
+            error /= torch.where(largest == 0, size.max(), largest)
+        else:
+            error /= size.max()
+        worst = max(worst, error.max().item())
+    return loss, worst
 
 
 def check(case: Case, contenders: Mapping[str, Loss], device: str) -> dict[str, Errors]:

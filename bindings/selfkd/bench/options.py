@@ -86,7 +86,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plot", type=Path, metavar="FILE", help="save a picture: speed-ups, share of the roofline"
     )
     add("--trace", type=Path, metavar="FILE", help="save a Chrome trace of a pass of each")
-    add("--markdown", type=Path, metavar="FILE", help="save the report as a page")
     add(
         *("--min-speedup",),
         type=float,

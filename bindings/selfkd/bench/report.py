@@ -227,7 +227,8 @@ def page(found: Result, name: str) -> str:
         "in milliseconds; how many times faster selfkd is than each form of the loss, the fastest "
         "first; the part of the copy bandwidth, measured in the same run, at which the bytes are moved "
         "that a separate forward and backward must read and write; largest error of a gradient against "
-        "float64.",
+        "float64. torch.compile is in mode max-autotune-no-cudagraphs on CUDA, else in its default; "
+        "baselines see half types in float32, as under autocast.",
         markdown(summary(found["results"])),
     ]
     for result in found["results"]:

@@ -249,8 +249,6 @@ def main(options: argparse.Namespace) -> int:
     report.print_summary(found["results"])
     if options.json:
         report.save(found, options.json)
-    if options.markdown:
-        options.markdown.write_text(report.page(found, options.markdown.stem))
     if options.plot:
         from . import plot
 

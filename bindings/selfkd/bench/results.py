@@ -1,0 +1,107 @@
+"""Writes the tables of README.md and docs/ from the committed reports: ``make results``.
+
+A table stands between ``<!-- results: NAME -->`` and ``<!-- end results -->``, NAME being an operator or
+"all". Of reports of one machine, one whose name comes later in the alphabet replaces the earlier
+one's figures case by case. A report of a GPU also gets a page of its own beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import report
+
+BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end results -->)", re.DOTALL)
+NO_GPU = (
+    "**GPU speed is not yet measured**: the CUDA kernels pass every case in the emulator; on a GPU "
+    "run `make gpu-check` and `selfkd bench --device cuda`."
+)
+
+
+@dataclass
+class Machine:
+    """What was measured on one machine, by case, and the reports that say so."""
+
+    about: Mapping[str, Any]
+    sources: dict[str, list[str]] = field(default_factory=dict)  # the cases of each report
+    results: dict[str, report.Result] = field(default_factory=dict)
+
+    def caption(self, cases: Iterable[str]) -> str:
+        """What the figures depend on, and where they are from."""
+        about, shown = self.about, set(cases)
+        what = (
+            about.get("gpu") or f"{about['cpu']} ({about['variant']}), {about['threads']} threads"
+        )
+        names = [name for name, found in self.sources.items() if shown & set(found)]
+        return f"{what}, PyTorch {about['torch']}; {', '.join(names)}."
+
+
+def place(about: Mapping[str, Any]) -> str:
+    """What makes two reports comparable."""
+    return str(about.get("gpu") or f"{about['cpu']} {about['threads']}")
+
+
+def merge(reports: Mapping[str, Mapping[str, Any]]) -> list[Machine]:
+    """The machines of reports by file name, CPUs first."""
+    found: dict[str, Machine] = {}
+    for name, content in sorted(reports.items()):
+        about = content["machine"]
+        machine = found.setdefault(place(about), Machine(about))
+        cases = [result["case"] for result in content["results"]]
+        for earlier in machine.sources.values():
+            earlier[:] = [case for case in earlier if case not in cases]
+        source = f"`bench/results/{name}` ({about['date']}, {about['commit']})"
+        machine.sources[source] = cases
+        machine.results |= {result["case"]: result for result in content["results"]}
+    return sorted(found.values(), key=lambda machine: "gpu" in machine.about)
+
+
+def block(name: str, machines: Iterable[Machine]) -> str:
+    """The text of a table: of one operator, with the names of the forms compared, or of all."""
+    parts = []
+    for machine in machines:
+        shown = [x for x in machine.results.values() if name in ("all", x["case"].split()[0])]
+        if shown:
+            caption = machine.caption(x["case"] for x in shown)
+            parts += [caption, report.markdown(report.summary(shown, named=name != "all"))]
+    if not any("gpu" in machine.about for machine in machines):
+        parts.append(NO_GPU if parts else "Not yet measured.")
+    return "\n\n".join(parts) + "\n"
+
+
+def regenerate(root: Path) -> dict[Path, str]:
+    """What the files that show results must contain."""
+    reports = {
+        path.name: json.loads(path.read_text()) for path in root.glob("bench/results/*.json")
+    }
+    machines = merge(reports)
+    found = {}
+    for path in (root / "README.md", *sorted(root.glob("docs/**/*.md"))):
+        text = path.read_text()
+        if text.count("<!-- results: ") != len(BLOCK.findall(text)):
+            raise ValueError(f"{path}: a table of results begins and has no end")
+        found[path] = BLOCK.sub(lambda m: f"{m[1]}\n{block(m[2], machines)}\n{m[3]}", text)
+    for name, content in reports.items():
+        if "gpu" in content["machine"]:
+            path = root / "bench" / "results" / Path(name).with_suffix(".md")
+            found[path] = report.page(content, path.stem)
+    return found
+
+
+def main() -> int:
+    """Write the files that have changed."""
+    for path, text in regenerate(Path.cwd()).items():
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+            print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,436 @@
+"""The command line: what `selfkd bench` and `selfkd check` say, save and return."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+import selfkd
+import torch
+from conftest import ROOT
+from selfkd import check, check_torch, cli, contract, library
+from selfkd.bench import measure, report, results, run
+from selfkd.bench.case import Case
+from selfkd.bench.cases import FORMS, PROVEN, make
+from selfkd.bench.suite import suite
+from test_library import WITHOUT_TORCH
+
+pytestmark = pytest.mark.skipif(
+    bool(harness.SIMT_LIBRARY), reason="the emulator has no PyTorch binding"
+)
+TINY = {
+    "adversarial": (7, 3),
+    "attention": (2, 3, 4, 4),
+    "bifpn_fuse": (2, 3, 4, 6),
+    "distill": (3, 5, 2),
+    "dropout_views": (3, 5),
+    "sd_dropout_head": (3, 4, 5),
+    "sd_dropout_kl": (3, 5, 2),
+    "simreg": (3, 5),
+    "BiFPN": (2,),
+}
+
+
+def bench(*arguments: object) -> int:
+    """The exit code of a command in this process."""
+    try:
+        return cli.main(["bench", *map(str, arguments)])
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+def result_of(case: Case, times: dict[str, float], device: str = "cpu") -> dict[str, Any]:
+    """What measuring gives, for times in ms of the contenders and of the copy."""
+    samples = {name: [x / 1e3] * 3 for name, x in times.items()}
+    timed = [name for name in times if name != "copy"]
+    return {
+        "case": case.name,
+        "device": device,
+        "environment": {},
+        "errors": dict.fromkeys(timed, (1e-7, 2e-6)),
+        "peak_bytes": {},
+        "launches": {},
+        "part_name": "",
+        "need": dict(case.need),
+        **measure.compare(case, samples, {}, device),
+    }
+
+
+QUIET = {"selfkd": 1.0, "eager a": 2.0, "eager b": 3.0, "copy": 10.0}  # 53 GB/s
+
+
+# ---- usage ----
+
+WRONG = {
+    "dance is no operator, expected one of adversarial": ["dance"],
+    "shape is 128, sd_dropout_kl expects NxCx..., all at least 1": [
+        *("sd_dropout_kl", "--shape", "128")
+    ],
+    "shape is 3x4x5, simreg expects NxD, all at least 1": ["simreg", "--shape", "3x4x5"],
+    "shape is 3x0, simreg expects NxD, all at least 1": ["simreg", "--shape", "3x0"],
+    "argument --shape: '3xa' is no shape, expected sizes such as 256x1000": [
+        *("simreg", "--shape", "3xa")
+    ],
+    "argument --dtype: 'int8' is unknown, expected float32, float64": ["--dtype", "int8"],
+    "argument --against: 'numpy' is unknown, expected eager, compile": ["--against", "numpy"],
+    "argument --threads: '0' is no positive number": ["--threads", "0"],
+    "--shape is given, expected the operators that it is for": ["--shape", "3x4"],
+    "--against graph needs --device cuda": ["--against", "graph"],
+    "--min-speedup compares with eager PyTorch, which --against leaves out": [
+        *("--against", "compile", "--min-speedup", "2")
+    ],
+    "bifpn_fuse: H and W must be even": ["bifpn_fuse", "--shape", "1x2x3x4"],
+    "no case of the suite is asked for": ["--case", "nothing"],
+}
+
+
+@pytest.mark.parametrize("sentence", WRONG)
+def test_usage_errors_are_one_sentence(sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench(*WRONG[sentence]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"selfkd bench: {sentence}")
+    assert said.err.count("\n") == 1
+    assert not said.out
+
+
+def test_what_is_missing_is_said_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "has", lambda module: False)
+    assert bench("simreg", "--shape", "3x4", "--plot", "x.png") == 2
+    assert "--plot needs matplotlib: pip install 'selfkd[bench]'" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench("simreg", "--shape", "3x4", "--device", "cuda") == 2
+    assert "PyTorch sees no GPU here" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert bench("--device", "cuda", "--against", "liger") == 2
+    assert "pip install liger-kernel" in capsys.readouterr().err
+
+
+# ---- cases ----
+
+
+def test_every_operator_has_a_case_and_every_case_a_name_of_its_own() -> None:
+    assert set(contract.modules()) < set(FORMS)
+    assert set(TINY) == set(FORMS)
+    for device in ("cpu", "cuda"):
+        cases = suite(device)
+        assert {case.operator for case in cases} == set(FORMS)
+        assert len({case.name for case in cases}) == len(cases)
+
+
+@pytest.mark.parametrize(
+    ("operator", "dtype"),
+    [(operator, "bfloat16") for operator in TINY]
+    + [(operator, "float32") for operator in contract.modules()],
+)
+def test_baselines_are_the_same_function(operator: str, dtype: str) -> None:
+    case = make(operator, *TINY[operator], dtype=dtype)
+    contenders = measure.contenders(case.proof or case, "cpu", ["eager"])
+    errors = measure.check(case.proof or case, contenders, "cpu")
+    assert errors.keys() == {"selfkd", *(f"eager {form}" for form in case.baselines)}
+    if operator != "BiFPN":
+        assert errors["selfkd"][0] < 1e-5 if not case.grad else 1e-2
+        assert errors["selfkd"][1] < (1e-5 if dtype == "float32" else 1e-2)
+
+
+def test_another_function_is_no_baseline() -> None:
+    case = make("simreg", 3, 5)
+    other = replace(case, baselines={"half": lambda x, t: case.reference(x, t) / 2})
+    with pytest.raises(SystemExit, match="simreg 3x5: half is another function"):
+        measure.check(other, {}, "cpu")
+
+
+def test_large_cases_are_proved_on_fewer_rows() -> None:
+    case = make("distill", 8192, 128256, dtype="bfloat16", compile=1.5)
+    assert case.name == "distill 8192x128256 T 4 bfloat16"
+    assert (case.need, case.bytes_moved) == ({"compile": 1.5}, 5 * 8192 * 128256 * 2)
+    assert case.proof is not None
+    assert case.proof.name == f"distill {PROVEN // 128256}x128256 T 4 bfloat16"
+    assert make("distill", 8, 10).proof is None
+
+
+# ---- figures ----
+
+
+def test_ratios_are_those_of_medians() -> None:
+    case = make("sd_dropout_kl", 100, 100)
+    times = {"selfkd": 1, "eager a": 4, "eager b": 3, "graph selfkd": 0.5, "graph a": 2, "part": 2}
+    samples = {name: [9e-3, x / 1e3, x / 1e3, x / 1e3, 0] for name, x in times.items()}
+    samples["copy"] = [2 * (256 << 20) / 1e9] * 5  # 1 GB/s: 240 kB take 0.24 ms
+    found = measure.compare(case, samples, {"selfkd": 10, "eager a": 30, "eager b": 40}, "cpu")
+    assert found["fastest"] == {"eager": "eager b", "graph": "graph a"}
+    expected = {"eager": 3, "graph": 4, "copy": 1 / 0.24, "part": 0.5, "memory": 0.25}
+    assert found["ratios"] == pytest.approx(expected)
+    assert found["quartiles"]["selfkd"] == pytest.approx([0.5e-3, 1e-3, 5e-3])
+
+
+def test_launches_are_sorted() -> None:
+    names = ["Memset (Device)", "sd_dropout_kl_kernel<float>", "Memcpy DtoD", "reduce", "reduce"]
+    assert measure.count_launches(names) == {"kernels": 3, "memsets": 1, "copies": 1}
+
+
+def test_peak_memory_is_what_a_call_adds() -> None:
+    found = measure.peak(lambda: torch.ones(16 << 20), "cpu")
+    assert 60 << 20 < found < 100 << 20
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: run `make gpu-check`")
+@pytest.mark.parametrize("operator", TINY)
+def test_on_a_gpu(operator: str, tmp_path: Path) -> None:
+    case = make(operator, *TINY[operator])
+    found = measure.measure(
+        *(case, "cuda"), against=["eager", "graph"], repeat=2, trace=tmp_path / "trace.json"
+    )
+    assert {"eager", "graph", "copy"} <= set(found["ratios"])
+    assert found["launches"]["selfkd"]["forward"]["kernels"] >= 1
+    assert found["launches"]["selfkd"]["backward"]["kernels"] >= 1
+    assert all(min(times) > 0 for times in found["quartiles"].values())
+    assert "selfkd" in (tmp_path / "trace.json").read_text()
+
+
+# ---- the command ----
+
+
+def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
+    """A case at the user's shape is measured and saved; one that would take hours is interrupted."""
+    files = {name: tmp_path / name for name in ("f.json", "f.png", "t.json")}
+    command = [sys.executable, "-m", "selfkd", "bench", "sd_dropout_kl"]
+    command += ["--shape", "8x10,4096x8192", "--dtype", "bfloat16", "--against", "eager"]
+    command += ["--threads", "1", "--repeat", "20"]
+    for option, path in zip(("--json", "--plot", "--trace"), files.values(), strict=True):
+        command += [option, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for _ in range(600):
+            if files["f.json"].exists():
+                break
+            time.sleep(0.1)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        for _ in range(100):
+            if children.read_text():
+                break
+            time.sleep(0.05)
+        (child,) = children.read_text().split()
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, out
+    assert "interrupted after 1 of 2 cases" in out
+    assert not Path(f"/proc/{child}").exists()
+    found = json.loads(files["f.json"].read_text())
+    assert found["machine"]["threads"] == 1
+    (result,) = found["results"]
+    assert result["case"] == "sd_dropout_kl 8x10 bfloat16"
+    assert set(result["ratios"]) == {"eager", "copy"}
+    assert result["errors"]["selfkd"][1] < 2**-7
+    assert files["f.png"].read_bytes().startswith(b"\x89PNG")
+    trace = json.loads((tmp_path / "t-sd_dropout_kl-8x10-bfloat16.json").read_text())
+    assert {"selfkd", "eager log_target"} <= {event["name"] for event in trace["traceEvents"]}
+
+
+def feed(monkeypatch: pytest.MonkeyPatch, *found: dict[str, Any] | type[Exception] | None) -> None:
+    """Let the cases give these results without being run."""
+    left = list(found)
+
+    def run_child(*_: Any) -> dict[str, Any] | None:
+        result = left.pop(0)
+        if isinstance(result, type):
+            raise result
+        return result
+
+    monkeypatch.setattr(run, "run_child", run_child)
+
+
+@pytest.mark.parametrize(("least", "code"), [(1.9, 0), (2.1, 1)])
+def test_min_speedup(
+    least: float,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is the fastest eager form that counts."""
+    feed(monkeypatch, result_of(make("simreg", 3, 4), QUIET))
+    assert bench("simreg", "--shape", "3x4", "--min-speedup", least) == code
+    said = "simreg 3x4: 2.00x the speed of eager a, --min-speedup is 2.1" in capsys.readouterr().out
+    assert said == bool(code)
+
+
+def test_require(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["simreg", "--shape", "3x4"]
+    case = make("simreg", 3, 4, eager=2.5, copy=100)
+    missed = result_of(case, QUIET)
+    held = result_of(replace(case, need={"eager": 1.5}), QUIET)
+    busy = result_of(make("simreg", 3, 4), QUIET | {"copy": 40.0})
+    for result, required, code in (
+        (held, True, 0),
+        (missed, False, 0),
+        (missed, True, 1),
+        (busy, True, 1),
+        (None, False, 1),  # a process that failed
+    ):
+        feed(monkeypatch, result)
+        assert bench(*arguments, *["--require"] * required) == code
+    out = capsys.readouterr().out
+    assert "2.00x (must be >= 2.5) MISSED" in out
+    assert "missed: simreg 3x4: eager; simreg 3x4: copy" in out
+    assert "THE MACHINE IS BUSY" in out
+    assert "simreg 3x4: FAILED" in out
+
+
+def test_every_case_is_saved_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    feed(monkeypatch, None, result_of(make("simreg", 3, 5), QUIET), RuntimeError)
+    with pytest.raises(RuntimeError):
+        bench("simreg", "--shape", "3x4,3x5,3x6", "--json", path)
+    found = json.loads(path.read_text())
+    assert found["failed"] == ["simreg 3x4"]
+    assert [result["case"] for result in found["results"]] == ["simreg 3x5"]
+    assert not path.with_name("report.json.part").exists()
+
+
+def test_without_rich(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "rich.table", None)
+    report.print_result(result_of(make("simreg", 3, 4), QUIET))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "simreg 3x4: copy 53.7 GB/s"
+    assert lines[1].split() == ["ms,", "median", *lines[1].split()[2:]]
+    assert lines[4].split()[:3] == ["eager", "b", "3.000"]
+    assert "3.00x" in lines[4]
+
+
+# ---- committed results ----
+
+
+def test_tables_are_what_the_reports_say() -> None:
+    for path, text in results.regenerate(ROOT).items():
+        assert path.read_text() == text, f"{path}: run `make results`"
+    assert "<!-- results: all -->" in (ROOT / "README.md").read_text()
+
+
+def test_tables_from_reports(tmp_path: Path) -> None:
+    """Later reports replace earlier figures; a GPU has tables and a page of its own."""
+    about = {"cpu": "Z80", "variant": "base", "threads": 1, "torch": "2.13", "commit": "abc"}
+    folder = tmp_path / "bench" / "results"
+    folder.mkdir(parents=True)
+    (tmp_path / "docs" / "operators").mkdir(parents=True)
+    markers = "{0}<!-- results: {1} -->\nold\n<!-- end results -->\nafter\n"
+    (tmp_path / "README.md").write_text(markers.format("before\n", "all"))
+    docs = tmp_path / "docs" / "operators" / "simreg.md"
+    docs.write_text(markers.format("", "simreg"))
+
+    def write(name: str, machine: dict[str, Any], *found: dict[str, Any]) -> None:
+        report.save({"machine": machine, "results": found, "failed": []}, folder / name)
+
+    first, second = make("simreg", 3, 4), make("adversarial", 8)
+    slow = result_of(first, QUIET | {"selfkd": 2.0})
+    write("a.json", {**about, "date": "day 1"}, slow, result_of(second, QUIET))
+    write("b.json", {**about, "date": "day 2"}, result_of(first, QUIET))
+    found = results.regenerate(tmp_path)
+    readme = found[tmp_path / "README.md"]
+    assert readme.startswith("before\n<!-- results: all -->\n")
+    assert readme.endswith("\n<!-- end results -->\nafter\n")
+    assert "old" not in readme
+    assert "Z80 (base), 1 threads, PyTorch 2.13" in readme
+    assert "| simreg 3x4 | 1.000 | 2.0x - 3.0x |" in readme
+    assert readme.index("| simreg 3x4") < readme.index("| adversarial 8")
+    assert results.NO_GPU in readme
+    assert "| simreg 3x4 | 1.000 | 2.0x (a), 3.0x (b) |" in found[docs]
+    assert "`bench/results/b.json` (day 2, abc)" in found[docs]
+    assert "a.json" not in found[docs]
+    assert "adversarial" not in found[docs]
+
+    gpu = {**about, "date": "day 3", "gpu": "a GPU", "driver": "1"}
+    times = QUIET | {"graph selfkd": 0.5, "graph a": 0.75}
+    wide = replace(first, name="simreg 3x4 bfloat16", need={"eager": 3})
+    passes = {"forward": 1, "backward": 0}
+    launches = {"selfkd": {k: {"kernels": 1, "memsets": n, "copies": 0} for k, n in passes.items()}}
+    write("g.json", gpu, result_of(wide, times, "cuda") | {"launches": launches})
+    found = results.regenerate(tmp_path)
+    assert results.NO_GPU not in found[tmp_path / "README.md"]
+    assert "a GPU, PyTorch 2.13; `bench/results/g.json` (day 3, abc)" in found[docs]
+    page = found[folder / "g.md"]
+    assert "- driver: 1" in page
+    assert "| simreg 3x4 bfloat16 | 1.000 | 2.0x - 3.0x | 1.5x |" in page
+    assert "1 (1 memsets) + 1" in page
+    assert "Missed: simreg 3x4 bfloat16: eager." in page
+
+    docs.write_text("<!-- results: simreg -->\n")
+    with pytest.raises(ValueError, match=r"simreg\.md: a table of results begins and has no end"):
+        results.regenerate(tmp_path)
+
+
+# ---- check ----
+
+
+def test_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    best = library.text("selfkd_isa")
+    assert cli.main(["check"]) == 0
+    out = capsys.readouterr().out
+    assert library.text("selfkd_isa") == best
+    for name in contract.modules():
+        assert any(line.startswith(name) and " ok " in line for line in out.splitlines()), name
+    right = selfkd.reference.simreg
+
+    @functools.wraps(right)
+    def wrong(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+        return 1.0001 * right(*tensors, **options)
+
+    monkeypatch.setattr(selfkd.reference, "simreg", wrong)
+    monkeypatch.setattr(check_torch, "modules", lambda: ("adversarial", "simreg"))
+    assert cli.main(["check"]) == 1
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert (first.split()[0], " ok " in first) == ("adversarial", True)
+    assert (second.split()[0], " WRONG " in second) == ("simreg", True)
+
+
+def test_check_without_torch_and_numpy() -> None:
+    blocked = WITHOUT_TORCH.replace('== "torch"', 'in ("torch", "numpy")')
+    code = f'import sys\n{blocked}\nfrom selfkd.cli import main\nsys.exit(main(["check"]))'
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=os.environ
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in contract.operators():
+        if not name.endswith("_backward"):
+            assert f"\n{name} " in done.stdout
+    assert done.stdout.endswith("all is right\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [("formula", "_simreg"), ("gradient", "differences"), ("float32", "forward")],
+)
+def test_check_without_torch_sees_errors(
+    kind: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = check.check_operator("simreg", check.variants())
+    assert right.is_right
+    if kind == "formula":
+        formula = check.FORMULAS["simreg"]
+        monkeypatch.setitem(check.FORMULAS, "simreg", lambda *x: 1.0001 * formula(*x))
+    elif kind == "gradient":
+        differences = check.differences
+        monkeypatch.setattr(check, "differences", lambda *x: [1.0001 * y for y in differences(*x)])
+    else:
+        forward = check.forward
+        monkeypatch.setattr(
+            check,
+            "forward",
+            lambda op, given, dtype: [
+                (1.0001 if dtype == "float32" else 1) * x for x in forward(op, given, dtype)
+            ],
+        )
+    wrong = check.check_operator("simreg", check.variants())
+    assert not wrong.is_right
+    assert [k for k, x in wrong.errors.items() if x > wrong.allowed[k]] == [kind]
+    assert "WRONG" in str(wrong)
