@@ -185,6 +185,23 @@ def test_peak_memory_is_what_a_call_adds() -> None:
     assert 60 << 20 < found < 100 << 20
 
 
+def test_a_contender_without_memory_enough_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, calls = make("simreg", 3, 5), []
+
+    def greedy(*inputs: torch.Tensor) -> torch.Tensor:
+        calls.append(inputs)
+        if len(calls) > 2:  # the two that prove it
+            raise torch.OutOfMemoryError
+        return case.baselines["cosine"](*inputs)
+
+    other = replace(case, baselines={"cosine": case.baselines["cosine"], "greedy": greedy})
+    monkeypatch.setitem(measure.COPY_BYTES, "cpu", 1 << 20)
+    found = measure.measure(other, "cpu", against=["eager"], repeat=2)
+    assert found["out_of_memory"] == ["eager greedy"]
+    assert set(found["quartiles"]) == {"selfkd", "eager cosine", "copy"}
+    assert "out of memory: eager greedy" in report.notes(found)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: run `make gpu-check`")
 @pytest.mark.parametrize("operator", TINY)

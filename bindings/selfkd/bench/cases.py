@@ -243,32 +243,29 @@ def self_teacher(batch: int, **need: float) -> Case:
     channels, sizes = (64, 128, 256, 512), (32, 16, 8, 4)
     theirs, ours = authors.BiFPNc(channels, 100), BiFPN(channels, 100)
     parameters = dict(theirs.named_parameters())
+    state = parameters | {name: x for name, x in theirs.named_buffers() if x.ndim}
     maps = [(batch, c, size, size) for c, size in zip(channels, sizes, strict=True)]
 
     def loss(module: nn.Module, names: list[str], *inputs: Tensor) -> Tensor:
-        state = {name: x.to(inputs[-1]) for name, x in module.named_buffers() if x.ndim}
-        state |= dict(zip(names, inputs[len(maps) :], strict=True))
-        device, dtype = inputs[0].device.type, inputs[0].dtype
+        given, held = inputs[: len(maps)], dict(zip(names, inputs[len(maps) :], strict=True))
+        device, dtype = given[0].device.type, given[0].dtype
         mixed = torch.autocast(device, dtype) if dtype.itemsize == 2 else nullcontext()
         with mixed:
-            logits: Tensor = functional_call(module, state, (inputs[: len(maps)],))[1]
+            logits: Tensor = functional_call(module, held, (given,))[1]
         return wide(logits).logsumexp(1).mean()  # type: ignore[no-any-return]
 
-    their_loss = partial(loss, theirs, list(parameters))
+    their_loss = partial(loss, theirs, list(state))
     return Case(
         name=f"BiFPN {text(maps[0])}",
-        fused=partial(loss, ours, list(BiFPN.convert_authors_state_dict(parameters))),
+        fused=partial(loss, ours, list(BiFPN.convert_authors_state_dict(state))),
         reference=their_loss,
         baselines={"authors": their_loss},
-        inputs=lambda: [
-            *map(torch.randn, maps),
-            *(x.detach().clone() for x in parameters.values()),
-        ],
+        inputs=lambda: [*map(torch.randn, maps), *(x.detach().clone() for x in state.values())],
         learning=len(maps) + len(parameters),
         values_moved=3 * (sum(map(math.prod, maps)) + sum(x.numel() for x in parameters.values())),
         need=need,
         rows=False,
-        accumulators=tuple(range(len(maps), len(maps) + len(parameters))),
+        accumulators=tuple(range(len(maps), len(maps) + len(state))),
         widen=False,
     )
 

@@ -307,9 +307,16 @@ def measure(
     passes: dict[str, Pass] = {
         name: partial(loss_and_gradients, loss, inputs, grad) for name, loss in found.items()
     }
-    memory, launched = {}, {}
-    for name, run in passes.items():
-        run()  # compiles
+    memory, launched, failed = {}, {}, []
+    for name, run in list(passes.items()):
+        try:
+            run()  # compiles
+        except torch.OutOfMemoryError:
+            if name == "selfkd":
+                raise
+            failed.append(name)
+            del passes[name]
+            continue
         if tells_memory(case, inputs, device):
             memory[name] = peak(run, device)
         if device == "cuda":
@@ -331,6 +338,7 @@ def measure(
         "errors": error,
         "peak_bytes": memory,
         "launches": launched,
+        "out_of_memory": failed,
         "part_name": case.part_name,
         "need": dict(case.need),
         **compare(case, samples, memory, device),

@@ -106,6 +106,7 @@ def notes(result: Result) -> list[str]:
         found.append(f"{ratios['part']:.2f}x {result['part_name']}{bound(result, 'part')}")
     if "memory" in ratios:
         found.append(f"{ratios['memory']:.2f}x the peak memory of eager{bound(result, 'memory')}")
+    found += [f"out of memory: {name}" for name in result.get("out_of_memory", ())]
     return found + [f"with {name}={value}" for name, value in result["environment"].items()]
 
 
