@@ -1,10 +1,8 @@
-"""The command line: what `selfkd bench` and `selfkd check` say, save and return."""
+"""`selfkd bench`: what it says, saves and returns, and the tables made of its reports."""
 
 from __future__ import annotations
 
-import functools
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,15 +13,13 @@ from typing import Any
 
 import harness
 import pytest
-import selfkd
 import torch
 from conftest import ROOT
-from selfkd import check, check_torch, cli, contract, library
+from selfkd import cli, contract
 from selfkd.bench import measure, report, results, run
 from selfkd.bench.case import Case
 from selfkd.bench.cases import FORMS, PROVEN, make
 from selfkd.bench.suite import suite
-from test_library import WITHOUT_TORCH
 
 pytestmark = pytest.mark.skipif(
     bool(harness.SIMT_LIBRARY), reason="the emulator has no PyTorch binding"
@@ -166,13 +162,13 @@ def test_large_cases_are_proved_on_fewer_rows() -> None:
 def test_ratios_are_those_of_medians() -> None:
     case = make("sd_dropout_kl", 100, 100)
     times = {"selfkd": 1, "eager a": 4, "eager b": 3, "graph selfkd": 0.5, "graph a": 2, "part": 2}
-    samples = {name: [9e-3, x / 1e3, x / 1e3, x / 1e3, 0] for name, x in times.items()}
+    samples = {name: [9, x / 1e3, 0, x / 2e3, x / 500] for name, x in times.items()}
     samples["copy"] = [2 * (256 << 20) / 1e9] * 5  # 1 GB/s: 240 kB take 0.24 ms
     found = measure.compare(case, samples, {"selfkd": 10, "eager a": 30, "eager b": 40}, "cpu")
     assert found["fastest"] == {"eager": "eager b", "graph": "graph a"}
     expected = {"eager": 3, "graph": 4, "copy": 1 / 0.24, "part": 0.5, "memory": 0.25}
     assert found["ratios"] == pytest.approx(expected)
-    assert found["quartiles"]["selfkd"] == pytest.approx([0.5e-3, 1e-3, 5e-3])
+    assert found["quartiles"]["selfkd"] == pytest.approx([0.5e-3, 1e-3, 2e-3])
 
 
 def test_launches_are_sorted() -> None:
@@ -357,7 +353,7 @@ def test_tables_from_reports(tmp_path: Path) -> None:
     assert readme.startswith("before\n<!-- results: all -->\n")
     assert readme.endswith("\n<!-- end results -->\nafter\n")
     assert "old" not in readme
-    assert "Z80 (base), 1 threads, PyTorch 2.13" in readme
+    assert "Z80 (base), 1 thread, PyTorch 2.13" in readme
     assert "| simreg 3x4 | 1.000 | 2.0x - 3.0x |" in readme
     assert readme.index("| simreg 3x4") < readme.index("| adversarial 8")
     assert results.NO_GPU in readme
@@ -384,70 +380,3 @@ def test_tables_from_reports(tmp_path: Path) -> None:
     docs.write_text("<!-- results: simreg -->\n")
     with pytest.raises(ValueError, match=r"simreg\.md: a table of results begins and has no end"):
         results.regenerate(tmp_path)
-
-
-# ---- check ----
-
-
-def test_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    best = library.text("selfkd_isa")
-    assert cli.main(["check"]) == 0
-    out = capsys.readouterr().out
-    assert library.text("selfkd_isa") == best
-    for name in contract.modules():
-        assert any(line.startswith(name) and " ok " in line for line in out.splitlines()), name
-    right = selfkd.reference.simreg
-
-    @functools.wraps(right)
-    def wrong(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
-        return 1.0001 * right(*tensors, **options)
-
-    monkeypatch.setattr(selfkd.reference, "simreg", wrong)
-    monkeypatch.setattr(check_torch, "modules", lambda: ("adversarial", "simreg"))
-    assert cli.main(["check"]) == 1
-    first, second, *_ = capsys.readouterr().out.splitlines()
-    assert (first.split()[0], " ok " in first) == ("adversarial", True)
-    assert (second.split()[0], " WRONG " in second) == ("simreg", True)
-
-
-def test_check_without_torch_and_numpy() -> None:
-    blocked = WITHOUT_TORCH.replace('== "torch"', 'in ("torch", "numpy")')
-    code = f'import sys\n{blocked}\nfrom selfkd.cli import main\nsys.exit(main(["check"]))'
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=os.environ
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    for name in contract.operators():
-        if not name.endswith("_backward"):
-            assert f"\n{name} " in done.stdout
-    assert done.stdout.endswith("all is right\n")
-
-
-@pytest.mark.parametrize(
-    ("kind", "what"),
-    [("formula", "_simreg"), ("gradient", "differences"), ("float32", "forward")],
-)
-def test_check_without_torch_sees_errors(
-    kind: str, what: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    right = check.check_operator("simreg", check.variants())
-    assert right.is_right
-    if kind == "formula":
-        formula = check.FORMULAS["simreg"]
-        monkeypatch.setitem(check.FORMULAS, "simreg", lambda *x: 1.0001 * formula(*x))
-    elif kind == "gradient":
-        differences = check.differences
-        monkeypatch.setattr(check, "differences", lambda *x: [1.0001 * y for y in differences(*x)])
-    else:
-        forward = check.forward
-        monkeypatch.setattr(
-            check,
-            "forward",
-            lambda op, given, dtype: [
-                (1.0001 if dtype == "float32" else 1) * x for x in forward(op, given, dtype)
-            ],
-        )
-    wrong = check.check_operator("simreg", check.variants())
-    assert not wrong.is_right
-    assert [k for k, x in wrong.errors.items() if x > wrong.allowed[k]] == [kind]
-    assert "WRONG" in str(wrong)

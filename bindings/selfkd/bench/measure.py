@@ -281,7 +281,9 @@ def compare(
         ratios["memory"] = memory["selfkd"] / max(1, memory[fastest["eager"]])
     return {
         "quartiles": {
-            name: statistics.quantiles(times, n=4) if len(times) > 1 else 3 * times
+            name: statistics.quantiles(times, n=4, method="inclusive")
+            if len(times) > 1
+            else 3 * times
             for name, times in samples.items()
         },
         "fastest": fastest,

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .report import NAMES
+from .report import NAMES, hardware
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
@@ -33,6 +33,6 @@ def draw(found: dict[str, Any], path: Path) -> None:
     roofline.axvline(100, color="black", linewidth=0.8)
     roofline.set_xlabel("% of the copy bandwidth")
     about = found["machine"]
-    where = about.get("gpu") or f"{about['cpu']}, {about['threads']} threads"
-    figure.suptitle(f"selfkd {about['commit']}, PyTorch {about['torch']}, {where}", fontsize=10)
+    where = f"PyTorch {about['torch']}, {hardware(about)}"
+    figure.suptitle(f"selfkd {about['commit']}, {where}", fontsize=10)
     figure.savefig(path, format=path.suffix.lstrip(".") or "png", dpi=120)

@@ -40,6 +40,12 @@ def missed(results: Sequence[Result]) -> list[str]:
     return found + [f"{result['case']}: quiet machine" for result in results if is_busy(result)]
 
 
+def hardware(about: Result) -> str:
+    """The GPU, or the CPU and how much of it: what makes two reports comparable."""
+    threads = f"{about['threads']} thread{'s' * (about['threads'] > 1)}"
+    return str(about.get("gpu") or f"{about['cpu']} ({about['variant']}), {threads}")
+
+
 # ---- a case ----
 
 

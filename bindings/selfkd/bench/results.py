@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from . import report
 
@@ -28,31 +27,24 @@ NO_GPU = (
 class Machine:
     """What was measured on one machine, by case, and the reports that say so."""
 
-    about: Mapping[str, Any]
+    about: report.Result
     sources: dict[str, list[str]] = field(default_factory=dict)  # the cases of each report
     results: dict[str, report.Result] = field(default_factory=dict)
 
     def caption(self, cases: Iterable[str]) -> str:
         """What the figures depend on, and where they are from."""
         about, shown = self.about, set(cases)
-        what = (
-            about.get("gpu") or f"{about['cpu']} ({about['variant']}), {about['threads']} threads"
-        )
         names = [name for name, found in self.sources.items() if shown & set(found)]
-        return f"{what}, PyTorch {about['torch']}; {', '.join(names)}."
+        where = report.hardware(about)
+        return f"{where}, PyTorch {about['torch']}; {', '.join(names)}."
 
 
-def place(about: Mapping[str, Any]) -> str:
-    """What makes two reports comparable."""
-    return str(about.get("gpu") or f"{about['cpu']} {about['threads']}")
-
-
-def merge(reports: Mapping[str, Mapping[str, Any]]) -> list[Machine]:
+def merge(reports: Mapping[str, report.Result]) -> list[Machine]:
     """The machines of reports by file name, CPUs first."""
     found: dict[str, Machine] = {}
     for name, content in sorted(reports.items()):
         about = content["machine"]
-        machine = found.setdefault(place(about), Machine(about))
+        machine = found.setdefault(report.hardware(about), Machine(about))
         cases = [result["case"] for result in content["results"]]
         for earlier in machine.sources.values():
             earlier[:] = [case for case in earlier if case not in cases]
