@@ -86,6 +86,8 @@ WRONG = {
         *("--against", "compile", "--min-speedup", "2")
     ],
     "bifpn_fuse: H and W must be even": ["bifpn_fuse", "--shape", "1x2x3x4"],
+    "--json is nowhere/x.json, but there is no folder nowhere": ["--json", "nowhere/x.json"],
+    "--plot is x.txt, expected a name in .png, .pdf or .svg": ["--plot", "x.txt"],
     "no case of the suite is asked for": ["--case", "nothing"],
 }
 
@@ -140,11 +142,15 @@ def test_baselines_are_the_same_function(operator: str, dtype: str) -> None:
         assert errors["selfkd"][1] < (1e-5 if dtype == "float32" else 1e-2)
 
 
-def test_another_function_is_no_baseline() -> None:
+@pytest.mark.parametrize("kept", [0.0, 0.5], ids=["its value", "its gradient"])
+def test_another_function_is_no_baseline(kept: float) -> None:
     case = make("simreg", 3, 5)
-    other = replace(case, baselines={"half": lambda x, t: case.reference(x, t) / 2})
+
+    def half(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return case.reference(x, t) / 2 + kept * case.reference(x.detach(), t)
+
     with pytest.raises(SystemExit, match="simreg 3x5: half is another function"):
-        measure.check(other, {}, "cpu")
+        measure.check(replace(case, baselines={"half": half}), {}, "cpu")
 
 
 def test_large_cases_are_proved_on_fewer_rows() -> None:

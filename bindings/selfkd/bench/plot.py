@@ -35,4 +35,4 @@ def draw(found: dict[str, Any], path: Path) -> None:
     about = found["machine"]
     where = f"PyTorch {about['torch']}, {hardware(about)}"
     figure.suptitle(f"selfkd {about['commit']}, {where}", fontsize=10)
-    figure.savefig(path, format=path.suffix.lstrip(".") or "png", dpi=120)
+    figure.savefig(path, dpi=120)

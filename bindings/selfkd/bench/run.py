@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ from . import report
 from .case import Case
 from .cases import FORMS, make
 from .measure import Result, measure
-from .options import UsageError
+from .options import UsageError, one_of
 from .suite import suite
 
 Tell = Callable[[str, int], None]  # what is going on, and how many cases are done
+PICTURES = (".png", ".pdf", ".svg")
+TOLD = "selfkd bench: "  # begins the lines that the process of a case writes for this one
 INTERRUPTED = 130  # exit code, as the shell has it for Ctrl-C
 
 
@@ -79,6 +81,12 @@ def check(options: argparse.Namespace) -> None:
             raise UsageError(f"--against {name} needs --device cuda")
     if "liger" in options.against and not has("liger_kernel"):
         raise UsageError("--against liger needs Liger: pip install liger-kernel")
+    for option in ("json", "plot", "trace"):
+        path = getattr(options, option)
+        if path and not path.parent.is_dir():
+            raise UsageError(f"--{option} is {path}, but there is no folder {path.parent}")
+    if options.plot and options.plot.suffix not in PICTURES:
+        raise UsageError(f"--plot is {options.plot}, expected a name in {one_of(PICTURES)}")
     if options.plot and not has("matplotlib"):
         raise UsageError("--plot needs matplotlib: pip install 'selfkd[bench]'")
     if options.min_speedup is not None and "eager" not in options.against:
@@ -93,7 +101,7 @@ def child(options: argparse.Namespace) -> int:
     cases = select(options)
 
     def say(stage: str) -> None:
-        print(json.dumps({"stage": stage}), flush=True)
+        print(TOLD + json.dumps({"stage": stage}), flush=True)
 
     case = cases[options.child]
     trace = options.trace
@@ -106,7 +114,7 @@ def child(options: argparse.Namespace) -> int:
         trace=trace,
         say=say,
     )
-    print(json.dumps({"result": result}), flush=True)
+    print(TOLD + json.dumps({"result": result}), flush=True)
     return 0
 
 
@@ -121,12 +129,14 @@ def run_child(options: argparse.Namespace, number: int, case: Case, tell: Tell) 
     ) as process:
         try:
             for line in process.stdout or ():
-                message = json.loads(line) if line.startswith("{") else {}
+                told = line.startswith(TOLD)
+                message = json.loads(line.removeprefix(TOLD)) if told else {}
                 if "stage" in message:
                     tell(f"{case.name}: {message['stage']}", number)
                 result = message.get("result", result)
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             raise
     return result
 
