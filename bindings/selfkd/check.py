@@ -2,7 +2,8 @@
 
 With PyTorch: :mod:`selfkd.check_torch`. Without, the C functions are called on plain memory, forward
 and backward: values against formulas, every gradient against differences of the float64 function,
-and every CPU variant in float32 against it. Numbers and choices have their defaults, optional inputs are given.
+and every CPU variant in float32 against it. Numbers and choices have their defaults; optional inputs
+are given.
 """
 
 from __future__ import annotations
