@@ -75,7 +75,10 @@ class KDLoss(nn.Module):
         **kwargs: Any,
     ) -> torch.Tensor:
         """The loss."""
-        logits, teacher = _found(student_io_dict, self.student), _found(teacher_io_dict, self.teacher)
+        logits, teacher = (
+            _found(student_io_dict, self.student),
+            _found(teacher_io_dict, self.teacher),
+        )
         reduction, factor = from_kl_div(self.reduction, logits)
         hard = self.alpha != 0 and targets is not None
         loss: torch.Tensor = distill(  # type: ignore[assignment]

@@ -13,6 +13,19 @@ from ..distill import distill
 IGNORED = -100  # the label that transformers' losses leave out
 
 
+def _predicts_the_next(model: Any) -> bool:
+    """Whether the model's own loss compares a position with the label of the next."""
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    if hasattr(model, "get_base_model"):  # adapters of peft
+        model = model.get_base_model()
+    if getattr(model.config, "is_encoder_decoder", False):
+        return False
+    by_loss = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
+    return by_loss or type(model).__name__ in CAUSAL.values()
+
+
 class DistillMixin:
     """A ``transformers.Trainer`` whose loss is :func:`selfkd.distill` from a teacher.
 
@@ -53,11 +66,13 @@ class DistillMixin:
     ) -> None:
         super().__init__(*args, compute_loss_func=self._distill, **kwargs)  # type: ignore[call-arg]
         self.teacher = teacher.to(self.args.device).eval()  # type: ignore[attr-defined]
-        self.teacher_weight, self.temperature, self.ce_weight = teacher_weight, temperature, ce_weight
+        self.teacher_weight, self.temperature, self.ce_weight = (
+            teacher_weight,
+            temperature,
+            ce_weight,
+        )
         if shift_labels is None:
-            model = self.model  # type: ignore[attr-defined]
-            causal = getattr(model, "loss_type", None) == "ForCausalLM"
-            shift_labels = causal and not getattr(model.config, "is_encoder_decoder", False)
+            shift_labels = _predicts_the_next(self.model)  # type: ignore[attr-defined]
         self.shift_labels = shift_labels
 
     def compute_loss(
