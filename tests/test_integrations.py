@@ -298,15 +298,16 @@ def torchdistill_run(prefix: str, weight: float) -> list[float]:
         for name, (key, kwargs, factor) in terms.items()
     }
     modules = ["conv", "features", "views", "views.fc"]
-    hooks = {"forward_hook": {"input": [], "output": modules}, "sequential": [], "wrapper": "none"}
+    seen = {"forward_hook": {"output": modules}, "forward_proc": "forward_batch_only"}
     config = {
         "num_epochs": 1,
         "train_data_loader": {
             "dataset_id": "train",
-            "kwargs": {"batch_size": 32, "shuffle": True, "drop_last": True},
+            "sampler": {"class_or_func": torch.utils.data.RandomSampler},
+            "kwargs": {"batch_size": 32, "drop_last": True},
         },
-        "teacher": hooks | {"requires_grad": False},
-        "student": dict(hooks),
+        "teacher": {**seen, "requires_grad": False},
+        "student": seen,
         "optimizer": {"key": "SGD", "kwargs": {"lr": 0.1, "momentum": 0.9}},
         "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": sub_terms}},
     }
@@ -390,7 +391,7 @@ def trainer_run(
     smoothing: float = 0.0,
     **options: float,
 ) -> list[float]:
-    """Losses of all batches of a Trainer with "our" mixin, in "plain" PyTorch, or with its "own" loss."""
+    """Losses of a Trainer with "our" mixin, in "plain" PyTorch or with its "own": all batches; evaluation."""
     from transformers import Trainer, TrainingArguments, set_seed
 
     rows, model = make(torch.Generator().manual_seed(1))
@@ -407,9 +408,16 @@ def trainer_run(
     class Plain(Recorder):
         loss_is_scaled_for_ga = True
 
-        def compute_loss(self, model: Any, inputs: Any, *_: Any, num_items_in_batch: Any) -> Tensor:
+        def compute_loss(
+            self,
+            model: Any,
+            inputs: Any,
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
+        ) -> Any:
             labels, shown = inputs["labels"], {"input_ids": inputs["input_ids"]}
-            z, t = model(**shown).logits, teacher.eval()(**shown).logits.detach()
+            outputs, t = model(**shown), teacher.eval()(**shown).logits.detach()
+            z = outputs.logits
             if z.ndim == 3:
                 z, t, labels = (
                     z[:, :-1].flatten(0, 1),
@@ -419,7 +427,8 @@ def trainer_run(
             z, t, labels = z[labels != -100], t[labels != -100], labels[labels != -100]
             hard = F.cross_entropy(z, labels, reduction="sum", label_smoothing=smoothing)
             soft = SETTINGS.temperature**2 * kl(z, t, SETTINGS.temperature, "sum")
-            return (hard + options["teacher_weight"] * soft) / num_items_in_batch
+            loss = (hard + options["teacher_weight"] * soft) / num_items_in_batch
+            return (loss, outputs) if return_outputs else loss
 
     class Ours(transformers.DistillMixin, Recorder):
         pass
@@ -443,7 +452,10 @@ def trainer_run(
         trainer = {"plain": Plain, "own": Recorder}[kind](student, arguments, train_dataset=rows)
     trainer.train()
     assert len(losses) == SETTINGS.steps * accumulated
-    return losses
+    return [
+        *losses,
+        trainer.evaluate(rows[:8])["eval_loss"] / accumulated,
+    ]  # as much as a batch counts
 
 
 needs_transformers = pytest.mark.skipif(
