@@ -17,6 +17,5 @@ def from_kl_div(reduction: str, logits: torch.Tensor) -> tuple[str, float]:
     """
     if reduction == "sum":
         return "sum", 1.0
-    return "mean", float(
-        math.prod(logits.shape[2:])
-    ) if reduction == "batchmean" else 1 / logits.shape[1]
+    factor = math.prod(logits.shape[2:]) if reduction == "batchmean" else 1 / logits.shape[1]
+    return "mean", factor
