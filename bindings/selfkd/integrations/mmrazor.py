@@ -8,7 +8,7 @@ from torch import nn
 
 from ..distill import distill
 from ..sd_dropout_kl import sd_dropout_kl
-from .reductions import REDUCTIONS, from_kl_div
+from ._reductions import REDUCTIONS, from_kl_div
 
 
 class KLDivergence(nn.Module):

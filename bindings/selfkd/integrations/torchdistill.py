@@ -17,7 +17,7 @@ from ..attention import attention
 from ..distill import distill
 from ..sd_dropout_kl import sd_dropout_kl
 from ..simreg import simreg
-from .reductions import REDUCTIONS, from_kl_div
+from ._reductions import REDUCTIONS, from_kl_div
 
 _IO = Mapping[str, Mapping[str, Any]]  # module path -> "input" or "output" -> what the module saw
 
