@@ -81,7 +81,7 @@ gpu-check:
 
 # An environment is a name in COMPAT: its packages, and the tests that it runs. One wheel serves them all.
 COMPAT_torchdistill := torchdistill==1.1.5
-COMPAT_TESTS_torchdistill := tests/test_integrations.py
+COMPAT_TESTS_torchdistill := tests/test_integrations.py tests/test_integrations_training.py
 compat: $(COMPAT:%=compat-%)
 build/compat/wheel.stamp: $(SOURCES) | needs-python needs-compilers
 	$(PYTHON) -m venv build/compat/wheel
