@@ -5,6 +5,7 @@
 # make gpu-check  run the GPU tests with the Python and PyTorch already here; writes a report (REPORT=FILE;
 #                 SANITIZED="-k NAMES" restricts what compute-sanitizer sees)
 # make docs       build the documentation in build/docs; a warning is an error
+# make compat     run tests in environments of other packages; adds to a table (COMPAT="NAMES"; gigabytes)
 # make lint       check the form of Python and C
 # make clean      remove what was built (the environment in .venv stays)
 
@@ -17,6 +18,8 @@ BENCH ?=
 TESTS ?= -n 2 --dist worksteal
 REPORT ?= bench/results/gpu-check.txt
 SANITIZED ?=
+COMPAT ?= torchdistill
+COMPAT_TABLE ?= bench/results/compat.md
 SHELL := bash
 .SHELLFLAGS := -o pipefail -ec
 IN := PATH="$(abspath $(VENV))/bin:$$PATH"
@@ -24,7 +27,7 @@ IN := PATH="$(abspath $(VENV))/bin:$$PATH"
 SOURCES := $(shell find ops cpu cuda cmake bindings -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 C_FILES := $(shell find ops cpu cuda bindings tests examples -name '*.[ch]' -o -name '*.cu*' -o -name '*.cpp')
 
-.PHONY: help demo test bench results docs gpu-check lint clean needs-python needs-compilers needs-cmocka
+.PHONY: help demo test bench results docs gpu-check compat lint clean needs-python needs-compilers needs-cmocka
 help:; @sed -n 's/^# make/make/p' Makefile
 
 demo: $(VENV)/selfkd.stamp; $(IN) python examples/sd_dropout.py
@@ -77,3 +80,18 @@ gpu-check:
 	  else for tool in memcheck racecheck synccheck; do \
 	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool $(GPU_TESTS) $(SANITIZED); done; fi; \
 	} 2>&1 | tee $(REPORT)
+
+# An environment is a name in COMPAT: its packages, and the tests that it runs. One wheel serves them all.
+COMPAT_torchdistill := torchdistill==1.1.5
+COMPAT_TESTS_torchdistill := tests/test_integrations.py tests/test_integrations_training.py
+compat: $(COMPAT:%=compat-%)
+build/compat/wheel.stamp: $(SOURCES) | needs-python needs-compilers
+	$(PYTHON) -m venv build/compat/wheel
+	rm -f build/compat/*.whl
+	build/compat/wheel/bin/pip wheel -q --no-deps -C cmake.define.SELFKD_CUDA=OFF -w build/compat .
+	touch $@
+compat-%: build/compat/wheel.stamp
+	$(PYTHON) -m venv build/compat/$*
+	build/compat/$*/bin/pip install -q $(COMPAT_$*) "$$(echo build/compat/*.whl)[test]"
+	build/compat/$*/bin/pip install -q --no-deps --force-reinstall build/compat/*.whl
+	build/compat/$*/bin/python tests/compat.py $* $(COMPAT_TABLE) $(COMPAT_TESTS_$*)

@@ -46,9 +46,8 @@ def public_modules() -> Iterator[str]:
     if importlib.util.find_spec("selfkd.integrations"):
         adapters = importlib.import_module("selfkd.integrations")
         yield adapters.__name__
-        yield from (
-            f"{adapters.__name__}.{x.name}" for x in pkgutil.iter_modules(adapters.__path__)
-        )
+        names = (module.name for module in pkgutil.iter_modules(adapters.__path__))
+        yield from (f"{adapters.__name__}.{name}" for name in names if not name.startswith("_"))
 
 
 _BLOCK = "## {0}\n\n```{{eval-rst}}\n.. automodule:: {0}\n   :members:\n```\n"
