@@ -31,12 +31,12 @@ C_FILES := $(shell find ops cpu cuda bindings tests examples -name '*.[ch]' -o -
 help:; @sed -n 's/^# make/make/p' Makefile
 
 demo: $(VENV)/selfkd.stamp; $(IN) python examples/sd_dropout.py
-test: $(VENV)/selfkd.stamp $(VENV)/tools.stamp | needs-cmocka
+test: $(VENV)/tools.stamp | needs-cmocka
 	$(IN) OMP_NUM_THREADS=1 python -m pytest $(TESTS)
 bench: $(VENV)/selfkd.stamp; $(IN) selfkd bench $(BENCH)
 results: $(VENV)/selfkd.stamp; $(IN) python -m selfkd.bench.results
-docs: $(VENV)/selfkd.stamp; $(IN) python -m sphinx -W --keep-going docs build/docs
-lint: $(VENV)/selfkd.stamp $(VENV)/tools.stamp
+docs: $(VENV)/tools.stamp; $(IN) python -m sphinx -W --keep-going docs build/docs
+lint: $(VENV)/tools.stamp
 	export $(IN); ruff check && ruff format --check && mypy && clang-format --dry-run -Werror $(C_FILES)
 clean:; rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache $(VENV)/selfkd.stamp
 
@@ -45,11 +45,11 @@ $(VENV)/torch.stamp: | needs-python
 	$(PYTHON) -m venv $(VENV)
 	$(IN) python -m pip install '$(TORCH)'
 	touch $@
-$(VENV)/tools.stamp: $(VENV)/torch.stamp
-	$(IN) python -m pip install -q 'cmake>=3.24' '$(CLANG_FORMAT)'
-	touch $@
 $(VENV)/selfkd.stamp: $(VENV)/torch.stamp $(SOURCES) | needs-compilers
-	$(IN) python -m pip install '.[test]'
+	$(IN) python -m pip install '.[examples]'
+	touch $@
+$(VENV)/tools.stamp: $(VENV)/selfkd.stamp
+	$(IN) python -m pip install -q 'cmake>=3.24' '$(CLANG_FORMAT)' 'selfkd[test]'
 	touch $@
 
 needs-python:
