@@ -24,7 +24,7 @@ def on_cpu() -> list[Case]:
     """Float32, for a machine with 16 GB."""
     vocabulary = make("sd_dropout_kl", 512, 32000, eager=15, compile=4.5, copy=2)
     return [
-        make("sd_dropout_kl", 128, 100, eager=5, compile=2.5),
+        make("sd_dropout_kl", 128, 100, eager=5, compile=2.5, part=1.3),
         make("sd_dropout_kl", 256, 1000, eager=10, compile=4),
         make("sd_dropout_kl", 1024, 1000, eager=12, compile=4),
         replace(vocabulary, environment=KEEP_MEMORY),
