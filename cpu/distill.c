@@ -91,6 +91,7 @@ static void load_teacher(const sk_rows *r, const teacher *k, int64_t c, int64_t 
 
 /* Per row: results of the visits. */
 typedef struct results {
+    SK_ALIGNED real h[SK_PITCH];                     /* the largest logit */
     SK_ALIGNED double ce[SK_PITCH], level[SK_PITCH]; /* -sum y log p; log P at T = 1 */
     SK_ALIGNED double level_T[TEACHERS][SK_PITCH], dl[TEACHERS][SK_PITCH], kl[TEACHERS][SK_PITCH];
 } results;
@@ -191,6 +192,14 @@ static double teacher_at(const sk_rows *r, const teacher *k, int64_t i, int64_t 
     return (k->is_probs ? log(x) : x) / k->own.T;
 }
 
+/* Whether a row of the student is nothing but -inf. */
+static bool is_nothing(const forward_params *p, const sk_rows *r, int64_t i) {
+    bool nothing = true;
+    for (int64_t c = 0; c < r->C && nothing; c++)
+        nothing = sk_load_one(&p->logits, sk_class_at(r, &p->logits, i, c)) == -INFINITY;
+    return nothing;
+}
+
 /* A row in double, class by class, with 0 log 0 = 0. */
 static void careful_row(const forward_params *p, const sk_rows *r, const teacher *k, int64_t i,
                         double h, double *level, double *dl, double *kl) {
@@ -198,10 +207,12 @@ static void careful_row(const forward_params *p, const sk_rows *r, const teacher
     for (int64_t c = 0; c < r->C; c++) top = fmax(top, teacher_at(r, k, i, c));
     for (int64_t c = 0; c < r->C; c++) {
         sum_p += exp((sk_load_one(&p->logits, sk_class_at(r, &p->logits, i, c)) - h) / k->t.T);
-        sum_q += exp(teacher_at(r, k, i, c) - top);
+        const double v = teacher_at(r, k, i, c);
+        sum_q += v == -INFINITY ? 0 : exp(v - top);
     }
     *level = log(sum_p);
-    *dl = (h / k->t.T - top) + log(sum_p / sum_q);
+    *dl = isnan(h) && is_nothing(p, r, i) ? top + log(sum_q)
+                                          : (h / k->t.T - top) + log(sum_p / sum_q);
     *kl = 0 * (*level + *dl);
     for (int64_t c = 0; c < r->C; c++) {
         const double u = sk_load_one(&p->logits, sk_class_at(r, &p->logits, i, c)) / k->t.T;
@@ -285,7 +296,7 @@ static void save(const forward_params *p, const sk_rows *r, bool has_ce, const t
         const double ce =
             has_ce & used & (target[i] >= 0) ? p->ce_weight * weight[i] * x->ce[i] : 0;
         const real to_kl = used ? (real)(weight[i] * kl[i]) : 0;
-        levels[LARGEST * plane + i] = used ? m->softmax.h[i] : 0;
+        levels[LARGEST * plane + i] = used ? x->h[i] : 0;
         levels[LEVEL * plane + i] = has_ce & used ? (real)x->level[i] : 0;
         ce_rows[i] = (real)ce;
         kl_rows[i] = to_kl;
@@ -324,6 +335,10 @@ static void forward_task(const forward_params *p, const sk_rows *r) {
                 conclude(SK_APART, r, &k[j], m.softmax.h, &m.pair[j], to.level_T[j], to.dl[j],
                          to.kl[j]);
             compare_again(p, r, k, j, weight, tile, x, &m, &to);
+        }
+        for (int64_t i = 0; i < r->width; i++) {
+            to.h[i] = m.softmax.h[i];
+            if (weight[i] != 0 && isnan(to.h[i]) && is_nothing(p, r, i)) to.h[i] = -INFINITY;
         }
     }
 
@@ -535,7 +550,8 @@ static void backward_task(const backward_params *p, const sk_rows *r) {
     load_incoming(p, r, has_ce, k, &in);
     load_plane(r, &p->levels, LARGEST, ce[SK_LARGEST]);
     load_plane(r, &p->levels, LEVEL, level);
-    if (has_ce) sk_set_ce(r, in.ce, in.of_target, level, p->label_smoothing, ce);
+    const int64_t classes = p->classes > 0 ? p->classes : r->C;
+    if (has_ce) sk_set_ce(r, in.ce, in.of_target, level, p->label_smoothing, classes, ce);
     for (int j = 0; j < TEACHERS; j++)
         if (k[j].weight != 0) set_teacher_scalars(p, r, &k[j], j, in.kl[j], ce[SK_LARGEST], of[j]);
     for (sk_run run = {0}; sk_next_run(r, &run);) {

@@ -69,7 +69,7 @@ static void differentiate_z(const row_params *p, const sk_rows *r, const labels 
         ce[SK_LARGEST][i] = m->h[i];
         level[i] = (real)log_sum[i];
     }
-    sk_set_ce(r, factor, of->of_target, level, p->label_smoothing, ce);
+    sk_set_ce(r, factor, of->of_target, level, p->label_smoothing, r->C, ce);
     for (sk_run run = {0}; sk_next_run(r, &run);) {
         const real *const z = sk_read_run(r, &p->z, run, buffer[0]);
         real *const grad = buffer[1];

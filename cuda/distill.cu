@@ -51,13 +51,13 @@ SK_DEVICE bool has_ce(const params &p) {
     return p.target.data && p.ce_weight != 0;
 }
 
-/* The class of a row; -1 where it is ignored or there is no target. */
+/* The class of a row, at most `last`; -1 where it is ignored or there is no target. */
 template <typename params>
-SK_DEVICE int64_t target_of(const params &p, int64_t n, int64_t s) {
+SK_DEVICE int64_t target_of(const params &p, int64_t n, int64_t s, int64_t last) {
     if (!p.target.data) return -1;
     const int64_t y = *sk_cell<int64_t>(p.target, n, s);
     if (y == p.ignore_index) return -1;
-    sk_assert(y >= 0 && y < SK_DIM(&p, C), "distill: target is no class and not ignore_index");
+    sk_assert(y >= 0 && y <= last, "distill: target is no class and not ignore_index");
     return y;
 }
 
@@ -118,7 +118,7 @@ enum { OF_TEACHER = CE_SUMS };
 enum { SUM_P, SUM_Q, SUM_D, SUM_GQ, TEACHER_SUMS };
 enum { ROW_SUMS = OF_TEACHER + kTeachers * TEACHER_SUMS };
 
-/* The largest logits of the row: the student's first. NaN where all are -inf. */
+/* The largest logits of the row, at least kLowest: the student's first. */
 template <typename T, int kGroup, int kVec>
 SK_DEVICE void find_anchors(const forward_params &p, const teacher (&k)[kTeachers], int64_t n,
                             int64_t s, sk_real<T> (&top)[1 + kTeachers]) {
@@ -136,8 +136,6 @@ SK_DEVICE void find_anchors(const forward_params &p, const teacher (&k)[kTeacher
         }
     }
     sk_group_reduce<kGroup>(top, sk_larger());
-    for (int j = 0; j <= kTeachers; j++)
-        if (top[j] <= (real)kLowest) top[j] = (real)NAN;
 }
 
 /* The sums of one teacher in a step: in float, or once more in double. */
@@ -167,6 +165,11 @@ struct teacher_row {
 /* From a teacher's sums; poor as in core/kl.cuh, or where temperatures apart leave too few digits.
  */
 SK_DEVICE teacher_row conclude_teacher(const teacher &k, const double *sum, double hu, double hv) {
+    if (hu <= kLowest || hv <= kLowest) {
+        const divergence none =
+            undefined(lse_of(hu, k.T, sum[SUM_P]), lse_of(hv, k.own, sum[SUM_Q]));
+        return {none.lse - hu / k.T, none.dl, none.reverse, none.poor};
+    }
     const double gq = sum[SUM_GQ] / sum[SUM_Q], r = sum[SUM_D] / sum[SUM_Q];
     const double log_ratio = fabs(r) < 0.5 ? log1p(r) : log(sum[SUM_P] / sum[SUM_Q]);
     teacher_row x;
@@ -225,7 +228,7 @@ __global__ void __launch_bounds__(SK_BLOCK)
     teachers_of(params, wide, k);
     double total[4] = {0, 0, 0, 0};
     for (int64_t row = sk_first_row<kGroup>(); row < count; row += sk_row_step<kGroup>()) {
-        const int64_t n = row / S, s = row % S, y = target_of(params, n, s);
+        const int64_t n = row / S, s = row % S, y = target_of(params, n, s, C - 1);
         const real w = sk_weight<real>(p->weight, n, s);
         const bool labelled = w != 0 && y >= 0;
         const bool taught = w != 0 && (y >= 0 || !p->mask_teachers || !p->target.data);
@@ -256,7 +259,8 @@ __global__ void __launch_bounds__(SK_BLOCK)
             }
         }
         if (sk_lane<kGroup>() != 0) continue;
-        const double level = w != 0 ? log_sum(sum) : 0;
+        const bool nothing = top[0] <= (real)kLowest; /* but -inf, or NaN */
+        const double level = w == 0 ? 0 : nothing ? NAN : log_sum(sum);
         const double ce =
             labelled && has_ce(params)
                 ? p->ce_weight * w *
@@ -269,7 +273,8 @@ __global__ void __launch_bounds__(SK_BLOCK)
             *sk_cell<real>(p->levels, LEVEL_T + j, n, s) = (real)x[j].level;
             *sk_cell<double>(p->ratios, j, n, s) = x[j].dl;
         }
-        *sk_cell<real>(p->levels, LARGEST, n, s) = top[0];
+        *sk_cell<real>(p->levels, LARGEST, n, s) =
+            nothing ? (real)(-INFINITY + 0 * sum[REST]) : top[0];
         *sk_cell<real>(p->levels, LEVEL, n, s) = (real)level;
         *sk_cell<real>(p->ce_rows, n, s) = (real)ce;
         *sk_cell<real>(p->kl_rows, n, s) = (real)kl;
@@ -307,14 +312,14 @@ SK_DEVICE slope<sk_real<T>> slope_of(const backward_params &p, const teacher (&k
     const real *const denominator = (const real *)p.denominators.data;
     const double h = *sk_cell<real>(p.levels, LARGEST, n, s);
     const double level = *sk_cell<real>(p.levels, LEVEL, n, s);
-    const int64_t y = target_of(p, n, s);
+    const int64_t C = SK_DIM(&p, C), y = target_of(p, n, s, C);
     const bool labelled = factor != 0 && y >= 0 && has_ce(p);
     const bool taught = factor != 0 && (y >= 0 || !p.mask_teachers || !p.target.data);
     const double z_y =
-        labelled ? (double)sk_widen(sk_row<T>(p.logits, n, s)[y * p.logits.stride[1]]) : h;
+        labelled && y < C ? (double)sk_widen(sk_row<T>(p.logits, n, s)[y * p.logits.stride[1]]) : h;
     slope<real> x;
     x.ce = ce_slope_of<real>(h, level, labelled ? p.ce_weight * factor / denominator[0] : 0,
-                             p.label_smoothing, SK_DIM(&p, C), y, z_y);
+                             p.label_smoothing, p.classes > 0 ? p.classes : C, y, z_y);
     x.zero = x.ce.factor == 0;
     for (int j = 0; j < kTeachers; j++) {
         const double T_j = k[j].T, own = k[j].own, dl = *sk_cell<double>(p.ratios, j, n, s);

@@ -17,7 +17,13 @@
  *
  * second_* are those of the second teacher; a teacher of weight 0 is not looked at. With h the
  * largest logit of a row, levels holds h and log sum exp((logits - h)/T) for T = 1 and both
- * temperatures; ratios holds lse(logits/T) - lse(teacher/teacher_temperature).
+ * temperatures; ratios holds lse(logits/T) - lse(teacher/teacher_temperature). Where the logits are
+ * nothing but -inf, as in a part of the classes they may be, h is -inf, and ratios holds the
+ * teacher's lse alone; the loss is NaN where logits or teacher are.
+ *
+ * The backward operator also serves a part of the classes, given the levels and ratios of the whole:
+ * `classes` is then C of the whole (0: this is the whole), target the index in the part, or its
+ * number of classes where the target is elsewhere.
  *
  * Sources: Hinton, Vinyals, Dean, arXiv 1503.02531 (KD); Ji et al., "Refine Myself by Teaching
  * Myself", arXiv 2103.08273 (FRSKD, soft labels); Kim et al., arXiv 2006.12000 (PS-KD). The
@@ -79,5 +85,6 @@
     X(REAL,    second_teacher_temperature, POSITIVE, 4.0)                \
     X(CHOICE,  second_teacher_kind,        "logits|probs|log_probs", 0)  \
     X(BOOL,    mask_teachers,              ANY, 0)                       \
+    X(INT,     classes,                    NONNEGATIVE, 0)               \
     X(LIKE,    grad_logits,                logits)
 /* clang-format off */

@@ -19,18 +19,19 @@ __all__ = ["__version__", "c", "library_path", "set_isa", "set_num_threads"]
 
 # The folder is the registry: a module that an operator of the library is named after brings the function.
 _OPERATORS = modules()
+_MODULES = ("distributed", "nn", "reference")
 
 
 def _load_torch_functions() -> None:
     for name in _OPERATORS:
         globals()[name] = getattr(importlib.import_module(f".{name}", __name__), name)
-    for name in ("nn", "reference"):
+    for name in _MODULES:
         importlib.import_module(f".{name}", __name__)
-    __all__.extend(["nn", "reference", *_OPERATORS])
+    __all__.extend([*_MODULES, *_OPERATORS])
 
 
 def __getattr__(name: str) -> Any:
-    if name in _OPERATORS or name in ("nn", "reference"):
+    if name in _OPERATORS or name in _MODULES:
         raise ImportError(
             f"selfkd.{name} needs PyTorch 2.8 or newer: pip install torch (selfkd.c works without)"
         )

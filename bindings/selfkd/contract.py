@@ -27,7 +27,7 @@ _KNOWN = {
     "int64",
 }
 _KNOWN |= {"complex32", "complex64", "complex128"}
-_MAX_RANK = 8
+MAX_RANK = 8
 _NUMBERS: dict[str, Callable[[str], float | int | bool]] = {
     "REAL": float,
     "INT": int,
@@ -231,8 +231,8 @@ class _Checker:
                 expected = rank
             else:
                 least = "at least "
-        if rank == expected > _MAX_RANK:
-            expected, least = _MAX_RANK, "at most "
+        if rank == expected > MAX_RANK:
+            expected, least = MAX_RANK, "at most "
         if rank != expected:
             plural = "" if rank == 1 else "s"
             raise ValueError(

@@ -41,6 +41,32 @@ def by_name(of: Contract, values: tuple[Any, ...]) -> dict[str, Any]:
     return named
 
 
+def in_order(of: Contract) -> Callable[..., tuple[Any, ...]]:
+    """The inverse of :func:`by_name`: arguments by name in the schema's order.
+
+    Numbers not given have their default; a GRAD is left out. Made once, for the compiler cannot read a
+    contract.
+    """
+    items = [
+        (item.name, item.kind == "OPT", item.default)
+        for item in of.items
+        if item.is_number or (item.is_input and item.kind != "GRAD")
+    ]
+    first = of.first
+
+    def ordered(**named: Any) -> tuple[Any, ...]:
+        values: list[Any] = []
+        for name, optional, default in items:
+            value = named.get(name)
+            if optional:
+                values += [named[first] if value is None else value, value is not None]
+            else:
+                values.append(default if value is None else value)
+        return tuple(values)
+
+    return ordered
+
+
 def register_fake(op: str) -> None:
     """Register the fake kernel of an operator of the library."""
     of = contract(op)
@@ -111,9 +137,11 @@ class _Plan:
         self.get_tensors = _tuple_getter([inputs[name] for name in tensors])
         self.get_kept = _tuple_getter([outputs[name] for name in kept])
         self.get_numbers = _tuple_getter([inputs[name] for name in numbers])
-        # Backward has (grad, saved tensors, numbers) at hand, in this order; `restore` gives the
-        # forward arguments back from the last two.
-        source = [grad.name, *tensors, *kept, *numbers]
+        # Backward has (grad, saved tensors, numbers) at hand, in this order, then the defaults of the
+        # numbers that it alone has; `restore` gives the forward arguments back from those between.
+        own = [item for item in backward.items if item.is_number and item.name not in inputs]
+        self.defaults = tuple(item.default for item in own)
+        source = [grad.name, *tensors, *kept, *numbers, *(item.name for item in own)]
         self.get_backward = _tuple_getter([source.index(name) for name in backward.torch_arguments])
         self.restore = [(source.index(name) - 1, name) for name in inputs]
         self.rows = outputs.get("rows", 0)
@@ -202,7 +230,7 @@ def _gradient(plan: _Plan, reference: Callable[..., torch.Tensor]) -> type[torch
             else:
                 if plan.grad_merges and grad.ndim > 2:
                     grad = grad.contiguous()  # its trailing dimensions must merge
-                values = (grad, *ctx.saved_tensors, *ctx.numbers)
+                values = (grad, *ctx.saved_tensors, *ctx.numbers, *plan.defaults)
                 found = _as_tuple(run_backward(*plan.get_backward(values)))
             result: list[torch.Tensor | None] = list(unused)
             for _, k in plan.given(ctx.numbers):  # what stands for an absent OPT tensor may learn

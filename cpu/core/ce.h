@@ -72,11 +72,12 @@ static inline void sk_load_targets(const sk_rows *r, const sk_arg *x, int64_t ig
     for (int64_t i = 0; i < r->width; i++) to[i] = y[i] == ignored ? -1 : (int32_t)y[i];
 }
 
-/* The logits of the targets; of class 0 where there is none. */
+/* The logits of the targets; of class 0 where there is none, or none of these classes. */
 static inline void sk_load_target_logits(const sk_rows *r, const sk_arg *x, const int32_t *target,
                                          real *to) {
     SK_ALIGNED int32_t c[SK_PITCH];
-    for (int64_t i = 0; i < r->width; i++) c[i] = target[i] < 0 ? 0 : target[i];
+    for (int64_t i = 0; i < r->width; i++)
+        c[i] = target[i] < 0 || target[i] >= r->C ? 0 : target[i];
     sk_load_classes(r, x, c, to);
     for (int64_t i = 0; i < r->width; i++) to[i] = sk_logit(to[i]);
 }
@@ -102,11 +103,13 @@ static inline void sk_conclude_ce(const sk_rows *r, const sk_softmax *m, const r
 enum { SK_LARGEST, SK_FACTOR, SK_OTHER, SK_OF_TARGET, SK_CE_SCALARS };
 typedef real sk_ce_scalars[SK_CE_SCALARS][SK_PITCH];
 
-/* Leaves all but LARGEST, which it finds there; z are the targets' logits, level is log P. */
+/* Leaves all but LARGEST, which it finds there; z are the targets' logits, level is log P;
+ * `classes` share the smoothing. */
 static inline void sk_set_ce(const sk_rows *r, const double *factors, const real *z,
-                             const real *level, double label_smoothing, sk_ce_scalars m) {
+                             const real *level, double label_smoothing, int64_t classes,
+                             sk_ce_scalars m) {
     const sk_scale unit = sk_scale_of(1);
-    const real smooth = (real)label_smoothing, other = smooth / (real)r->C;
+    const real smooth = (real)label_smoothing, other = smooth / (real)classes;
 #pragma omp simd
     for (int64_t i = 0; i < sk_scalars(r); i++) {
         const real factor = (real)factors[i], ce = (m[SK_LARGEST][i] - z[i]) + level[i];

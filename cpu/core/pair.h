@@ -47,10 +47,26 @@ static inline sk_class_terms sk_class_of(const sk_rows *r, const sk_pair *x, sk_
                             isinf(a), isinf(b)};
 }
 
+/* The log-sum-exp of a row over T: -inf of nothing but -inf. */
+static inline double sk_careful_lse(const sk_rows *r, const sk_arg *x, double T, int64_t i) {
+    double top = -INFINITY, sum = 0;
+    for (int64_t c = 0; c < r->C; c++) top = fmax(top, sk_load_one(x, sk_class_at(r, x, i, c)));
+    for (int64_t c = 0; c < r->C; c++) {
+        const double z = sk_load_one(x, sk_class_at(r, x, i, c));
+        sum += z == -INFINITY ? 0 : exp((z - top) / T);
+    }
+    return top / T + log(sum);
+}
+
 /* Both KL of a row that is far or holds infinities, with 0 log 0 = 0; NaN for a row with a NaN or
- * nothing but -inf. */
+ * nothing but -inf, whose other results are those of the contract. */
 static inline void sk_careful_divergence(const sk_rows *r, const sk_pair *x, int64_t i,
                                          sk_diverged_row *row) {
+    if (isnan(row->dl)) {
+        const double u = sk_careful_lse(r, x->u, x->t.T, i), v = sk_careful_lse(r, x->v, x->t.T, i);
+        *row = (sk_diverged_row){u, u == -INFINITY ? v : u - v, NAN, NAN};
+        return;
+    }
     double sum_p = 0, sum_q = 0; /* 1, but for the float rounding of lse */
     for (int64_t c = 0; c < r->C; c++) {
         const sk_class_terms k = sk_class_of(r, x, *row, i, c);

@@ -32,7 +32,7 @@ SK_DEVICE double log_sum(const double *sum) {
 /* -sum y log p; z_y is the target's logit, level the log_sum. */
 SK_DEVICE double conclude_ce(double smooth, int64_t C, const double *sum, double level, double h,
                              double z_y) {
-    const double hard = z_y <= kLowest ? INFINITY : (h - z_y) + level;
+    const double hard = z_y <= kLowest ? INFINITY + 0 * level : (h - z_y) + level;
     const double soft = smooth != 0 ? smooth * (level + sum[ABOVE] / C) : 0;
     return (smooth != 1 ? (1 - smooth) * hard : 0) + soft;
 }
@@ -45,7 +45,7 @@ struct ce_slope {
     int64_t target;
 };
 
-/* Factor 0: no gradient, whatever the logits hold. */
+/* Factor 0: no gradient, whatever the logits hold. C classes share the smoothing. */
 template <typename real>
 SK_DEVICE ce_slope<real> ce_slope_of(double h, double level, double factor, double smooth,
                                      int64_t C, int64_t target, double z_y) {

@@ -206,9 +206,19 @@ SK_DEVICE double log_gap(double r, double log1p_r) {
     return s * (r - 2 * z * series);
 }
 
+/* The log-sum-exp of a row, from its sum against h: -inf of nothing but -inf. */
+SK_DEVICE double lse_of(double h, double temperature, double sum) {
+    return h <= kLowest ? -INFINITY + 0 * sum : h / temperature + log(sum);
+}
+
+/* A row with a side of nothing but -inf: what the contracts say of it. */
+SK_DEVICE divergence undefined(double lse_u, double lse_v) {
+    return {lse_u, lse_u == -INFINITY ? lse_v : lse_u - lse_v, NAN, NAN, false};
+}
+
 SK_DEVICE divergence conclude(const double (&sum)[SUMS], double hu, double hv, double temperature) {
     if (hu <= kLowest || hv <= kLowest)
-        return {NAN, NAN, NAN, NAN, false}; /* all classes at -inf */
+        return undefined(lse_of(hu, temperature, sum[P]), lse_of(hv, temperature, sum[Q]));
     const double gp = sum[GP] / sum[P], gq = sum[GQ] / sum[Q], r = sum[D] / sum[Q];
     const double log_ratio = fabs(r) < 0.5 ? log1p(r) : log(sum[P] / sum[Q]);
     divergence x;
