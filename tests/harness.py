@@ -143,9 +143,8 @@ def through_c(
         grad: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         forward, backward = contract(op), contract(f"{op}_backward")
-        numbers = {item.name: item.default for item in forward.items if item.is_number} | dict(
-            options
-        )
+        items = (*backward.items, *forward.items)
+        numbers = {item.name: item.default for item in items if item.is_number} | dict(options)
         for item in forward.items:
             if item.choices and isinstance(numbers[item.name], str):
                 numbers[item.name] = item.choices.index(numbers[item.name])

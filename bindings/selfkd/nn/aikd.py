@@ -227,7 +227,7 @@ class PreviousEpoch(nn.Module):
             raise ValueError(
                 f"PreviousEpoch: index is {index[outside][0].item()}, expected 0 to {samples - 1}"
             )
-        return index.to(self.current.device, torch.int64, non_blocking=True)
+        return index.to(self.current.device, torch.int64, non_blocking=True).contiguous()
 
     def get_extra_state(self) -> dict[str, int]:
         return {"epochs": self.epochs}
