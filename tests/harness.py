@@ -164,6 +164,21 @@ def through_c(
     return call
 
 
+def run_operator(backend: Backend, op: str, named: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """All outputs of an operator by name, without autograd; numbers not given have their default."""
+    of = contract(op)
+    arguments = {item.name: item.default for item in of.items if item.is_number} | dict(named)
+    if backend.call is through_torch:
+        found = getattr(torch.ops.selfkd, op)(*schema_values(op, arguments))
+        found = found if isinstance(found, tuple) else (found,)
+        return {item.name: x for item, x in zip(of.outputs, found, strict=True)}
+    outputs = poisoned_outputs(op, arguments)
+    lib = library.open_library(SIMT_LIBRARY) if backend.name == "simt" else library.library()
+    device = 2 if backend.name == "simt" else None
+    library.check(c.run(lib, op, arguments | outputs, device=device))
+    return outputs
+
+
 def backends() -> list[Any]:
     """The emulator alone where its library is given, else CPU variants, C and CUDA."""
     if SIMT_LIBRARY:

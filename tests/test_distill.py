@@ -567,3 +567,67 @@ def test_position_of_a_bad_target_in_an_image() -> None:
     values = harness.schema_values(OP, {"logits": torch.ones(2, 4, 3, 20), "target": target})
     with pytest.raises(RuntimeError, match=r"target is 9 at position \[1, 2, 17\]"):
         torch.ops.selfkd.distill(*values)
+
+
+# ---- a part of the classes, as selfkd.distributed has it ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("own", [4.0, 2.0])
+@pytest.mark.parametrize("backend", harness.backends(), ids=str)
+def test_rows_of_nothing_but_inf_keep_their_lse(
+    backend: harness.Backend, own: float, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """h is -inf where the student has none, and ratios holds the teacher's lse; the gradients are nan."""
+    harness.prepare(backend)
+    logits, teacher = (
+        3 * torch.randn(6, 50, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2)
+    )
+    logits[0], teacher[1], logits[2], teacher[2] = (-torch.inf,) * 4
+    logits[3, 7], teacher[4, 7] = NAN, NAN
+    named: dict[str, Any] = {"logits": logits, "teacher": teacher, "teacher_temperature": own}
+    named["target"] = torch.full((6,), 7)
+    named = {
+        k: x.to(backend.device) if isinstance(x, torch.Tensor) else x for k, x in named.items()
+    }
+    found = {k: x.cpu() for k, x in harness.run_operator(backend, OP, named).items()}
+    lse, lse_t = (logits.double() / 4).logsumexp(1), (teacher.double() / own).logsumexp(1)
+    h, level = found["levels"][0].double(), found["levels"][2].double()
+    mine = torch.where(h == -torch.inf, h, h / 4 + level)
+    expected = torch.where(lse == -torch.inf, lse_t, lse - lse_t)
+    torch.testing.assert_close(mine, lse, rtol=1e-6, atol=0, equal_nan=True)
+    torch.testing.assert_close(found["ratios"][0], expected, rtol=1e-6, atol=0, equal_nan=True)
+    assert found["kl_rows"][:5].isnan().all()
+    assert found["ce_rows"][[0, 2, 3]].isnan().all()
+    assert found["rows"][5].isfinite()
+    given = {k: x.to(backend.device) for k, x in found.items()}
+    given["grad"] = torch.ones(6, dtype=dtype, device=backend.device)
+    grad = harness.run_operator(backend, f"{OP}_backward", named | given)["grad_logits"]
+    assert grad[:5].isnan().all()
+    assert grad[5].isfinite().all()
+
+
+@pytest.mark.parametrize("smooth", [0.0, 0.1])
+@pytest.mark.parametrize("shape", [(9, 70), (2, 70, 33)], ids=str)
+@pytest.mark.parametrize("backend", harness.backends(), ids=str)
+def test_backward_of_a_part_is_a_part_of_backward(
+    backend: harness.Backend, shape: tuple[int, ...], smooth: float, generator: torch.Generator
+) -> None:
+    """Given what was saved of the whole, the number of all classes, and targets that are elsewhere."""
+    harness.prepare(backend)
+    tensors = {k: x.to(backend.device) for k, x in draw(*shape)(generator).items()}
+    tensors = harness.cast(tensors, OP, torch.float32, backend.device)
+    named: dict[str, Any] = {**tensors, "label_smoothing": smooth}
+    named |= harness.run_operator(backend, OP, named)
+    named["grad"] = torch.rand(tensors["target"].shape, generator=generator).to(backend.device)
+    whole = harness.run_operator(backend, f"{OP}_backward", named)["grad_logits"]
+    for start, end in ((0, 1), (1, 31), (31, 70)):
+        size = end - start
+        local = tensors["target"] - start
+        local = torch.where((local >= 0) & (local < size), local, size)
+        named["target"] = local.masked_fill(tensors["target"] == -100, -100)
+        part = {k: tensors[k][:, start:end] for k in ("logits", "teacher")}
+        found = harness.run_operator(
+            backend, f"{OP}_backward", {**named, **part, "classes": shape[1]}
+        )
+        torch.testing.assert_close(found["grad_logits"], whole[:, start:end], rtol=1e-6, atol=1e-9)

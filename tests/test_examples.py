@@ -114,3 +114,19 @@ def test_example_goes_on_from_a_checkpoint(example: str, tmp_path: Path) -> None
         curves.append(file.read_text())
     assert len(curves[0].splitlines()) == 121
     assert curves[0] == curves[1]
+
+
+def test_ddp(tmp_path: Path) -> None:
+    """One process and two, the second with fewer rows of some batches, train along one curve."""
+    curves = []
+    for processes, impl in ((1, "both"), (2, "fused")):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(processes), str(ROOT / "examples" / "ddp.py")]
+        out = run(*command, "--steps", 300, "--impl", impl, "--out", str(processes), cwd=tmp_path)
+        row = next(line for line in out.splitlines() if "held-out accuracy" in line)
+        assert min(float(word.rstrip("%")) for word in row.split() if word.endswith("%")) >= 95
+        with (tmp_path / str(processes) / "ddp.csv").open() as file:
+            curves.append([float(r["fused"]) for r in csv.DictReader(file)])
+    assert len(curves[0]) == len(curves[1]) == 300
+    assert max(abs(a / b - 1) for a, b in zip(*curves, strict=True)) < 1e-2
+    assert max(abs(a / b - 1) for a, b in list(zip(*curves, strict=True))[:50]) < 1e-5

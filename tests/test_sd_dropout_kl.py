@@ -401,3 +401,41 @@ def test_float64_against_long_double(shape: tuple[int, ...], generator: torch.Ge
 @needs_torch_backend
 def test_torch_func_is_refused_with_a_sentence(generator: torch.Generator) -> None:
     harness.check_torch_func_is_refused(OP, pair(4, 6)(generator))
+
+
+# ---- a part of the classes, as selfkd.distributed has it ----
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", harness.backends(), ids=str)
+def test_rows_of_nothing_but_inf_keep_their_lse(
+    backend: harness.Backend, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """lse(u/T), and lse(v/T) where u has none; the loss is nan, and so are the gradients."""
+    harness.prepare(backend)
+    u, v = (
+        3 * torch.randn(6, 50, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2)
+    )
+    u[0], v[1], u[2], v[2] = -INF, -INF, -INF, -INF
+    u[3, 7] = u[4] = NAN
+    v[4] = -INF
+    named = {"u": u.to(backend.device), "v": v.to(backend.device), "temperature": 3.0}
+    found = {k: x.cpu() for k, x in harness.run_operator(backend, OP, named).items()}
+    lse_u, lse_v = ((x.double() / 3).logsumexp(1) for x in (u, v))
+    lse, ratio, forward, reverse = found["saved"]
+    expected = torch.where(lse_u == -INF, lse_v, lse_u - lse_v)
+    torch.testing.assert_close(lse, lse_u, rtol=1e-6, atol=0, equal_nan=True)
+    torch.testing.assert_close(ratio, expected, rtol=1e-6, atol=0, equal_nan=True)
+    for x in (forward, reverse, found["rows"]):
+        assert x[:5].isnan().all()
+        assert x[5].isfinite()
+    for detach in (0, 1):
+        given = {k: x.to(backend.device) for k, x in found.items()}
+        named |= {
+            "grad": torch.ones(6, dtype=dtype, device=backend.device),
+            "detach_target": detach,
+        }
+        grads = harness.run_operator(backend, f"{OP}_backward", named | given)
+        for x in grads.values():
+            assert x[:5].isnan().all()
+            assert x[5].isfinite().all()
