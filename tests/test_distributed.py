@@ -184,6 +184,26 @@ def compare_rows(op: str, tensors: dict[str, torch.Tensor], options: dict[str, A
         )
 
 
+def check_tiny_masses() -> None:
+    """What rounds to 0 counts all the same: a class of mass 0 that q excludes, a row sure of its class."""
+    u, v = torch.zeros(2, 40), torch.zeros(2, 40)
+    shard(u)[0] = -1e5 if dist.get_rank() == 1 else 0.0
+    shard(v)[0, 0] = -INF if dist.get_rank() == 1 else 0.0
+    u, v = whole(shard(u), u), whole(shard(v), v)
+    for weights in ({"forward_weight": 0.0}, {"reverse_weight": 0.0}):
+        expected = selfkd.sd_dropout_kl(u, v, reduction="none", **weights)
+        found, _ = call_sharded("sd_dropout_kl", {"u": u, "v": v}, {"reduction": "none", **weights})
+        assert expected[0].isinf() == ("reverse_weight" in weights)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    logits, target = torch.zeros(2, 40), torch.tensor([3, 39])
+    logits[torch.arange(2), target] = 60.0
+    found, _ = call_sharded("distill", {"logits": logits, "target": target}, {"reduction": "none"})
+    assert (found > 0).all()
+    torch.testing.assert_close(
+        found, selfkd.distill(logits, target, reduction="none"), rtol=1e-6, atol=0
+    )
+
+
 def check_ignored_class() -> None:
     """ignore_index may be a class: it is one of whole rows, not of a shard."""
     g = torch.Generator().manual_seed(SEED)
@@ -363,6 +383,7 @@ def check_compile() -> None:
         )
         after = harness.backward_calls("sd_dropout_kl"), harness.backward_calls("distill")
         assert after == (before[0] + 2, before[1] + 2)
+        assert compiled(u, v, target + 40).isnan()  # out of range: no check of values in a graph
 
 
 # ---- FSDP ----
@@ -414,7 +435,13 @@ def check_fsdp() -> None:
 
 def checks(world: int) -> dict[str, Callable[[], None]]:
     """What the ranks of a world of that size check, by name."""
-    found = [check_excluded_shards, check_ignored_class, check_equal_rows, check_communication]
+    found = [
+        check_excluded_shards,
+        check_tiny_masses,
+        check_ignored_class,
+        check_equal_rows,
+        check_communication,
+    ]
     found += [check_sentences, check_parts_and_groups]
     if world == 2:
         found += [check_compile, check_fsdp]
