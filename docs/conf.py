@@ -33,7 +33,10 @@ napoleon_use_rtype = False
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn|np|ctypes|collections|typing)\..*"),
-    (r"py:.*", r"(Tensor|Generator|Module|Linear|dtype|Any|Callable|Mapping|Sequence|CDLL)"),
+    (
+        r"py:.*",
+        r"(Tensor|Generator|ProcessGroup|Module|Linear|dtype|Any|Callable|Mapping|Sequence|CDLL)",
+    ),
 ]
 
 

@@ -21,9 +21,9 @@
  * nothing but -inf, as in a part of the classes they may be, h is -inf, and ratios holds the
  * teacher's lse alone; the loss is NaN where logits or teacher are.
  *
- * The backward operator also serves a part of the classes, given the levels and ratios of the whole:
- * `classes` is then C of the whole (0: this is the whole), target the index in the part, or its
- * number of classes where the target is elsewhere.
+ * The backward operator also serves a part of the classes, given the levels and ratios of the
+ * whole: `classes` is then C of the whole (0: this is the whole), target the index in the part, or
+ * its number of classes where the target is elsewhere.
  *
  * Sources: Hinton, Vinyals, Dean, arXiv 1503.02531 (KD); Ji et al., "Refine Myself by Teaching
  * Myself", arXiv 2103.08273 (FRSKD, soft labels); Kim et al., arXiv 2006.12000 (PS-KD). The

@@ -10,9 +10,9 @@
  *   dl/dv = T * (-wr * q * (d + KL(q||p)) - wf * (p - q))
  *   detach_target drops the first term of each: every KL then sees its target as a constant.
  *
- * saved holds, for each row, lse(u/T), log-ratio dl = lse(u/T) - lse(v/T), KL(p||q), KL(q||p). Where u is
- * nothing but -inf, as in a part of the classes it may be, lse(v/T) stands in the place of dl; both
- * KL and the loss are NaN where either is.
+ * saved holds, for each row, lse(u/T), log-ratio dl = lse(u/T) - lse(v/T), KL(p||q), KL(q||p).
+ * Where u is nothing but -inf, as in a part of the classes it may be, lse(v/T) stands in the place
+ * of dl; both KL and the loss are NaN where u or v is.
  *
  * Source: Lee, Park, Seo, Kang: "Self-Knowledge Distillation via Dropout", arXiv 2208.05642; the
  * loss as in the authors' code, yechanp/self_kd, models/methods.py (there wf = wr = 1, T = 3,

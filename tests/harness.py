@@ -143,8 +143,9 @@ def through_c(
         grad: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         forward, backward = contract(op), contract(f"{op}_backward")
-        items = (*backward.items, *forward.items)
-        numbers = {item.name: item.default for item in items if item.is_number} | dict(options)
+        numbers = {item.name: item.default for item in forward.items if item.is_number} | dict(
+            options
+        )
         for item in forward.items:
             if item.choices and isinstance(numbers[item.name], str):
                 numbers[item.name] = item.choices.index(numbers[item.name])

@@ -91,7 +91,7 @@ def run(
     struct = arguments_struct(op)
     packed, alive = struct(struct_size=ctypes.sizeof(struct)), []
     for item in contract(op).items:
-        value = arguments.get(item.name)
+        value = arguments.get(item.name, item.default)
         if value is None or item.kind == "SCRATCH":
             continue
         if not item.is_number:

@@ -298,7 +298,9 @@ class _Checker:
 
 
 def check(contract: Contract, arguments: Mapping[str, Any]) -> _Checker:
-    """Apply the rules to the arguments of one call, by name; an absent OPT tensor is None or not there.
+    """Apply the rules to the arguments of one call, by name.
+
+    An absent OPT tensor is None or not there; a number that is not there has its default.
 
     Raises
     ------
@@ -316,9 +318,10 @@ def check(contract: Contract, arguments: Mapping[str, Any]) -> _Checker:
         if item.is_input and item.name != contract.first and arguments.get(item.name) is not None:
             checker.tensor(item)
         elif item.is_number:
-            number_rule(contract.name, item.name, arguments[item.name], item.rule)
+            number = arguments.get(item.name, item.default)
+            number_rule(contract.name, item.name, number, item.rule)
             if item.kind == "RESIZE":
-                checker.resize(item, arguments[item.name])
+                checker.resize(item, number)
     return checker
 
 
