@@ -6,6 +6,10 @@
 #                 SANITIZED="-k NAMES" restricts what compute-sanitizer sees)
 # make docs       build the documentation in build/docs; a warning is an error
 # make compat     run tests in environments of other packages; adds to a table (COMPAT="NAMES"; gigabytes)
+# make sanitize   run the tests over a library with AddressSanitizer and UBSan, the C tests also under valgrind
+# make fuzz       look for descriptors that break the C functions (MINUTES=10; needs clang)
+# make soak       mixed calls from 8 threads (MINUTES=60): results are right, memory stays flat
+# make big        tensors of more than 2^31 elements
 # make lint       check the form of Python and C
 # make clean      remove what was built (the environment in .venv stays)
 
@@ -20,6 +24,7 @@ REPORT ?= bench/results/gpu-check.txt
 SANITIZED ?=
 COMPAT ?= torchdistill
 COMPAT_TABLE ?= bench/results/compat.md
+MINUTES ?=
 SHELL := bash
 .SHELLFLAGS := -o pipefail -ec
 IN := PATH="$(abspath $(VENV))/bin:$$PATH"
@@ -27,7 +32,7 @@ IN := PATH="$(abspath $(VENV))/bin:$$PATH"
 SOURCES := $(shell find ops cpu cuda cmake bindings -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 C_FILES := $(shell find ops cpu cuda bindings tests examples -name '*.[ch]' -o -name '*.cu*' -o -name '*.cpp')
 
-.PHONY: help demo test bench results docs gpu-check compat lint clean needs-python needs-compilers needs-cmocka
+.PHONY: help demo test bench results docs sanitize fuzz soak big gpu-check compat lint clean needs-python needs-compilers needs-cmocka
 help:; @sed -n 's/^# make/make/p' Makefile
 
 demo: $(VENV)/selfkd.stamp; $(IN) python examples/sd_dropout.py
@@ -36,6 +41,10 @@ test: $(VENV)/tools.stamp | needs-cmocka
 bench: $(VENV)/selfkd.stamp; $(IN) selfkd bench $(BENCH)
 results: $(VENV)/selfkd.stamp; $(IN) python -m selfkd.bench.results
 docs: $(VENV)/tools.stamp; $(IN) python -m sphinx -W --keep-going docs build/docs
+sanitize: $(VENV)/tools.stamp | needs-cmocka; $(IN) python tests/sanitize.py
+fuzz: $(VENV)/tools.stamp | needs-cmocka; $(IN) python tests/fuzz/campaign.py $(or $(MINUTES),10)
+soak: $(VENV)/tools.stamp; $(IN) python tests/soak.py $(or $(MINUTES),60)
+big: $(VENV)/tools.stamp; $(IN) SELFKD_BIG=1 python -m pytest -n 0 tests/test_big.py
 lint: $(VENV)/tools.stamp
 	export $(IN); ruff check && ruff format --check && mypy && clang-format --dry-run -Werror $(C_FILES)
 clean:; rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache $(VENV)/selfkd.stamp

@@ -586,6 +586,13 @@ static sk_bad forward_first_bad(const void *params) {
     return bad;
 }
 
+/* What is no class would be read out of bounds; probabilities only come out wrong. */
+static sk_bad backward_first_bad(const void *params) {
+    const backward_params *p = params;
+    return sk_bad_target(&p->target, p->ignore_index, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S),
+                         offsetof(backward_params, target));
+}
+
 /* ---- the kernels ---- */
 
 static sk_work forward_work(const void *params) {
@@ -620,4 +627,5 @@ static void distill_backward_rows(const void *params, int64_t begin, int64_t end
 
 const sk_cpu_kernel SK_CPU(distill) = {forward_work, distill_rows, forward_finish,
                                        forward_first_bad};
-const sk_cpu_kernel SK_CPU(distill_backward) = {backward_work, distill_backward_rows, NULL, NULL};
+const sk_cpu_kernel SK_CPU(distill_backward) = {backward_work, distill_backward_rows, NULL,
+                                                backward_first_bad};

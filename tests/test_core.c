@@ -138,6 +138,85 @@ static void descriptors(void **state) {
     assert_int_equal(selfkd_sd_dropout_kl(NULL, NULL), SELFKD_ERROR_VALUE);
 }
 
+static void memory(void **state) {
+    call *const c = *state;
+    int64_t strides[2] = {C, INT64_MAX / 8}, none[2] = {0, 1}, gaps[1] = {2}, row[2] = {0, -1};
+    c->t_u.strides = strides;
+    refused(c, SELFKD_ERROR_VALUE,
+            "sd_dropout_kl: u has strides or a byte_offset that leave the address space");
+    c->t_u.strides = none; /* inputs may share their memory */
+    assert_int_equal(selfkd_sd_dropout_kl(&c->args, NULL), SELFKD_OK);
+    c->t_u.strides = NULL;
+    c->t_u.byte_offset = UINT64_MAX - 3;
+    refused(c, SELFKD_ERROR_VALUE,
+            "sd_dropout_kl: u has strides or a byte_offset that leave the address space");
+    c->t_u.byte_offset = 2;
+    refused(c, SELFKD_ERROR_VALUE,
+            "sd_dropout_kl: u has data that is not aligned to its elements of 4 bytes");
+    c->t_u.byte_offset = 0;
+    c->t_rows.strides = gaps;
+    refused(c, SELFKD_ERROR_VALUE,
+            "sd_dropout_kl: rows has stride 2 in dimension 0, expected 1, of a contiguous tensor");
+    c->t_rows.strides = NULL;
+    c->t_rows.data = &c->u[N * C - N];
+    refused(c, SELFKD_ERROR_VALUE,
+            "sd_dropout_kl: rows shares memory with u, expected memory of its own");
+    c->t_rows.data = c->rows;
+    c->t_loss.data = &c->rows[N - 1];
+    refused(c, SELFKD_ERROR_VALUE,
+            "sd_dropout_kl: rows shares memory with loss, expected memory of its own");
+    c->t_loss.data = &c->loss;
+    c->t_u.ndim = INT32_MAX; /* its shape is not read */
+    refused(c, SELFKD_ERROR_VALUE,
+            "sd_dropout_kl: u has 2147483647 dimensions, expected at most 8");
+    c->t_u.ndim = 2;
+    row[0] = C; /* classes from last to first */
+    c->t_u.strides = c->t_v.strides = row;
+    c->t_u.data = &c->u[C - 1], c->t_v.data = &c->v[C - 1];
+    assert_int_equal(selfkd_sd_dropout_kl(&c->args, NULL), SELFKD_OK);
+}
+
+/* Gradients may lie between each other, in blocks of columns, but not in each other. */
+static void gradients_side_by_side(void **state) {
+    call *const c = *state;
+    static float both[2 * N * C];
+    int64_t wide[2] = {2 * C, 1}, same[2] = {0, 1};
+    selfkd_tensor first = c->t_u, second = c->t_u;
+    first.data = both, first.strides = second.strides = wide;
+    assert_int_equal(selfkd_sd_dropout_kl(&c->args, NULL), SELFKD_OK);
+    float one = 1;
+    const selfkd_tensor grad = tensor(&one, 0, NULL, 32);
+    const selfkd_sd_dropout_kl_backward_args args = {.struct_size = sizeof args,
+                                                     .grad = &grad,
+                                                     .u = &c->t_u,
+                                                     .v = &c->t_v,
+                                                     .saved = &c->t_saved,
+                                                     .denominator = &c->t_denominator,
+                                                     .temperature = 3,
+                                                     .forward_weight = 1,
+                                                     .reverse_weight = 1,
+                                                     .grad_u = &first,
+                                                     .grad_v = &second};
+    second.data = both + C;
+    assert_int_equal(selfkd_sd_dropout_kl_backward(&args, NULL), SELFKD_OK);
+    second.data = both + C - 1;
+    assert_int_equal(selfkd_sd_dropout_kl_backward(&args, NULL), SELFKD_ERROR_VALUE);
+    assert_string_equal(
+        selfkd_message(),
+        "sd_dropout_kl_backward: grad_v shares memory with grad_u, expected memory of its own");
+    second.data = both + C + 1; /* its last class is the next row's first */
+    assert_int_equal(selfkd_sd_dropout_kl_backward(&args, NULL), SELFKD_ERROR_VALUE);
+    int64_t reversed[2] = {2 * C, -1};
+    second.data = both + C;
+    first.data = both + C - 1, first.strides = reversed;
+    assert_int_equal(selfkd_sd_dropout_kl_backward(&args, NULL), SELFKD_OK);
+    second.strides = same;
+    assert_int_equal(selfkd_sd_dropout_kl_backward(&args, NULL), SELFKD_ERROR_VALUE);
+    assert_string_equal(selfkd_message(),
+                        "sd_dropout_kl_backward: grad_v has elements that share "
+                        "memory, expected memory of its own");
+}
+
 static void byte_offset_is_honoured(void **state) {
     call *const c = *state;
     assert_int_equal(selfkd_sd_dropout_kl(&c->args, NULL), SELFKD_OK);
@@ -240,6 +319,8 @@ int main(void) {
         TEST(version_and_catalogue),
         TEST(value_of_a_row),
         TEST(descriptors),
+        TEST(memory),
+        TEST(gradients_side_by_side),
         TEST(byte_offset_is_honoured),
         TEST(cuda_is_refused_without_kernels),
         TEST(pool_gives_the_same_bits),

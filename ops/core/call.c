@@ -109,7 +109,10 @@ int sk_call_from_c(const sk_op *op, const void *args, void *stream) {
             return missing(op, it->name);
     }
     int status = sk_check(&call);
-    for (int i = 0; i < op->count && !status; i++)
-        if (op->items[i].kind == SK_OUT || op->items[i].kind == SK_LIKE) status = sk_bind(&call, i);
+    for (int i = 0; i < op->count && !status; i++) {
+        if (!sk_is_output(&op->items[i])) continue;
+        status = sk_bind(&call, i);
+        if (!status) status = sk_check_own_memory(&call, i);
+    }
     return status ? status : sk_run(&call, stream);
 }

@@ -219,33 +219,21 @@ static int check_sizes(sk_call *call, int item, const char *shape) {
     return SELFKD_OK;
 }
 
-/* What only a C caller can get wrong: a descriptor that describes no memory. */
-static int check_descriptor(const sk_call *call, int item) {
-    const selfkd_tensor *const t = &call->tensor[item];
-    const char *const op = call->op->name, *const name = call->op->items[item].name;
-    if (t->ndim < 0 || (t->ndim > 0 && !t->shape))
-        return sk_fail(SELFKD_ERROR_VALUE, "%s: %s is no tensor (ndim %d)", op, name, t->ndim);
-    int64_t count = 1;
-    for (int k = 0; k < t->ndim; k++) {
-        if (t->shape[k] < 0 || __builtin_mul_overflow(count, t->shape[k], &count))
-            return sk_fail(SELFKD_ERROR_VALUE,
-                           "%s: %s has size %lld in dimension %d, which is negative or too large",
-                           op, name, (long long)t->shape[k], k);
-    }
-    if (count > 0 && !t->data) return sk_fail(SELFKD_ERROR_VALUE, "%s: %s has no data", op, name);
-    return SELFKD_OK;
-}
-
 static int check_tensor(sk_call *call, int item) {
     const sk_item *const it = &call->op->items[item];
-    int status = check_descriptor(call, item);
-    if (!status) status = check_dtype(call, item);
+    int status = check_dtype(call, item);
     if (!status) status = check_device(call, item);
+    if (!status) status = sk_check_descriptor(call, item);
     if (status || (it->kind == SK_GRAD && call->tensor[item].ndim == 0)) return status;
     const char *const shape =
         it->kind == SK_LIKE ? call->op->items[find(call->op, it->shape)].shape : it->shape;
     status = check_rank(call, item, shape);
-    return status ? status : check_sizes(call, item, shape);
+    if (!status) status = check_sizes(call, item, shape);
+    const int64_t classes = call->params.dims.size['C' - 'A'];
+    if (!status && it->rule == SK_INDEX && classes > INT32_MAX) /* what kernels keep of a class */
+        return sk_fail(SELFKD_ERROR_VALUE, "%s: %s has %lld classes, expected at most %d",
+                       call->op->name, it->name, (long long)classes, INT32_MAX);
+    return status;
 }
 
 /* ---- numbers ---- */
@@ -353,29 +341,6 @@ int sk_fail_value(const sk_call *call, int item, int64_t row, double value) {
 
 /* ---- a call ---- */
 
-static bool is_input(const sk_item *it) { return it->kind <= SK_GRAD; }
-
-/* What is written over has memory of its own for each element. */
-static int check_own_memory(const sk_call *call, int item) {
-    const selfkd_tensor *const t = &call->tensor[item];
-    const char *const data = (const char *)t->data + t->byte_offset, *const op = call->op->name;
-    for (int k = 0; k < t->ndim; k++)
-        if (t->shape[k] == 0) return SELFKD_OK;
-    for (int k = 0; k < t->ndim && t->strides; k++)
-        if (t->shape[k] > 1 && t->strides[k] == 0)
-            return sk_fail(
-                SELFKD_ERROR_VALUE,
-                "%s: %s has stride 0 in dimension %d, expected one that can be written over", op,
-                call->op->items[item].name, k);
-    for (int i = 0; i < item; i++)
-        if (call->op->items[i].kind == SK_INOUT &&
-            (const char *)call->tensor[i].data + call->tensor[i].byte_offset == data)
-            return sk_fail(SELFKD_ERROR_VALUE,
-                           "%s: %s is %s, expected one that can be written over", op,
-                           call->op->items[item].name, call->op->items[i].name);
-    return SELFKD_OK;
-}
-
 /* The contract's order, but the first FLOATING tensor comes before those that are measured by it.
  */
 int sk_check(sk_call *call) {
@@ -387,7 +352,7 @@ int sk_check(sk_call *call) {
     int status = check_tensor(call, call->first);
     for (int i = 0; i < op->count && !status; i++) {
         const sk_item *const it = &op->items[i];
-        if (is_input(it) && i != call->first && call->tensor[i].ndim != SK_ABSENT)
+        if (sk_is_input(it) && i != call->first && call->tensor[i].ndim != SK_ABSENT)
             status = check_tensor(call, i);
         if (it->kind >= SK_REAL) {
             status = check_number(call, i);
@@ -396,8 +361,8 @@ int sk_check(sk_call *call) {
         }
     }
     for (int i = 0; i < op->count && !status; i++) {
-        if (is_input(&op->items[i])) status = sk_bind(call, i);
-        if (op->items[i].kind == SK_INOUT && !status) status = check_own_memory(call, i);
+        if (sk_is_input(&op->items[i])) status = sk_bind(call, i);
+        if (op->items[i].kind == SK_INOUT && !status) status = sk_check_own_memory(call, i);
     }
     return status;
 }
@@ -464,10 +429,9 @@ void sk_output_like(const sk_call *call, int item, sk_shape *out) {
         for (int k = fixed_rank(call->op->items[call->trailing].shape); k < t->ndim; k++)
             out->size[out->ndim++] = t->shape[k];
     }
-    int64_t next = 1;
     for (int k = out->ndim - 1; k >= 0; k--) {
-        out->stride[k] = next;
-        next *= out->size[k] > 1 ? out->size[k] : 1;
+        const int64_t inner = k + 1 < out->ndim ? out->size[k + 1] : 1;
+        out->stride[k] = k + 1 < out->ndim ? out->stride[k + 1] * (inner > 1 ? inner : 1) : 1;
     }
 }
 
@@ -478,6 +442,22 @@ bool sk_is_absent(const sk_call *call, int item) {
     return call->tensor[of].ndim == SK_ABSENT;
 }
 
+/* Kernels write outputs one element after the other. */
+static int check_compact(const sk_call *call, int item) {
+    const selfkd_tensor *const t = &call->tensor[item];
+    int64_t expected = 1;
+    for (int k = t->ndim - 1; k >= 0 && sk_data(t); k--) {
+        if (t->shape[k] > 1 && t->strides[k] != expected)
+            return sk_fail(SELFKD_ERROR_VALUE,
+                           "%s: %s has stride %lld in dimension %d, expected %lld, of a contiguous "
+                           "tensor",
+                           call->op->name, call->op->items[item].name, (long long)t->strides[k], k,
+                           (long long)expected);
+        expected *= t->shape[k];
+    }
+    return SELFKD_OK;
+}
+
 /* Enters a tensor in the kernel's parameters: its address, dtype, and a stride for each character
  * of its shape. */
 int sk_bind(sk_call *call, int item) {
@@ -485,21 +465,23 @@ int sk_bind(sk_call *call, int item) {
     const selfkd_tensor *const t = &call->tensor[item];
     sk_arg *const arg = (sk_arg *)(call->params.bytes + it->in_params);
     if (sk_is_absent(call, item)) return SELFKD_OK;
-    const bool output = it->kind == SK_OUT || it->kind == SK_LIKE;
-    int status = output ? check_tensor(call, item) : SELFKD_OK;
+    int status = sk_is_output(it) ? check_tensor(call, item) : SELFKD_OK;
+    if (!status && it->kind == SK_OUT) status = check_compact(call, item);
     if (status) return status;
-    arg->data = arg; /* an empty tensor's; NULL means absent */
-    if (t->data) arg->data = (char *)t->data + t->byte_offset;
+    char *const data = sk_data(t);
+    arg->data = data ? data : (void *)arg; /* an empty tensor's; NULL means absent */
     arg->dtype = (int32_t)sk_dtype_of(t->dtype);
     int fixed = t->ndim;
     if (it->kind == SK_LIKE || has_trailing(it->shape)) fixed = t->ndim - trailing_rank(call);
     if (it->kind == SK_GRAD && t->ndim == 0) return SELFKD_OK;
     for (int k = 0; k < fixed; k++) arg->stride[k] = t->strides[k];
     if (fixed < t->ndim) arg->stride[fixed] = 1;
-    int64_t expected = -1; /* the stride that would continue the dimensions merged so far */
+    if (!data) return SELFKD_OK;
+    bool merged = false;
+    int64_t expected = 0; /* the stride that would continue the dimensions merged so far */
     for (int k = t->ndim - 1; k >= fixed; k--) {
         if (t->shape[k] == 1) continue;
-        if (expected < 0)
+        if (!merged)
             arg->stride[fixed] = t->strides[k];
         else if (t->strides[k] != expected)
             return sk_fail(
@@ -507,6 +489,7 @@ int sk_bind(sk_call *call, int item) {
                 "%s: %s has trailing dimensions whose strides cannot be merged; make it contiguous",
                 call->op->name, it->name);
         expected = t->strides[k] * t->shape[k];
+        merged = true;
     }
     return SELFKD_OK;
 }

@@ -34,7 +34,7 @@ static _Atomic int isa = -1;
  */
 static bool runs(enum sk_isa level) {
     if (level != SK_ISA_BASE && !sk_ops[0]->cpu[level]) return false;
-#ifdef __x86_64__
+#ifdef SK_WITH_LEVELS
     __builtin_cpu_init();
     if (level == SK_ISA_V3) return __builtin_cpu_supports("x86-64-v3");
     if (level == SK_ISA_V4) return __builtin_cpu_supports("x86-64-v4");

@@ -47,6 +47,11 @@ typedef struct sk_call {
     } params;
 } sk_call;
 
+static inline bool sk_is_input(const sk_item *it) { return it->kind <= SK_GRAD; }
+static inline bool sk_is_output(const sk_item *it) {
+    return it->kind == SK_OUT || it->kind == SK_LIKE;
+}
+
 typedef struct sk_shape {
     int32_t ndim;
     selfkd_dtype dtype;
@@ -57,6 +62,9 @@ typedef struct sk_shape {
 int sk_check(sk_call *call);
 void sk_output_like(const sk_call *call, int item, sk_shape *shape);
 bool sk_is_absent(const sk_call *call, int item);
+char *sk_data(const selfkd_tensor *tensor);
+int sk_check_descriptor(const sk_call *call, int item);
+int sk_check_own_memory(const sk_call *call, int item);
 int sk_bind(sk_call *call, int item);
 int sk_run(sk_call *call, void *stream);
 int sk_fail_value(const sk_call *call, int item, int64_t row, double value);
