@@ -586,10 +586,12 @@ static sk_bad forward_first_bad(const void *params) {
     return bad;
 }
 
-/* What is no class would be read out of bounds; probabilities only come out wrong. */
+/* What is no class would be read out of bounds; probabilities only come out wrong. In a part of the
+ * classes, C stands for one that is elsewhere. */
 static sk_bad backward_first_bad(const void *params) {
     const backward_params *p = params;
-    return sk_bad_target(&p->target, p->ignore_index, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S),
+    const int64_t C = SK_DIM(p, C) + (p->classes != 0);
+    return sk_bad_target(&p->target, p->ignore_index, SK_DIM(p, N), C, SK_DIM(p, S),
                          offsetof(backward_params, target));
 }
 
