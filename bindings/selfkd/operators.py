@@ -12,6 +12,7 @@ from operator import itemgetter
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from . import contract as contracts
 from . import library
@@ -88,6 +89,27 @@ def register_fake(op: str) -> None:
         return results if len(results) > 1 else results[0]
 
     torch.library.register_fake(f"selfkd::{of.name}", fake, lib=_registry())
+
+
+def refuse_transforms(op: str, values: Sequence[Any]) -> None:
+    """Raise where PyTorch wants a derivative that the operator has not, and would take 0 for it.
+
+    That is forward-mode, whose tangents no operator but PyTorch's own sees, and torch.func, which
+    does not see into registered gradients.
+    """
+    forward, function = (
+        forward_ad._current_level >= 0,
+        torch._C._are_functorch_transforms_active(),
+    )
+    if not forward and not function:
+        return
+    tensors = [x for x in values if isinstance(x, torch.Tensor)]
+    if (function and torch._C._any_requires_grad(*tensors)) or (
+        forward and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    ):
+        raise RuntimeError(
+            f"{op} has no derivative for forward-mode or torch.func; selfkd.reference.{op} has both"
+        ) from None
 
 
 def register_private(op: str) -> None:
@@ -266,6 +288,7 @@ def register(op: str, reference: Callable[..., torch.Tensor]) -> Operator:
     run = getattr(torch.ops.selfkd, op).default
 
     def autograd(*values: Any) -> tuple[torch.Tensor, ...]:
+        refuse_transforms(op, values)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*values):
             return gradient.apply(True, values, *plan.get_live(values))  # type: ignore[no-any-return, no-untyped-call]
         with _below_autograd():
@@ -330,6 +353,7 @@ class Operator:
 
     def _explain(self, error: RuntimeError, values: tuple[Any, ...]) -> None:
         """Raise ValueError or TypeError with the operator's sentence if it is about an argument."""
+        refuse_transforms(self._of.name, values)
         contracts.check(self._of, by_name(self._of, values))
         sentence = library.text("selfkd_message")
         if sentence and sentence in str(error):  # about a value, which only the kernel sees

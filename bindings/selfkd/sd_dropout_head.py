@@ -392,6 +392,7 @@ class _Gradient(torch.autograd.Function):
 
 
 def _autograd(*values: Any) -> tuple[torch.Tensor, ...]:
+    operators.refuse_transforms(_OP, values)
     live = values[:_LIVE]
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in live):
         return _Gradient.apply(values, *live)  # type: ignore[no-any-return, no-untyped-call]
