@@ -516,9 +516,3 @@ def check_saved_bytes(op: str, tensors: Mapping[str, torch.Tensor], rows: int) -
     inputs = {x.data_ptr() for x in given.values()}
     own = {x.data_ptr(): x.nbytes for x in kept if x.data_ptr() not in inputs}
     assert sum(own.values()) <= 32 * rows + 8
-
-
-def check_torch_func_is_refused(op: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """torch.func transforms raise a sentence."""
-    with pytest.raises(RuntimeError, match=r"torch\.func|functorch|vmap"):
-        torch.func.grad(getattr(selfkd, op))(*tensors.values())

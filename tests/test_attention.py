@@ -332,11 +332,6 @@ def test_memory_for_backward_is_at_most_32_bytes_a_position(
 
 
 @needs_torch_backend
-def test_torch_func_is_refused_with_a_sentence(generator: torch.Generator) -> None:
-    harness.check_torch_func_is_refused(OP, pair(4, 6, 5)(generator))
-
-
-@needs_torch_backend
 def test_the_authors_loss(generator: torch.Generator) -> None:
     """at and at_loss of szagoruyko/attention-transfer, which FRSKD's code takes over."""
 

@@ -256,13 +256,6 @@ def test_memory_for_backward_is_at_most_32_bytes_a_row(generator: torch.Generato
     harness.check_saved_bytes(OP, example(generator, 64, 1000), rows=64)
 
 
-@needs_torch_backend
-def test_torch_func_is_refused_with_a_sentence(generator: torch.Generator) -> None:
-    harness.check_torch_func_is_refused(
-        OP, {"logits": torch.ones(2, 3), "target": torch.ones(2).long()}
-    )
-
-
 # ---- values ----
 
 

@@ -344,12 +344,6 @@ def test_nothing_but_the_inputs_is_saved(generator: torch.Generator) -> None:
 
 
 @needs_torch_backend
-def test_torch_func_is_refused_with_a_sentence(generator: torch.Generator) -> None:
-    tensors = batch(4, 6)(generator)
-    harness.check_torch_func_is_refused(OP, {name: tensors[name] for name in ("features", "seed")})
-
-
-@needs_torch_backend
 def test_sd_dropout_of_the_views(generator: torch.Generator) -> None:
     """One product of the stacked views is the three logits of SD-Dropout, and backward that of F.dropout."""
     tensors = batch(6, 40)(generator)

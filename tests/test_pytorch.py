@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import importlib
 import io
-import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,10 @@ def batch_dimension(*ops: str) -> Any:
     """The dimensions that change with n, as torch.export wants them."""
     n = torch.export.Dim("n", min=2, max=1000)
     shapes = [
-        [{k: n for k in range(x.ndim) if x.shape[k] != y.shape[k]} for x, y in zip(*two, strict=True)]
+        [
+            {k: n for k in range(x.ndim) if x.shape[k] != y.shape[k]}
+            for x, y in zip(*two, strict=True)
+        ]
         for two in zip(batch(6, *ops), batch(7, *ops), strict=True)
     ]
     return (shapes,)
@@ -208,44 +211,68 @@ def test_vmap_of_values(op: str, one_seed: None) -> None:
     assert equal(found, [call(*tensors) for tensors in drawn])
 
 
-class Worker(torch.utils.data.Dataset):
+@each_operator
+def test_batched_gradients(op: str, one_seed: None) -> None:
+    """Several incoming gradients at once, as for a Jacobian."""
+    torch.manual_seed(6)
+    live, fixed = CALLS[op].tensors(6)
+    result = CALLS[op].call(getattr(selfkd, op), *live, *fixed)
+    incoming = torch.randn(3, *result.shape)
+    expected = [torch.autograd.grad(result, live, x, retain_graph=True) for x in incoming]
+    found = torch.autograd.grad(result, live, incoming, is_grads_batched=True)
+    assert equal(found, [torch.stack(x) for x in zip(*expected, strict=True)])
+
+
+MANY = 5000  # rows that are shared out among threads
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+class Worker(torch.utils.data.Dataset[list[Tensor]]):
     def __len__(self) -> int:
         return len(CALLS)
 
     def __getitem__(self, k: int) -> list[Tensor]:
-        return samples.run(list(CALLS)[k], 200)
+        return samples.run(list(CALLS)[k], MANY)
 
 
-def test_in_a_forked_worker_after_use() -> None:
+def test_in_a_forked_worker_after_use(two_threads: None) -> None:
     """Forward and backward in a DataLoader's worker, whose parent has used its threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        expected = [samples.run(op, 200) for op in CALLS]
-        loader = DataLoader(
-            Worker(), batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60
-        )
-        for found, right in zip(loader, expected, strict=True):
-            assert equal(found, right)
-    finally:
-        torch.set_num_threads(before)
+    for op in CALLS:
+        samples.run(op, MANY)
+    torch.set_num_threads(1)  # as workers do; the head's bits depend on it
+    expected = [samples.run(op, MANY) for op in CALLS]
+    loader = DataLoader(
+        Worker(), batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60
+    )
+    for found, right in zip(loader, expected, strict=True):
+        assert equal(found, right)
 
 
-def test_threads_at_once(one_seed: None) -> None:
+def test_threads_at_once(one_seed: None, two_threads: None) -> None:
     """Six threads with tensors of their own: the bits of one after the other."""
     torch.manual_seed(0)
-    problems = [(op, *CALLS[op].tensors(n)) for n in (3, 50, 200) for op in CALLS]
+    problems = [(op, *CALLS[op].tensors(n)) for n in (3, 100, MANY) for op in CALLS]
 
     def work(turn: int) -> list[Tensor]:
+        """Results and gradients of all problems; each turn begins with another one."""
         found: dict[int, list[Tensor]] = {}
         for k in range(len(problems)):
-            op, live, fixed = problems[at := (k + 4 * turn) % len(problems)]
+            at = (k + 4 * turn) % len(problems)
+            op, live, fixed = problems[at]
             live = [x.detach().clone().requires_grad_() for x in live]
             result = CALLS[op].call(getattr(selfkd, op), *live, *fixed)
             found[at] = [result.detach(), *torch.autograd.grad(total(result), live)]
         return [x for k in range(len(problems)) for x in found[k]]
 
-    expected = work(0)
+    with ThreadPoolExecutor(1) as pool:
+        expected = pool.submit(work, 0).result()
     with ThreadPoolExecutor(6) as pool:
         for found in pool.map(work, range(12)):
             assert equal(found, expected)

@@ -398,11 +398,6 @@ def test_float64_against_long_double(shape: tuple[int, ...], generator: torch.Ge
     assert np.abs(found.numpy() / expected - 1).max() < 1e-12
 
 
-@needs_torch_backend
-def test_torch_func_is_refused_with_a_sentence(generator: torch.Generator) -> None:
-    harness.check_torch_func_is_refused(OP, pair(4, 6)(generator))
-
-
 # ---- a part of the classes, as selfkd.distributed has it ----
 
 

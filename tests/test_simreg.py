@@ -354,11 +354,6 @@ def test_memory_for_backward_is_at_most_32_bytes_a_row(generator: torch.Generato
 
 
 @needs_torch_backend
-def test_torch_func_is_refused_with_a_sentence(generator: torch.Generator) -> None:
-    harness.check_torch_func_is_refused(OP, pair(4, 6)(generator))
-
-
-@needs_torch_backend
 def test_the_authors_loss(generator: torch.Generator) -> None:
     """regress_loss of the paper's code: 2 - 2 <x_hat, t_hat>, mean over the batch."""
     x, t = pair(8, 40)(generator).values()

@@ -91,21 +91,23 @@ def register_fake(op: str) -> None:
     torch.library.register_fake(f"selfkd::{of.name}", fake, lib=_registry())
 
 
+def _tangent(x: torch.Tensor) -> torch.Tensor | None:
+    return forward_ad.unpack_dual(x).tangent  # type: ignore[no-any-return, no-untyped-call]
+
+
 def refuse_transforms(op: str, values: Sequence[Any]) -> None:
     """Raise where PyTorch wants a derivative that the operator has not, and would take 0 for it.
 
     That is forward-mode, whose tangents no operator but PyTorch's own sees, and torch.func, which
     does not see into registered gradients.
     """
-    forward, function = (
-        forward_ad._current_level >= 0,
-        torch._C._are_functorch_transforms_active(),
-    )
+    forward = forward_ad._current_level >= 0
+    function = torch._C._are_functorch_transforms_active()
     if not forward and not function:
         return
     tensors = [x for x in values if isinstance(x, torch.Tensor)]
     if (function and torch._C._any_requires_grad(*tensors)) or (
-        forward and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+        forward and any(_tangent(x) is not None for x in tensors)
     ):
         raise RuntimeError(
             f"{op} has no derivative for forward-mode or torch.func; selfkd.reference.{op} has both"
