@@ -154,9 +154,8 @@ class _Head:
         # room for 64 times the largest weight of a row.
         self.scale: torch.Tensor | None = None
         if self.mixed and features.dtype == torch.float16:
-            largest = torch.cat(
-                [kept.to(self.acc).abs(), kept.new_tensor([1e-30], dtype=self.acc)]
-            ).amax()
+            least = torch.full((1,), 1e-30, dtype=self.acc, device=kept.device)
+            largest = torch.cat([kept.to(self.acc).abs(), least]).amax()
             self.scale = torch.exp2(torch.floor(torch.log2(1024 / largest)))
 
     def views(
