@@ -1,7 +1,7 @@
 /* Dropout views on the GPU: one kernel forward, one backward. Masks in ops/dropout_views.h; threads
  * with four or more neighbouring elements draw one counter for each four. */
-#include "core/device.cuh"
 #include "core/philox.h"
+#include "core/rows.cuh"
 #include "dropout_views.h"
 
 extern "C" {
@@ -38,12 +38,12 @@ SK_DEVICE uint64_t first_of(const Params *p, int64_t n) {
 
 /* Leaves views. */
 template <typename T, int kGroup, int kVec>
-__global__ void __launch_bounds__(SK_BLOCK)
+__global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
     dropout_views_kernel(const forward_params params, const sk_dropout dropout) {
     const forward_params *const p = &params;
     const int64_t N = SK_DIM(p, N), C = SK_DIM(p, C), stride = p->views.stride[2];
     for (int64_t n = sk_first_row<kGroup>(); n < N; n += sk_row_step<kGroup>()) {
-        for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
+        SK_ROLLED for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
             sk_real<T> x[sk_items<T>], y[sk_items<T>];
             sk_load<T, kGroup, kVec>(sk_row<T>(p->features, n, 0), p->features.stride[1], base, C,
                                      0, x);
@@ -59,12 +59,12 @@ __global__ void __launch_bounds__(SK_BLOCK)
 
 /* Leaves grad_features. */
 template <typename T, int kGroup, int kVec>
-__global__ void __launch_bounds__(SK_BLOCK)
+__global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
     dropout_views_backward_kernel(const backward_params params, const sk_dropout dropout) {
     const backward_params *const p = &params;
     const int64_t N = SK_DIM(p, N), C = SK_DIM(p, C), stride = p->grad.stride[2];
     for (int64_t n = sk_first_row<kGroup>(); n < N; n += sk_row_step<kGroup>()) {
-        for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
+        SK_ROLLED for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
             sk_real<T> g[sk_items<T>], sum[sk_items<T>];
             sk_load<T, kGroup, kVec>(sk_cell<T>(p->grad, 0, n, 0), stride, base, C, 0, sum);
             SK_UNROLL for (int k = 0; k < SAMPLES; k++) {

@@ -1,6 +1,6 @@
 /* SimReg on the GPU: one kernel forward, one backward, each reading the features once. Formulas in
  * ops/simreg.h; computed in double, for the reasons in cpu/simreg.c. */
-#include "core/device.cuh"
+#include "core/rows.cuh"
 #include "simreg.h"
 
 extern "C" {
@@ -92,7 +92,8 @@ SK_DEVICE void finish(const forward_params &p, const double (&total)[2]) {
 
 /* Leaves rows and saved; the block that ends last leaves loss and denominator. */
 template <typename T, int kGroup, int kVec>
-__global__ void __launch_bounds__(SK_BLOCK, 3) simreg_kernel(const forward_params params) {
+__global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
+    simreg_kernel(const forward_params params) {
     typedef sk_real<T> real;
     const forward_params *const p = &params;
     const int64_t S = SK_DIM(p, S), count = SK_DIM(p, N) * S;
@@ -138,7 +139,7 @@ SK_DEVICE slope slope_of(const backward_params &p, int64_t n, int64_t s) {
 
 /* Leaves grad_student; exactly 0 for equal rows. */
 template <typename T, int kGroup, int kVec>
-__global__ void __launch_bounds__(SK_BLOCK, 3)
+__global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
     simreg_backward_kernel(const backward_params params) {
     typedef sk_real<T> real;
     const backward_params *const p = &params;
@@ -146,7 +147,7 @@ __global__ void __launch_bounds__(SK_BLOCK, 3)
     for (int64_t row = sk_first_row<kGroup>(); row < count; row += sk_row_step<kGroup>()) {
         const int64_t n = row / S, s = row % S;
         const slope k = slope_of<real>(params, n, s);
-        for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
+        SK_ROLLED for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
             real x[sk_items<T>], t[sk_items<T>];
             sk_load<T, kGroup, kVec>(sk_row<T>(p->student, n, s), p->student.stride[1], base, C, 0,
                                      x);

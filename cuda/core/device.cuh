@@ -1,9 +1,5 @@
-/* How kernels talk to the hardware: launches, rows of memory, reductions, dtypes. Kernels use
- * nothing else.
- *
- * A row of C classes is read by a group of kGroup threads: 1 (neighbouring threads have
- * neighbouring rows), 32 (a warp) or SK_BLOCK (a block). In one step each thread of the group takes
- * sk_items<T> elements. */
+/* How kernels talk to the hardware: launches, dtypes, registers, accesses, reductions. Kernels use
+ * nothing else; core/rows.cuh is made of it. */
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -13,8 +9,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#include <initializer_list>
 
 #include "core/contract.h"
 
@@ -29,12 +23,14 @@ enum { SK_WARP = 32, SK_BLOCK = 256 };
 #define SK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
     (kernel)<<<(grid), (block), (shared_bytes), (cudaStream_t)(stream)>>>(__VA_ARGS__)
 #define SK_UNROLL _Pragma("unroll")
+#define SK_ROLLED _Pragma("unroll 1")
 #define SK_SHARED(type, name, count) __shared__ type name[count]
 #define SK_SHARED_DYNAMIC(type, name) extern __shared__ type name[]
 #else
 #define SK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
     simt_launch((grid), (block), (shared_bytes), (stream), [=] { (kernel)(__VA_ARGS__); })
 #define SK_UNROLL
+#define SK_ROLLED
 #define SK_SHARED(type, name, count) \
     static char name##_key;          \
     type *const name = (type *)simt_shared(&name##_key, sizeof(type) * (count))
@@ -88,42 +84,57 @@ SK_DEVICE void sk_narrow(float x, __nv_bfloat16 *to) { *to = __float2bfloat16_rn
 SK_DEVICE void sk_narrow(float x, float *to) { *to = x; }
 SK_DEVICE void sk_narrow(double x, double *to) { *to = x; }
 
-/* ---- where things are ---- */
-
-/* A row of an "NC*" tensor; a cell of an "N*" tensor; a cell of the k-th "N*" tensor of a "4N*". */
-template <typename T>
-SK_DEVICE T *sk_row(const sk_arg &x, int64_t n, int64_t s) {
-    return (T *)x.data + n * x.stride[0] + s * x.stride[2];
+/* Two neighbours of a two-byte dtype, the first in the low half. */
+SK_DEVICE unsigned sk_narrow_two(float first, float second, __half *) {
+    unsigned word;
+#ifdef __CUDA_ARCH__
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+#else
+    const __half two[2] = {__float2half_rn(first), __float2half_rn(second)};
+    memcpy(&word, two, sizeof word);
+#endif
+    return word;
 }
-template <typename T>
-SK_DEVICE T *sk_cell(const sk_arg &x, int64_t n, int64_t s) {
-    return (T *)x.data + n * x.stride[0] + s * x.stride[1];
-}
-template <typename T>
-SK_DEVICE T *sk_cell(const sk_arg &x, int k, int64_t n, int64_t s) {
-    return (T *)x.data + k * x.stride[0] + n * x.stride[1] + s * x.stride[2];
-}
-
-/* A weight is BOOL or ACC, and absent means 1. */
-template <typename real>
-SK_DEVICE real sk_weight(const sk_arg &weight, int64_t n, int64_t s) {
-    if (!weight.data) return 1;
-    if (weight.dtype == SK_DT_BOOL) return *sk_cell<uint8_t>(weight, n, s) != 0;
-    return *sk_cell<real>(weight, n, s);
+SK_DEVICE unsigned sk_narrow_two(float first, float second, __nv_bfloat16 *) {
+    unsigned word;
+#ifdef __CUDA_ARCH__
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+#else
+    const __nv_bfloat16 two[2] = {__float2bfloat16_rn(first), __float2bfloat16_rn(second)};
+    memcpy(&word, two, sizeof word);
+#endif
+    return word;
 }
 
-/* A tensor of any floating dtype, element by element. */
-SK_DEVICE double sk_load_any(const sk_arg &x, int64_t at) {
-    switch (x.dtype) {
-    case SK_DT_F16:
-        return sk_widen(((const __half *)x.data)[at]);
-    case SK_DT_BF16:
-        return sk_widen(((const __nv_bfloat16 *)x.data)[at]);
-    case SK_DT_F32:
-        return ((const float *)x.data)[at];
-    default:
-        return ((const double *)x.data)[at];
-    }
+SK_DEVICE float sk_float(unsigned bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* ---- registers: what a loop needs is found before it, though the compiler thinks it cheap ---- */
+
+SK_DEVICE float sk_keep(float x) {
+#ifdef __CUDA_ARCH__
+    asm("" : "+f"(x));
+#endif
+    return x;
+}
+SK_DEVICE double sk_keep(double x) {
+#ifdef __CUDA_ARCH__
+    asm("" : "+d"(x));
+#endif
+    return x;
+}
+/* An address in global memory. */
+template <typename T>
+SK_DEVICE T *sk_keep(T *x) {
+#ifdef __CUDA_ARCH__
+    size_t at = __cvta_generic_to_global(x);
+    asm("" : "+l"(at));
+    x = (T *)__cvta_global_to_generic(at);
+#endif
+    return x;
 }
 
 /* Ends the kernel with an error, as PyTorch's device assertions do. */
@@ -167,39 +178,7 @@ SK_DEVICE double sk_at_least(double x, double low) { return x < low ? low : x; }
 SK_DEVICE float sk_max(float x, float y) { return fmaxf(x, y); }
 SK_DEVICE double sk_max(double x, double y) { return fmax(x, y); }
 
-/* ---- rows ---- */
-
-/* 16 bytes: a thousand threads of a multiprocessor then have 32 KB of two tensors in flight, enough
- * for the latency. */
-template <typename T>
-constexpr int sk_items = 16 / sizeof(T);
-
-template <int kGroup>
-SK_DEVICE int sk_lane() {
-    return threadIdx.x % kGroup;
-}
-
-/* The rows of this group are sk_first_row, + sk_row_step, ... */
-template <int kGroup>
-SK_DEVICE int64_t sk_first_row() {
-    return (int64_t)blockIdx.x * (SK_BLOCK / kGroup) + threadIdx.x / kGroup;
-}
-template <int kGroup>
-SK_DEVICE int64_t sk_row_step() {
-    return (int64_t)gridDim.x * (SK_BLOCK / kGroup);
-}
-
-/* In the step at `base`, the class of item i. kVec neighbouring items are neighbours in memory. */
-template <int kGroup, int kVec>
-SK_DEVICE int64_t sk_class(int64_t base, int i) {
-    return base + (int64_t)(i / kVec) * kGroup * kVec + sk_lane<kGroup>() * kVec + i % kVec;
-}
-
-/* Whether any thread of the group has a class for item i: the same answer in all of them. */
-template <int kGroup, int kVec>
-SK_DEVICE bool sk_any_class(int64_t base, int i, int64_t C) {
-    return base + (int64_t)(i / kVec) * kGroup * kVec < C;
-}
+/* ---- memory ---- */
 
 /* kBytes of memory in one access, or in several of 16 bytes. */
 template <int kBytes>
@@ -215,53 +194,16 @@ struct sk_bits<4> {
     unsigned part;
 };
 
-/* This thread's items of the step; `absent` for those beyond C. Steps and items are those of T,
- * however the row is stored. */
-template <typename T, int kGroup, int kVec, typename Stored>
-SK_DEVICE void sk_load(const Stored *row, int64_t stride, int64_t base, int64_t C,
-                       sk_real<T> absent, sk_real<T> (&to)[sk_items<T>]) {
-    SK_UNROLL for (int i = 0; i < sk_items<T>; i += kVec) {
-        const int64_t c = sk_class<kGroup, kVec>(base, i);
-        const bool present = c < C;
-        if constexpr (kVec == 1) {
-            to[i] = present ? (sk_real<T>)sk_widen(row[c * stride]) : absent;
-        } else {
-            typedef sk_bits<kVec * sizeof(Stored)> bits_of;
-            bits_of bits = {};
-            if (present) bits = *(const bits_of *)(row + c);
-            Stored x[kVec];
-            memcpy(x, &bits, sizeof x);
-            SK_UNROLL for (int k = 0; k < kVec; k++) to[i + k] =
-                present ? (sk_real<T>)sk_widen(x[k]) : absent;
-        }
-    }
-}
-
-/* The same of row [n, s] of a tensor with a dtype of its own (CONSTANT). */
-template <typename T, int kGroup, int kVec>
-SK_DEVICE void sk_load_constant(const sk_arg &x, int64_t n, int64_t s, int64_t base, int64_t C,
-                                sk_real<T> absent, sk_real<T> (&to)[sk_items<T>]) {
-    SK_SWITCH_FLOATING(
-        x.dtype, Stored,
-        sk_load<T, kGroup, kVec>(sk_row<Stored>(x, n, s), x.stride[1], base, C, absent, to));
-}
-
-template <typename T, int kGroup, int kVec>
-SK_DEVICE void sk_store(T *row, int64_t stride, int64_t base, int64_t C,
-                        const sk_real<T> (&from)[sk_items<T>]) {
-    T x[kVec];
-    SK_UNROLL for (int i = 0; i < sk_items<T>; i += kVec) {
-        const int64_t c = sk_class<kGroup, kVec>(base, i);
-        if (c >= C) continue;
-        SK_UNROLL for (int k = 0; k < kVec; k++) sk_narrow(from[i + k], &x[k]);
-        if constexpr (kVec == 1) {
-            row[c * stride] = x[0];
-        } else {
-            uint4 bits;
-            memcpy(&bits, x, sizeof bits);
-            *(uint4 *)(row + c) = bits;
-        }
-    }
+/* In one access: the compiler takes an assignment apart. */
+SK_DEVICE void sk_write(const sk_bits<16> &bits, void *to) {
+#ifdef __CUDA_ARCH__
+    const uint4 x = bits.part[0];
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+                 : "memory");
+#else
+    memcpy(to, &bits, sizeof bits);
+#endif
 }
 
 /* ---- reductions: fixed order, and every thread of the group gets the same bits ---- */
@@ -319,40 +261,3 @@ SK_DEVICE bool sk_grid_sum(double (&x)[kCount], void *scratch) {
     sk_group_reduce<SK_BLOCK>(x, sk_add());
     return true;
 }
-
-/* ---- how a launch serves its rows ---- */
-
-struct sk_layout {
-    int group;
-    bool vector; /* 16-byte accesses */
-};
-
-/* The layout that suits all of the "NC*" tensors of a call. */
-static inline sk_layout sk_layout_of(const sk_dims &dims, int64_t element,
-                                     std::initializer_list<const sk_arg *> args) {
-    const int64_t N = dims.size['N' - 'A'], C = dims.size['C' - 'A'], S = dims.size['S' - 'A'];
-    const int64_t wide = 16 / element;
-    bool adjacent_rows = true, wide_rows = C % wide == 0;
-    for (const sk_arg *arg : args) {
-        const int64_t *const stride = arg->stride;
-        adjacent_rows = adjacent_rows && stride[1] != 1 && stride[S > 1 ? 2 : 0] == 1;
-        wide_rows = wide_rows && stride[1] == 1 && (uintptr_t)arg->data % 16 == 0 &&
-                    (N <= 1 || stride[0] % wide == 0) && (S <= 1 || stride[2] % wide == 0);
-    }
-    if (adjacent_rows) return {1, false};
-    return {C <= 2048 ? SK_WARP : SK_BLOCK, wide_rows};
-}
-
-/* Blocks for that many rows; at least one, for what is done once per call. */
-static inline unsigned sk_grid(int64_t rows, sk_layout layout) {
-    const int64_t per_block = SK_BLOCK / layout.group;
-    const int64_t blocks = (rows + per_block - 1) / per_block;
-    return blocks < 1 ? 1 : blocks > SK_REDUCE_BLOCKS ? SK_REDUCE_BLOCKS : (unsigned)blocks;
-}
-
-/* The instance kernel<T, kGroup, kVec> for a layout. */
-#define SK_KERNEL(kernel, T, layout)                                                      \
-    ((layout).group == 1 ? kernel<T, 1, 1>                                                \
-     : (layout).group == SK_WARP                                                          \
-         ? ((layout).vector ? kernel<T, SK_WARP, 16 / sizeof(T)> : kernel<T, SK_WARP, 1>) \
-         : ((layout).vector ? kernel<T, SK_BLOCK, 16 / sizeof(T)> : kernel<T, SK_BLOCK, 1>))
