@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import selfkd
 import torch
+from binary import check_needs_only_libc_and_exports_only_selfkd
 from conftest import ROOT
 from selfkd import c, contract, library
 
@@ -179,23 +180,7 @@ def test_info() -> None:
 
 
 def test_needs_only_libc_and_exports_only_selfkd() -> None:
-    needed = subprocess.run(
-        ["objdump", "-p", selfkd.library_path()], capture_output=True, text=True, check=True
-    ).stdout
-    libraries = {line.split()[1] for line in needed.splitlines() if "NEEDED" in line}
-    assert libraries <= {
-        "libc.so.6",
-        "libm.so.6",
-        "ld-linux-x86-64.so.2",
-        "libpthread.so.0",
-        "libdl.so.2",
-        "librt.so.1",
-    }
-    defined = ["nm", "-D", "--defined-only", selfkd.library_path()]
-    exported = subprocess.run(defined, capture_output=True, text=True, check=True).stdout.split(
-        "\n"
-    )
-    assert all(line.split()[-1].startswith("selfkd_") for line in exported if line)
+    check_needs_only_libc_and_exports_only_selfkd(selfkd.library_path())
 
 
 def test_version_is_said_once() -> None:
