@@ -77,7 +77,8 @@ def test_contents(wheel: Path) -> None:
 
 def test_sdist_is_the_tree(wheel: Path) -> None:
     (sdist,) = wheel.parent.glob("*.tar.gz")
-    names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     committed = tool("git", "-C", ROOT, "ls-files").splitlines()
     left_out = {name for name in committed if name.startswith(("bench/results/", ".ci/"))}
     assert set(committed) - names == left_out
