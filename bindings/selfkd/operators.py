@@ -24,6 +24,14 @@ from .contract import Contract, contract
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
+def _slowly_any_requires_grad(*values: Any) -> bool:
+    return any(isinstance(x, torch.Tensor) and x.requires_grad for x in values)
+
+
+# PyTorch 2.8 has it in C.
+_any_requires_grad = getattr(torch._C, "_any_requires_grad", _slowly_any_requires_grad)
+
+
 @functools.cache
 def _registry() -> torch.library.Library | None:
     """The library handle for fake kernels and gradients; made at first use, when PyTorch surely is loaded.
@@ -102,7 +110,7 @@ def register_private(op: str) -> Callable[..., Any]:
     run = kernel(op)
 
     def autograd(*values: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*values):
+        if torch.is_grad_enabled() and _any_requires_grad(*values):
             raise RuntimeError(
                 f"selfkd: {op} has no gradient and writes over its inputs; call it under torch.no_grad()"
             )
@@ -271,7 +279,7 @@ def register(op: str, reference: Callable[..., torch.Tensor]) -> Operator:
     run = kernel(op)
 
     def autograd(*values: Any) -> tuple[torch.Tensor, ...]:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*values):
+        if torch.is_grad_enabled() and _any_requires_grad(*values):
             return gradient.apply(True, values, *plan.get_live(values))  # type: ignore[no-any-return, no-untyped-call]
         with _below_autograd():
             return run(*values)  # type: ignore[no-any-return]
@@ -324,7 +332,7 @@ class Operator:
             if (
                 torch.is_grad_enabled()
                 and not torch.compiler.is_compiling()
-                and torch._C._any_requires_grad(*values)
+                and _any_requires_grad(*values)
             ):
                 live = self._plan.get_live(values)
                 return self._gradient.apply(False, values, *live)  # type: ignore[no-any-return, no-untyped-call]
