@@ -528,6 +528,11 @@ def test_numpy_round_trip() -> None:
         c.sd_dropout_kl(u)
 
 
+def test_an_empty_array_may_have_any_strides() -> None:
+    x = np.lib.stride_tricks.as_strided(np.zeros(64, "f4"), (2, 9, 0, 4), (0, 4, 4, 36))
+    assert c.simreg(x, x, reduction="sum").loss == 0
+
+
 def test_only_device_cuh_knows_of_the_emulator() -> None:
     for path in (ROOT / "cuda").rglob("*.*"):
         if path.name != "device.cuh":

@@ -498,7 +498,7 @@ int sk_bind(sk_call *call, int item) {
     if (fixed < t->ndim) arg->stride[fixed] = 1;
     int64_t expected = -1; /* the stride that would continue the dimensions merged so far */
     for (int k = t->ndim - 1; k >= fixed; k--) {
-        if (t->shape[k] == 1) continue;
+        if (t->shape[k] <= 1) continue; /* of an empty tensor, any stride will do */
         if (expected < 0)
             arg->stride[fixed] = t->strides[k];
         else if (t->strides[k] != expected)
