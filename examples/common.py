@@ -152,7 +152,7 @@ class Checkpoint:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.states = torch.load(path) if path and path.exists() else {}
+        self.states = torch.load(path, weights_only=True) if path and path.exists() else {}
 
     def restore(self, name: str, curves: list[list[float]], *parts: Any) -> int:
         """Restore modules and optimizers, append to the curves, return the steps that are done."""
@@ -170,7 +170,7 @@ class Checkpoint:
             state = {"curves": curves, "parts": [part.state_dict() for part in parts]}
             torch.save({**self.states, name: state}, self.path.with_suffix(".new"))
             self.path.with_suffix(".new").replace(self.path)
-            self.states = torch.load(self.path)
+            self.states = torch.load(self.path, weights_only=True)
 
 
 def train_teacher(data: Images, steps: int, checkpoint: Checkpoint, features: int) -> Network:

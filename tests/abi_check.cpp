@@ -1,9 +1,11 @@
 // Compiles only if our prototypes of PyTorch's C shim are PyTorch's own, and our tensor has
 // DLPack's layout.
 #include <ATen/dlpack.h>
+#include <c10/core/ScalarType.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#if __has_include(<torch/csrc/stable/c/shim.h>)  // not in 2.8
 #include <torch/csrc/stable/c/shim.h>
-#include <torch/headeronly/core/ScalarType.h>
+#endif
 
 #include <cstddef>
 #include <cstdint>
@@ -56,8 +58,10 @@ struct plain_call<R (*)(A...)> {
                             decltype(&::name)>::value,                             \
                   #name " differs from PyTorch's prototype");
 SK_SHIM_NEEDED(CHECK)
-#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_12_0
+#ifdef TORCH_VERSION_2_10_0
 CHECK(, torch_parallel_for, , , )
+#endif
+#ifdef TORCH_VERSION_2_12_0
 CHECK(, torch_tag_pt2_compliant_tag, , , )
 CHECK(, torch_library_def_with_tags, , , )
 #endif

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import selfkd
 import torch
+from binary import check_needs_only_libc_and_exports_only_selfkd
 from conftest import ROOT
 from selfkd import c, contract, library
 
@@ -155,6 +156,84 @@ main(["info"])
     assert float(out.split()[0]) > 0
 
 
+OLD_TORCH = (
+    WITHOUT_TORCH
+    + """
+import selfkd
+sys.meta_path.pop(0)
+from selfkd import library
+lib = library.library()
+class Old:
+    def __getattr__(self, name):
+        return (lambda: 0) if name == "selfkd_register_torch" else getattr(lib, name)
+said = "this PyTorch is older than 2.8: it has no such function"
+text = library.text
+library.library = Old
+library.text = lambda name, *given: said if name == "selfkd_torch" else text(name, *given)
+selfkd._load_torch_functions()
+import torch
+assert not hasattr(torch.ops.selfkd, "sd_dropout_kl")
+"""
+)
+EVERY_FUNCTION = """
+import hashlib, torch, selfkd
+torch.manual_seed(0)
+def show(result, *inputs):
+    results = result if isinstance(result, tuple) else (result,)
+    live = [x for x in inputs if x.requires_grad]
+    found = torch.autograd.grad(results[0].sum(), live)
+    for x in (*results, *found):
+        if x is not None:
+            data = x.detach().contiguous().view(-1).view(torch.uint8).numpy()
+            print(tuple(x.shape), x.stride(), x.dtype, hashlib.sha256(data).hexdigest())
+def new(*shape, dtype=torch.float32):
+    return torch.randn(shape).to(dtype).requires_grad_()
+u, v, w, target = new(6, 11), new(6, 11), torch.rand(6), torch.arange(6)
+show(selfkd.sd_dropout_kl(u, v), u, v)
+show(selfkd.sd_dropout_kl(u, u, weight=w > 0.5, reduction="none"), u)
+h = new(2, 5, 3, 3, dtype=torch.bfloat16)
+g = new(2, 5, 3, 3, dtype=torch.bfloat16).detach()
+show(selfkd.sd_dropout_kl(h, g, weight=torch.rand(2, 3, 3), divisor=7.0), h)
+show(selfkd.distill(u, target, v.detach(), label_smoothing=0.1), u)
+show(selfkd.distill(u.double(), target, (v.detach(), w[:, None].expand(6, 11)), return_parts=True), u)
+show(selfkd.attention(h, torch.randn(2, 7, 3, 3)), h)
+show(selfkd.simreg(u, v.detach(), weight=w), u)
+show(selfkd.adversarial(u, v, mode="hinge"), u, v)
+a, b, weight = new(1, 4, 8, 8), new(1, 4, 4, 4), torch.ones(2, requires_grad=True)
+show(selfkd.bifpn_fuse(a, b, weight=weight, resize=(None, "nearest")), a, b, weight)
+features, seed = new(6, 7), torch.tensor(5)
+show(selfkd.dropout_views(features, seed), features)
+W, bias = new(11, 7), new(11)
+for reduction in ("mean", "none"):
+    torch.manual_seed(1)
+    show(selfkd.sd_dropout_head(features, W, bias, target, reduction=reduction), features, W, bias)
+graph = torch.autograd.grad(selfkd.sd_dropout_kl(u, v), u, create_graph=True)[0]
+show(graph.square().sum(), u)
+with torch.no_grad():
+    print(selfkd.sd_dropout_kl(u, v).item())
+for bad in ({"temperature": 0.0}, {"weight": w[:3]}, {"weight": w.long()}):
+    try:
+        selfkd.sd_dropout_kl(u, v, **bad)
+    except (ValueError, TypeError) as error:
+        print(type(error), error)
+try:
+    selfkd.distill(u, target + 9)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_pytorch_that_cannot_register_gives_the_same() -> None:
+    registered = python(EVERY_FUNCTION + "assert torch.ops.selfkd.sd_dropout_kl")
+    assert registered.count("\n") > 40
+    by_ctypes = python(
+        OLD_TORCH + EVERY_FUNCTION + "from selfkd.cli import main; main(['info'])",
+        OMP_NUM_THREADS="1",
+    )
+    assert by_ctypes.startswith(registered)
+    assert "functions run by ctypes, torch.ops.selfkd is absent" in by_ctypes
+
+
 def test_info() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "selfkd", "info"], capture_output=True, text=True, timeout=120
@@ -179,23 +258,7 @@ def test_info() -> None:
 
 
 def test_needs_only_libc_and_exports_only_selfkd() -> None:
-    needed = subprocess.run(
-        ["objdump", "-p", selfkd.library_path()], capture_output=True, text=True, check=True
-    ).stdout
-    libraries = {line.split()[1] for line in needed.splitlines() if "NEEDED" in line}
-    assert libraries <= {
-        "libc.so.6",
-        "libm.so.6",
-        "ld-linux-x86-64.so.2",
-        "libpthread.so.0",
-        "libdl.so.2",
-        "librt.so.1",
-    }
-    defined = ["nm", "-D", "--defined-only", selfkd.library_path()]
-    exported = subprocess.run(defined, capture_output=True, text=True, check=True).stdout.split(
-        "\n"
-    )
-    assert all(line.split()[-1].startswith("selfkd_") for line in exported if line)
+    check_needs_only_libc_and_exports_only_selfkd(selfkd.library_path())
 
 
 def test_version_is_said_once() -> None:
@@ -463,6 +526,11 @@ def test_numpy_round_trip() -> None:
         c.sd_dropout_kl(u, v, temprature=2.0)
     with pytest.raises(TypeError, match="sd_dropout_kl: v is missing"):
         c.sd_dropout_kl(u)
+
+
+def test_an_empty_array_may_have_any_strides() -> None:
+    x = np.lib.stride_tricks.as_strided(np.zeros(64, "f4"), (2, 9, 0, 4), (0, 4, 4, 36))
+    assert c.simreg(x, x, reduction="sum").loss == 0
 
 
 def test_only_device_cuh_knows_of_the_emulator() -> None:

@@ -20,7 +20,9 @@ def _torch() -> str:
         import torch
     except ModuleNotFoundError:
         return "not installed: the PyTorch functions are absent, selfkd.c works"
-    return f"{torch.__version__} ({library.text('selfkd_torch')})"
+    registered = library.library().selfkd_register_torch()
+    otherwise = "" if registered else "; functions run by ctypes, torch.ops.selfkd is absent"
+    return f"{torch.__version__} ({library.text('selfkd_torch')}{otherwise})"
 
 
 def _huge_pages() -> str:

@@ -1,5 +1,8 @@
 """Registers what PyTorch needs of every operator: fake kernel, gradient, double backward. Names no operator.
 
+PyTorch older than 2.8 cannot register operators from C. There the same gradients run the C functions by
+ctypes, and ``torch.ops.selfkd`` is empty.
+
 The gradient is derived from the contract of ``<op>_backward``: an argument named like an input or
 an output of the forward operator is that tensor, GRAD is the gradient of the result, and
 ``grad_<input>`` is what it returns.
@@ -7,6 +10,7 @@ an output of the forward operator is that tensor, GRAD is the gradient of the re
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
@@ -14,23 +18,34 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from . import c, library
 from . import contract as contracts
-from . import library
 from .contract import Contract, contract
 
-_library: torch.library.Library | None = None
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
-def _registry() -> torch.library.Library:
-    """The library handle for fake kernels and gradients; made at first use, when PyTorch surely is loaded."""
-    global _library
-    if _library is None:
-        if not library.library().selfkd_register_torch():
-            raise ImportError(f"selfkd: {library.library_path()}: {library.text('selfkd_torch')}")
-        library.library().selfkd_release_autograd_guard()
-        _library = torch.library.Library("selfkd", "FRAGMENT")  # type: ignore[no-untyped-call]
-    return _library
+def _slowly_any_requires_grad(*values: Any) -> bool:
+    return any(isinstance(x, torch.Tensor) and x.requires_grad for x in values)
+
+
+# PyTorch 2.8 has it in C.
+_any_requires_grad = getattr(torch._C, "_any_requires_grad", _slowly_any_requires_grad)
+
+
+@functools.cache
+def _registry() -> torch.library.Library | None:
+    """The library handle for fake kernels and gradients; made at first use, when PyTorch surely is loaded.
+
+    None where PyTorch is too old for it.
+    """
+    if not library.library().selfkd_register_torch():
+        why = library.text("selfkd_torch")
+        if why.startswith("this PyTorch is older than 2.8"):
+            return None
+        raise ImportError(f"selfkd: {library.library_path()}: {why}")
+    library.library().selfkd_release_autograd_guard()
+    return torch.library.Library("selfkd", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def by_name(of: Contract, values: tuple[Any, ...]) -> dict[str, Any]:
@@ -68,9 +83,8 @@ def in_order(of: Contract) -> Callable[..., tuple[Any, ...]]:
     return ordered
 
 
-def register_fake(op: str) -> None:
-    """Register the fake kernel of an operator of the library."""
-    of = contract(op)
+def _fake(of: Contract) -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]:
+    """The function that checks an operator's arguments and makes its results, without values."""
 
     def fake(*values: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
         named = by_name(of, values)
@@ -88,7 +102,7 @@ def register_fake(op: str) -> None:
         )
         return results if len(results) > 1 else results[0]
 
-    torch.library.register_fake(f"selfkd::{of.name}", fake, lib=_registry())
+    return fake
 
 
 def _tangent(x: torch.Tensor) -> torch.Tensor | None:
@@ -106,7 +120,7 @@ def refuse_transforms(op: str, values: Sequence[Any]) -> None:
     if not forward and not function:
         return
     tensors = [x for x in values if isinstance(x, torch.Tensor)]
-    if (function and torch._C._any_requires_grad(*tensors)) or (
+    if (function and _any_requires_grad(*tensors)) or (
         forward and any(_tangent(x) is not None for x in tensors)
     ):
         raise RuntimeError(
@@ -114,20 +128,49 @@ def refuse_transforms(op: str, values: Sequence[Any]) -> None:
         ) from None
 
 
-def register_private(op: str) -> None:
-    """Register what PyTorch needs of an operator that writes over its inputs and has no gradient."""
+def kernel(op: str) -> Callable[..., Any]:
+    """The operator of the library, as PyTorch has it or, if it cannot, called by ctypes."""
+    if _registry():
+        return getattr(torch.ops.selfkd, op).default  # type: ignore[no-any-return]
+    of = contract(op)
+    allocate = _fake(of)
+
+    def run(*values: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        results = allocate(*values)
+        named = by_name(of, values)
+        for item, result in zip(of.outputs, _as_tuple(results), strict=True):
+            named[item.name] = None if contracts.is_absent(item, named) else result
+        device = named[of.first].device
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+        library.check(c.run(library.library(), op, named, stream))
+        return results
+
+    return run
+
+
+def register_fake(op: str) -> None:
+    """Register the fake kernel of an operator of the library."""
+    if registry := _registry():
+        torch.library.register_fake(f"selfkd::{op}", _fake(contract(op)), lib=registry)
+
+
+def register_private(op: str) -> Callable[..., Any]:
+    """Register, and return, an operator that writes over its inputs and has no gradient."""
     register_fake(op)
-    run = getattr(torch.ops.selfkd, op).default
+    run = kernel(op)
 
     def autograd(*values: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*values):
+        if torch.is_grad_enabled() and _any_requires_grad(*values):
             raise RuntimeError(
                 f"selfkd: {op} has no gradient and writes over its inputs; call it under torch.no_grad()"
             )
         with _below_autograd():
             return run(*values)
 
-    _registry().impl(op, autograd, "Autograd")  # type: ignore[no-untyped-call]
+    if not (registry := _registry()):
+        return autograd
+    registry.impl(op, autograd, "Autograd")  # type: ignore[no-untyped-call]
+    return run
 
 
 def _as_tuple(results: Any) -> tuple[torch.Tensor, ...]:
@@ -218,8 +261,7 @@ def _double_backward(
 
 def _gradient(plan: _Plan, reference: Callable[..., torch.Tensor]) -> type[torch.autograd.Function]:
     """The autograd.Function of an operator: its backward operator; for a graph, `reference`."""
-    run = getattr(torch.ops.selfkd, plan.forward.name).default
-    run_backward = getattr(torch.ops.selfkd, f"{plan.forward.name}_backward").default
+    run, run_backward = kernel(plan.forward.name), kernel(f"{plan.forward.name}_backward")
     unused = (None,) * (len(plan.live) + 2)
 
     class Gradient(torch.autograd.Function):
@@ -282,23 +324,23 @@ def register(op: str, reference: Callable[..., torch.Tensor]) -> Operator:
         with the same sentence.
     """
     of = contract(op)
-    registry = _registry()
     for name in (op, f"{op}_backward"):
         register_fake(name)
     plan = _Plan(of)
     gradient = _gradient(plan, reference)
-    run = getattr(torch.ops.selfkd, op).default
+    run = kernel(op)
 
     def autograd(*values: Any) -> tuple[torch.Tensor, ...]:
         refuse_transforms(op, values)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*values):
+        if torch.is_grad_enabled() and _any_requires_grad(*values):
             return gradient.apply(True, values, *plan.get_live(values))  # type: ignore[no-any-return, no-untyped-call]
         with _below_autograd():
             return run(*values)  # type: ignore[no-any-return]
 
+    if not (registry := _registry()):
+        return Operator(of, plan, gradient, autograd)
     registry.impl(op, autograd, "Autograd")  # type: ignore[no-untyped-call]
-
-    return Operator(of, plan, gradient)
+    return Operator(of, plan, gradient, run)
 
 
 def define(
@@ -308,25 +350,32 @@ def define(
     run: Callable[..., Any],
     fake: Callable[..., Any],
     autograd: Callable[..., Any],
-) -> None:
-    """Define an operator that is made of others in Python, with the contract's arguments."""
+) -> Callable[..., Any]:
+    """Define, and return, an operator that is made of others in Python, with the contract's arguments."""
+    if not (registry := _registry()):
+        return run
     types = {"REAL": "float", "INT": "int", "BOOL": "bool", "CHOICE": "int", "OPT": "Tensor?"}
     takes = ", ".join(f"{types.get(item.kind, 'Tensor')} {item.name}" for item in of.items)
     gives = ", ".join(f"Tensor {name}" for name in outputs)
-    registry = _registry()
     schema = f"{of.name}({takes}) -> ({gives})"
     registry.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     for key, function in (("CPU", run), ("CUDA", run), ("Autograd", autograd)):
         registry.impl(of.name, function, key)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"selfkd::{of.name}", fake, lib=registry)
+    return kernel(of.name)
 
 
 class Operator:
     """An operator as Python functions call it: with all arguments, in the schema's order."""
 
-    def __init__(self, of: Contract, plan: _Plan, gradient: type[torch.autograd.Function]) -> None:
-        self._of, self._plan, self._gradient = of, plan, gradient
-        self._run = getattr(torch.ops.selfkd, of.name).default
+    def __init__(
+        self,
+        of: Contract,
+        plan: _Plan,
+        gradient: type[torch.autograd.Function],
+        run: Callable[..., Any],
+    ) -> None:
+        self._of, self._plan, self._gradient, self._run = of, plan, gradient, run
 
     def __call__(self, *values: Any) -> torch.Tensor:
         """The result: ``rows`` for reduction "none", else the first output."""
@@ -336,7 +385,7 @@ class Operator:
             if (
                 torch.is_grad_enabled()
                 and not torch.compiler.is_compiling()
-                and torch._C._any_requires_grad(*values)
+                and _any_requires_grad(*values)
             ):
                 live = self._plan.get_live(values)
                 return self._gradient.apply(False, values, *live)  # type: ignore[no-any-return, no-untyped-call]

@@ -42,10 +42,9 @@ _REDUCTION, _NONE, _MEAN = _NAMES.index("reduction"), 0, 1
 _BITS = _FEATURES, _WEIGHT, _BIAS = 1, 2, 4  # gradients that are `wanted`
 _LIVE = len(_BITS)  # the first arguments
 
-operators.register_private(_ROWS)
-_rows = getattr(torch.ops.selfkd, _ROWS).default
-_views = torch.ops.selfkd.dropout_views.default
-_views_backward = torch.ops.selfkd.dropout_views_backward.default
+_rows = operators.register_private(_ROWS)
+_views = operators.kernel("dropout_views")
+_views_backward = operators.kernel("dropout_views_backward")
 
 
 def _seed(features: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
@@ -400,8 +399,7 @@ def _autograd(*values: Any) -> tuple[torch.Tensor, ...]:
 
 
 _OUTPUTS = "loss, rows, denominator, logits, grad_features, grad_weight, grad_bias"
-operators.define(_CONTRACT, _OUTPUTS.split(", "), run=_run, fake=_fake, autograd=_autograd)
-_head = getattr(torch.ops.selfkd, _OP).default
+_head = operators.define(_CONTRACT, _OUTPUTS.split(", "), run=_run, fake=_fake, autograd=_autograd)
 _reduction = contract.Choice(_OP, "reduction", _CONTRACT)
 
 
