@@ -47,24 +47,28 @@ struct factors {
     double of[kMaps], total; /* total: what the weights were divided by */
 };
 
-SK_DEVICE factors factors_of(const fusion &f) {
-    factors k = {{1, 1, 1}, f.eps};
-    if (!f.weight.data) return k;
-    for (int i = 0; i < f.count; i++) {
-        const double w = sk_load_any(f.weight, i * f.weight.stride[0]);
-        k.of[i] = w <= 0 ? 0 : w; /* NaN stays */
-        k.total += k.of[i];
+/* Leaves them in shared memory, where a thread may ask for any. */
+SK_DEVICE void find_factors(const fusion &f, factors *k) {
+    if (threadIdx.x == 0) {
+        k->total = f.eps;
+        for (int i = 0; i < f.count; i++) {
+            const double w = f.weight.data ? sk_load_any(f.weight, i * f.weight.stride[0]) : 1;
+            k->of[i] = w <= 0 ? 0 : w; /* NaN stays */
+            k->total += k->of[i];
+        }
+        for (int i = 0; i < f.count && f.weight.data; i++) k->of[i] /= k->total;
     }
-    for (int i = 0; i < f.count; i++) k.of[i] /= k.total;
-    return k;
+    __syncthreads();
 }
 
 /* Leaves the gradient of the weights, from d. */
-SK_DEVICE void finish(const fusion &f, const double (&d)[kMaps], const sk_arg &to) {
-    const factors k = factors_of(f);
-    for (int i = 0; i < f.count; i++) {
+SK_DEVICE void finish(const fusion &f, const factors &k, const double (&d)[kMaps],
+                      const sk_arg &to) {
+    SK_UNROLL for (int i = 0; i < kMaps; i++) {
+        if (i >= f.count) break;
         double slope = d[i] * f.eps / k.total;
-        for (int j = 0; j < f.count; j++) slope += k.of[j] * (d[i] - d[j]);
+        SK_UNROLL for (int j = 0; j < kMaps; j++) slope +=
+            j < f.count ? k.of[j] * (d[i] - d[j]) : 0;
         const bool off = sk_load_any(f.weight, i * f.weight.stride[0]) <= 0;
         const double grad = off ? 0 : slope / k.total;
         if (to.dtype == SK_DT_F64)
@@ -177,14 +181,15 @@ SK_DEVICE sk_real<T> fuse(const fusion &f, const factors &k, pixel at) {
 
 /* Leaves fused. */
 template <typename T>
-__global__ void __launch_bounds__(SK_BLOCK)
+__global__ void __launch_bounds__(SK_BLOCK, 3)
     bifpn_fuse_kernel(const forward_params params, const fusion f) {
     const forward_params *const p = &params;
-    const factors k = factors_of(f);
+    SK_SHARED(factors, k, 1);
+    find_factors(f, k);
     const int64_t H = SK_DIM(p, H), W = SK_DIM(p, W), count = f.N * f.C * H * W;
     for (int64_t i = sk_first_row<1>(); i < count; i += sk_row_step<1>()) {
         const pixel at = pixel_of(p->fused, (uint64_t)i, f.C, H, W);
-        const sk_real<T> sum = fuse<T>(f, k, at);
+        const sk_real<T> sum = fuse<T>(f, *k, at);
         sk_narrow(f.late ? act(f.activation, sum) : sum,
                   (T *)p->fused.data + address(p->fused, at));
     }
@@ -235,25 +240,28 @@ SK_DEVICE sk_real<T> folded(const sk_arg &grad, const fusion &f, const factors &
 /* Leaves the gradients of the maps; the block that ends last leaves that of the weights. As
  * resizing is linear, once its winners are known, d = sum of operand x gradient, pixel by pixel. */
 template <typename T>
-__global__ void __launch_bounds__(SK_BLOCK)
+__global__ void __launch_bounds__(SK_BLOCK, 2)
     bifpn_fuse_backward_kernel(const backward_params params, const fusion f) {
     typedef sk_real<T> real;
     const backward_params *const p = &params;
-    const factors k = factors_of(f);
+    SK_SHARED(factors, k, 1);
+    find_factors(f, k);
     double d[kMaps] = {0, 0, 0};
-    for (int i = 0; i < f.count; i++) {
+    SK_ROLLED for (int i = 0; i < f.count; i++) {
+        double of_map = 0;
         const sk_arg &to = i == 0 ? p->grad_a : i == 1 ? p->grad_b : p->grad_c;
         const int64_t H = f.rows[i].from, W = f.columns[i].from, count = f.N * f.C * H * W;
         for (int64_t e = sk_first_row<1>(); e < count; e += sk_row_step<1>()) {
             const pixel at = pixel_of(to, (uint64_t)e, f.C, H, W);
-            const real x = load<T>(f.x[i], at), g = folded<T>(p->grad, f, k, i, at);
-            const real grad = (real)k.of[i] * g;
-            if (g != 0) d[i] += (double)g * (f.late ? x : act(f.activation, x));
+            const real x = load<T>(f.x[i], at), g = folded<T>(p->grad, f, *k, i, at);
+            const real grad = (real)k->of[i] * g;
+            if (g != 0) of_map += (double)g * (f.late ? x : act(f.activation, x));
             sk_narrow(f.late ? grad : slope(f.activation, x, grad), (T *)to.data + address(to, at));
         }
+        SK_UNROLL for (int j = 0; j < kMaps; j++) d[j] += j == i ? of_map : 0;
     }
     if (!f.weight.data) return;
-    if (sk_grid_sum(d, p->scratch.data) && threadIdx.x == 0) finish(f, d, p->grad_weight);
+    if (sk_grid_sum(d, p->scratch.data) && threadIdx.x == 0) finish(f, *k, d, p->grad_weight);
 }
 
 /* ---- launches ---- */

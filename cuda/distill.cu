@@ -1,5 +1,5 @@
-/* Distillation on the GPU: one kernel forward (two visits to a row, the second of which finds it in
- * cache), one backward. Formulas in ops/distill.h; how a KL keeps its digits in core/kl.cuh. */
+/* Distillation on the GPU: one kernel forward, one backward, each reading logits and teachers once.
+ * Formulas in ops/distill.h; how a KL keeps its digits in core/kl.cuh. */
 #include "core/ce.cuh"
 #include "core/device.cuh"
 #include "core/kl.cuh"
@@ -13,37 +13,59 @@ typedef struct distill_params forward_params;
 typedef struct distill_backward_params backward_params;
 
 enum { LOGITS, PROBS };
-enum { kTeachers = 2 };
+enum { MOST_TEACHERS = 2 };
 enum { LARGEST, LEVEL, LEVEL_T }; /* planes of `levels` */
 
 /* ---- teachers ---- */
 
+/* Temperatures of a student and its teacher. */
+template <typename real>
+struct warmth {
+    scale<real> t, own;
+    real ratio; /* T / own: 1 exactly where they are the same */
+};
+
 struct teacher {
-    const sk_arg *x;
+    sk_arg x;
     double weight, T, own; /* weight 0: not there */
     bool probs;
-    bool wide; /* of the logits' dtype and as well aligned */
+    warmth<float> in_float; /* found once for all threads */
+    warmth<double> in_double;
+};
+struct teachers {
+    teacher of[MOST_TEACHERS];
+    double slack; /* how far a logit may lie above its anchor */
 };
 
-/* Which teachers can be read as the logits are. */
-struct wideness {
-    bool of[kTeachers];
-};
+template <typename real>
+static warmth<real> warmth_at(double T, double own) {
+    const double log2e = 1.4426950408889634;
+    return {{(real)(1 / T), (real)(log2e / T)}, {(real)(1 / own), (real)(log2e / own)},
+            (real)(T / own)};
+}
+
+static teacher teacher_of(const sk_arg &x, double weight, double T, double own, int64_t kind) {
+    return {x, x.data ? weight : 0, T, own, kind == PROBS, warmth_at<float>(T, own),
+            warmth_at<double>(T, own)};
+}
 
 template <typename params>
-SK_DEVICE void teachers_of(const params &p, const wideness &wide, teacher (&k)[kTeachers]) {
-    k[0] = {&p.teacher,
-            p.teacher.data ? p.teacher_weight : 0,
-            p.temperature,
-            p.teacher_temperature,
-            p.teacher_kind == PROBS,
-            wide.of[0]};
-    k[1] = {&p.second_teacher,
-            p.second_teacher.data ? p.second_teacher_weight : 0,
-            p.second_temperature,
-            p.second_teacher_temperature,
-            p.second_teacher_kind == PROBS,
-            wide.of[1]};
+static teachers teachers_of(const params &p) {
+    const double coldest = fmin(fmin(p.temperature, p.teacher_temperature),
+                                fmin(p.second_temperature, p.second_teacher_temperature));
+    return {{teacher_of(p.teacher, p.teacher_weight, p.temperature, p.teacher_temperature,
+                        p.teacher_kind),
+             teacher_of(p.second_teacher, p.second_teacher_weight, p.second_temperature,
+                        p.second_teacher_temperature, p.second_teacher_kind)},
+            2 * fmin(coldest, 1)};
+}
+
+template <typename real>
+SK_DEVICE const warmth<real> &warmth_of(const teacher &k) {
+    if constexpr (sizeof(real) == 8)
+        return k.in_double;
+    else
+        return k.in_float;
 }
 
 template <typename params>
@@ -51,13 +73,13 @@ SK_DEVICE bool has_ce(const params &p) {
     return p.target.data && p.ce_weight != 0;
 }
 
-/* The class of a row, at most `last`; -1 where it is ignored or there is no target. */
+/* The class of a row; -1 where it is ignored or there is no target. */
 template <typename params>
-SK_DEVICE int64_t target_of(const params &p, int64_t n, int64_t s, int64_t last) {
+SK_DEVICE int64_t target_of(const params &p, int64_t n, int64_t s) {
     if (!p.target.data) return -1;
     const int64_t y = *sk_cell<int64_t>(p.target, n, s);
     if (y == p.ignore_index) return -1;
-    sk_assert(y >= 0 && y <= last, "distill: target is no class and not ignore_index");
+    sk_assert(y >= 0 && y < SK_DIM(&p, C), "distill: target is no class and not ignore_index");
     return y;
 }
 
@@ -65,96 +87,106 @@ SK_DEVICE int64_t target_of(const params &p, int64_t n, int64_t s, int64_t last)
 template <typename T, int kGroup, int kVec>
 SK_DEVICE void load_teacher(const teacher &k, int64_t n, int64_t s, int64_t base, int64_t C,
                             sk_real<T> (&to)[sk_items<T>]) {
-    typedef sk_real<T> real;
-    const real lowest = (real)kLowest;
-    if (k.wide) {
-        sk_load<T, kGroup, kVec>(sk_row<T>(*k.x, n, s), k.x->stride[1], base, C,
-                                 k.probs ? 0 : lowest, to);
-    } else {
-        const int64_t row = n * k.x->stride[0] + s * k.x->stride[2];
-        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
-            const int64_t c = sk_class<kGroup, kVec>(base, i);
-            to[i] = c < C     ? (real)sk_load_any(*k.x, row + c * k.x->stride[1])
-                    : k.probs ? 0
-                              : lowest;
-        }
-    }
-    SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
-        if (k.probs) to[i] = log(to[i]);
-        to[i] = sk_at_least(to[i], lowest);
-    }
-}
-
-template <typename T, int kGroup, int kVec>
-SK_DEVICE void load_logits(const sk_arg &x, int64_t n, int64_t s, int64_t base, int64_t C,
-                           sk_real<T> (&to)[sk_items<T>]) {
     const sk_real<T> lowest = (sk_real<T>)kLowest;
-    sk_load<T, kGroup, kVec>(sk_row<T>(x, n, s), x.stride[1], base, C, lowest, to);
+    if (k.probs) {
+        sk_load_constant<T, kGroup, kVec>(k.x, n, s, base, C, 0, to);
+        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) to[i] = log(to[i]);
+    } else {
+        sk_load_constant<T, kGroup, kVec>(k.x, n, s, base, C, lowest, to);
+    }
     SK_UNROLL for (int i = 0; i < sk_items<T>; i++) to[i] = sk_at_least(to[i], lowest);
 }
 
-/* A student's and a teacher's logit against anchors, where the temperatures differ. */
-template <typename real>
-SK_DEVICE pair<real> compare_apart(real a, real b, const anchors<real> &h, const scale<real> &t,
-                                   const scale<real> &own) {
+/* A student's and a teacher's logit; kShort as in core/kl.cuh. */
+template <bool kShort, typename real>
+SK_DEVICE pair<real> compare(real a, real b, const anchors<real> &h, const warmth<real> &w) {
     const real from_u = (a - h.u.high) - h.u.low, from_v = (b - h.v.high) - h.v.low;
-    pair<real> x;
-    x.y = from_u * t.inverse - from_v * own.inverse;
-    x.p = sk_exp2(from_u * t.log2e);
-    x.q = sk_exp2(from_v * own.log2e);
-    real even, odd;
-    curvature(x.y, &even, &odd);
-    const bool near = fabs(x.y) < (real)0.75;
-    const real rest = x.q * (even + odd);
-    x.diff = near ? x.q * x.y + rest : x.p - x.q;
-    x.gq = near ? rest : x.diff - x.q * x.y;
-    return x;
+    const real apart = from_u - w.ratio * from_v;
+    const bool exact = !kShort && w.ratio == 1;
+    const real y = (exact ? distance(difference(a, b), h.gap) : apart) * w.t.inverse;
+    return compare(y, from_u, from_v, w.t, w.own);
 }
 
 /* ---- forward ---- */
 
-/* Sums over a row: of cross-entropy and of each teacher. */
-enum { OF_TEACHER = CE_SUMS };
+/* Sums over a row, of a teacher: as P, Q, D and GQ in core/kl.cuh. */
 enum { SUM_P, SUM_Q, SUM_D, SUM_GQ, TEACHER_SUMS };
-enum { ROW_SUMS = OF_TEACHER + kTeachers * TEACHER_SUMS };
 
-/* The largest logits of the row, at least kLowest: the student's first. */
-template <typename T, int kGroup, int kVec>
-SK_DEVICE void find_anchors(const forward_params &p, const teacher (&k)[kTeachers], int64_t n,
-                            int64_t s, sk_real<T> (&top)[1 + kTeachers]) {
-    typedef sk_real<T> real;
-    const int64_t C = SK_DIM(&p, C);
-    for (int j = 0; j <= kTeachers; j++) top[j] = (real)kLowest;
-    for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
-        real a[sk_items<T>];
-        load_logits<T, kGroup, kVec>(p.logits, n, s, base, C, a);
-        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) top[0] = sk_max(top[0], a[i]);
-        for (int j = 0; j < kTeachers; j++) {
-            if (k[j].weight == 0) continue;
-            load_teacher<T, kGroup, kVec>(k[j], n, s, base, C, a);
-            SK_UNROLL for (int i = 0; i < sk_items<T>; i++) top[1 + j] = sk_max(top[1 + j], a[i]);
-        }
-    }
-    sk_group_reduce<kGroup>(top, sk_larger());
+template <typename real>
+SK_DEVICE void add(real (&sum)[TEACHER_SUMS], const pair<real> &x) {
+    sum[SUM_P] += x.p;
+    sum[SUM_Q] += x.q;
+    sum[SUM_D] += x.diff;
+    sum[SUM_GQ] += x.gq;
 }
 
-/* The sums of one teacher in a step: in float, or once more in double. */
-template <typename real, int kItems, int kGroup, int kVec, typename stored>
-SK_DEVICE void add_teacher(const teacher &k, const stored (&a)[kItems], const stored (&b)[kItems],
-                           int64_t base, int64_t C, real hu, real hv, double *sum) {
-    const scale<real> t = scale_of<real>(k.T), own = scale_of<real>(k.own);
-    const anchors<real> h = anchors_at(hu, hv);
-    real part[TEACHER_SUMS] = {};
-    SK_UNROLL for (int i = 0; i < kItems; i++) {
-        if (i % kVec == 0 && !sk_any_class<kGroup, kVec>(base, i, C)) break;
-        const pair<real> x = k.T == k.own ? compare((real)a[i], (real)b[i], h, t)
-                                          : compare_apart((real)a[i], (real)b[i], h, t, own);
-        part[SUM_P] += x.p;
-        part[SUM_Q] += x.q;
-        part[SUM_D] += x.diff;
-        part[SUM_GQ] += x.gq;
+template <typename real>
+SK_DEVICE void move(double (&sum)[TEACHER_SUMS], const pair<real> &x) {
+    sum[SUM_GQ] = x.q * sum[SUM_GQ] + x.diff * sum[SUM_D] + x.gq * sum[SUM_Q];
+    sum[SUM_D] = x.p * sum[SUM_D] + x.diff * sum[SUM_Q];
+    sum[SUM_P] *= x.p;
+    sum[SUM_Q] *= x.q;
+}
+
+/* A thread's share of a row, so far, against anchors of its own: near its largest logits. */
+template <typename real, int kTeachers>
+struct share {
+    real of_student, of_teacher[kTeachers]; /* the anchors */
+    softmax<real> ce;
+    double sum[kTeachers][TEACHER_SUMS];
+};
+
+/* New anchors. */
+template <typename real, int kTeachers>
+SK_DEVICE void raise(share<real, kTeachers> *x, const teachers &k, real of_student,
+                     const real (&of_teacher)[kTeachers]) {
+    x->ce.rest *= exponential(x->of_student - of_student);
+    SK_UNROLL for (int j = 0; j < kTeachers; j++) {
+        const anchors<real> h = anchors_at(of_student, of_teacher[j]);
+        move(x->sum[j], compare<false>(x->of_student, x->of_teacher[j], h,
+                                        warmth_of<real>(k.of[j])));
+        x->of_teacher[j] = of_teacher[j];
     }
-    for (int j = 0; j < TEACHER_SUMS; j++) sum[j] += part[j];
+    x->of_student = of_student;
+}
+
+/* Adds a step to a share, whose anchors are raised together, and by `slack` at least. */
+template <typename T, int kGroup, int kVec, int kTeachers>
+SK_DEVICE void add_step(const forward_params &p, const teachers &k, int64_t n, int64_t s,
+                        int64_t base, share<sk_real<T>, kTeachers> *x) {
+    typedef sk_real<T> real;
+    constexpr bool is_short = std::is_same<T, __nv_bfloat16>::value;
+    const int64_t C = SK_DIM(&p, C);
+    const real lowest = (real)kLowest, slack = (real)k.slack;
+    real a[sk_items<T>], b[kTeachers][sk_items<T>], most = lowest, top[kTeachers];
+    sk_load<T, kGroup, kVec>(sk_row<T>(p.logits, n, s), p.logits.stride[1], base, C, lowest, a);
+    SK_UNROLL for (int j = 0; j < kTeachers; j++) {
+        if (k.of[j].weight != 0) load_teacher<T, kGroup, kVec>(k.of[j], n, s, base, C, b[j]);
+    }
+    SK_UNROLL for (int i = 0; i < sk_items<T>; i++)
+        most = sk_max(most, a[i] = sk_at_least(a[i], lowest));
+    bool higher = most > x->of_student + slack;
+    SK_UNROLL for (int j = 0; j < kTeachers; j++) {
+        top[j] = lowest;
+        if (k.of[j].weight == 0) continue;
+        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) top[j] = sk_max(top[j], b[j][i]);
+        higher = higher || top[j] > x->of_teacher[j] + slack;
+        top[j] = sk_max(top[j], x->of_teacher[j]);
+    }
+    if (higher) raise(x, k, sk_max(most, x->of_student), top);
+    add_softmax<T, kGroup, kVec>(a, x->of_student, most, &x->ce);
+    if (p.label_smoothing != 0)
+        add_minus<T, kGroup, kVec>(a, base, C, x->of_student, &x->ce);
+    SK_UNROLL for (int j = 0; j < kTeachers; j++) {
+        if (k.of[j].weight == 0) continue;
+        const anchors<real> h = anchors_at(x->of_student, x->of_teacher[j]);
+        real part[TEACHER_SUMS] = {};
+        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
+            if (i % kVec == 0 && !sk_any_class<kGroup, kVec>(base, i, C)) break;
+            add(part, compare<is_short>(a[i], b[j][i], h, warmth_of<real>(k.of[j])));
+        }
+        SK_UNROLL for (int i = 0; i < TEACHER_SUMS; i++) x->sum[j][i] += part[i];
+    }
 }
 
 struct teacher_row {
@@ -162,50 +194,89 @@ struct teacher_row {
     bool poor;
 };
 
-/* From a teacher's sums; poor as in core/kl.cuh, or where temperatures apart leave too few digits.
- */
-SK_DEVICE teacher_row conclude_teacher(const teacher &k, const double *sum, double hu, double hv) {
-    if (hu <= kLowest || hv <= kLowest) {
-        const divergence none =
-            undefined(lse_of(hu, k.T, sum[SUM_P]), lse_of(hv, k.own, sum[SUM_Q]));
-        return {none.lse - hu / k.T, none.dl, none.reverse, none.poor};
-    }
+/* From a teacher's sums; poor as in core/kl.cuh, or where `rough` numbers leave too few digits. */
+SK_DEVICE teacher_row conclude(const teacher &k, const double (&sum)[TEACHER_SUMS], double hu,
+                               double hv, bool rough) {
+    if (hu <= kLowest || hv <= kLowest) return {NAN, NAN, NAN, false}; /* all classes at -inf */
     const double gq = sum[SUM_GQ] / sum[SUM_Q], r = sum[SUM_D] / sum[SUM_Q];
     const double log_ratio = fabs(r) < 0.5 ? log1p(r) : log(sum[SUM_P] / sum[SUM_Q]);
     teacher_row x;
     x.level = log(sum[SUM_P]);
     x.dl = (hu / k.T - hv / k.own) + log_ratio;
     x.kl = gq - log_gap(r, log_ratio);
-    x.poor = gq > 16 * x.kl || x.kl < 0 || (k.T != k.own && x.kl < 1e-3);
+    x.poor = gq > 16 * x.kl || x.kl < 0 || (rough && x.kl < 1e-3);
     if (x.kl > kInfinite) x.kl = INFINITY;
     if (x.kl < 0) x.kl = 0;
     return x;
 }
 
-/* A teacher's row once more, in double. */
-template <typename T, int kGroup, int kVec>
-SK_DEVICE teacher_row again(const forward_params &p, const teacher &k, int64_t n, int64_t s,
-                            double hu, double hv) {
-    const int64_t C = SK_DIM(&p, C);
-    double sum[TEACHER_SUMS] = {};
-    for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
-        sk_real<T> a[sk_items<T>], b[sk_items<T>];
-        load_logits<T, kGroup, kVec>(p.logits, n, s, base, C, a);
-        load_teacher<T, kGroup, kVec>(k, n, s, base, C, b);
-        add_teacher<double, sk_items<T>, kGroup, kVec>(k, a, b, base, C, hu, hv, sum);
+/* Leaves a teacher's sums in double: a class at a time, for few rows need it. */
+template <typename T, int kGroup>
+SK_DEVICE void visit_again(const forward_params &p, const teacher &k, int64_t n, int64_t s,
+                           double hu, double hv, double (&sum)[TEACHER_SUMS]) {
+    const anchors<double> h = anchors_at<double>(hu, hv);
+    const T *const u = sk_row<T>(p.logits, n, s);
+    const int64_t v = n * k.x.stride[0] + s * k.x.stride[2];
+    for (int i = 0; i < TEACHER_SUMS; i++) sum[i] = 0;
+    SK_ROLLED for (int64_t c = sk_lane<kGroup>(); c < SK_DIM(&p, C); c += kGroup) {
+        const double a = sk_widen(u[c * p.logits.stride[1]]);
+        const double of_k = sk_load_any(k.x, v + c * k.x.stride[1]);
+        const double b = k.probs ? log(of_k) : of_k;
+        add(sum, compare<false, double>(sk_at_least(a, kLowest), sk_at_least(b, kLowest), h,
+                                        k.in_double));
     }
     sk_group_reduce<kGroup>(sum, sk_add());
-    return conclude_teacher(k, sum, hu, hv);
+}
+
+/* Leaves what is saved of a teacher; returns its part of kl_rows, without the row's weight. */
+template <typename T, int kGroup>
+SK_DEVICE double teach(const forward_params &p, const teacher &k, int j, int64_t n, int64_t s,
+                       double h, double hu, double hv, double (&sum)[TEACHER_SUMS]) {
+    typedef sk_real<T> real;
+    const bool rough = k.T != k.own || k.x.dtype != p.logits.dtype;
+    teacher_row x = {0, 0, 0, false};
+    SK_ROLLED for (bool again = false; k.weight != 0; again = true) {
+        x = conclude(k, sum, hu, hv, rough);
+        if (again || !x.poor) break;
+        visit_again<T, kGroup>(p, k, n, s, hu, hv, sum);
+    }
+    if (sk_lane<kGroup>() == 0) {
+        *sk_cell<real>(p.levels, LEVEL_T + j, n, s) = (real)(x.level + (hu - h) / k.T);
+        *sk_cell<double>(p.ratios, j, n, s) = x.dl;
+    }
+    return k.weight * k.T * k.T * x.kl;
+}
+
+/* Leaves the cross-entropy's sums and what is saved of a row; returns its largest logit. */
+template <typename T, int kGroup, int kVec, int kTeachers>
+SK_DEVICE sk_real<T> visit(const forward_params &p, const teachers &k, int64_t n, int64_t s,
+                           double (&sum)[CE_SUMS], double *kl) {
+    typedef sk_real<T> real;
+    const int64_t C = SK_DIM(&p, C);
+    share<real, kTeachers> x = {(real)kLowest, {}, no_softmax<real>(), {}};
+    SK_UNROLL for (int j = 0; j < kTeachers; j++) x.of_teacher[j] = (real)kLowest;
+    SK_ROLLED for (int64_t base = 0; base < C; base += kGroup * sk_items<T>)
+        add_step<T, kGroup, kVec, kTeachers>(p, k, n, s, base, &x);
+    const real h = gather_softmax<kGroup>(x.ce, x.of_student, C, sum);
+    real top[1 + kTeachers] = {x.of_student}, of_teacher[kTeachers];
+    SK_UNROLL for (int j = 0; j < kTeachers; j++) top[1 + j] = x.of_teacher[j];
+    sk_group_reduce<kGroup>(top, sk_larger());
+    SK_UNROLL for (int j = 0; j < kTeachers; j++) of_teacher[j] = top[1 + j];
+    if (kGroup > 1) raise(&x, k, top[0], of_teacher);
+    SK_UNROLL for (int j = 0; j < kTeachers; j++) {
+        sk_group_reduce<kGroup>(x.sum[j], sk_add());
+        *kl += teach<T, kGroup>(p, k.of[j], j, n, s, h, top[0], top[1 + j], x.sum[j]);
+    }
+    return h;
 }
 
 /* Leaves loss, parts and denominators from the sums of ce_rows, kl_rows and both weights. */
 template <typename real>
-SK_DEVICE void finish(const forward_params &p, const teacher (&k)[kTeachers],
-                      const double (&total)[4]) {
+SK_DEVICE void finish(const forward_params &p, const teachers &k, const double (&total)[4]) {
     const real *const divisor = (const real *)p.divisor.data;
-    const bool has[2] = {has_ce(p), k[0].weight != 0 || k[1].weight != 0};
+    const bool has[2] = {has_ce(p), k.of[0].weight != 0 || k.of[1].weight != 0};
     double part[2];
-    for (int i = 0; i < 2; i++) {
+    SK_UNROLL for (int i = 0; i < 2; i++) {
         const double denominator = p.reduction != SELFKD_MEAN ? 1
                                    : divisor                  ? *divisor
                                                               : total[2 + i];
@@ -217,64 +288,43 @@ SK_DEVICE void finish(const forward_params &p, const teacher (&k)[kTeachers],
     *(real *)p.loss.data = (real)(part[0] + part[1]);
 }
 
+/* Leaves what is saved of teachers where none is looked at. */
+template <typename real>
+SK_DEVICE void save_none(const forward_params &p, int64_t n, int64_t s) {
+    SK_UNROLL for (int j = 0; j < MOST_TEACHERS; j++) {
+        *sk_cell<real>(p.levels, LEVEL_T + j, n, s) = 0;
+        *sk_cell<double>(p.ratios, j, n, s) = 0;
+    }
+}
+
 /* Leaves rows and what is saved; the block that ends last leaves loss, parts and denominators. */
-template <typename T, int kGroup, int kVec>
-__global__ void __launch_bounds__(SK_BLOCK)
-    distill_kernel(const forward_params params, const wideness wide) {
+template <typename T, int kGroup, int kVec, int kTeachers>
+__global__ void __launch_bounds__(SK_BLOCK, 2)
+    distill_kernel(const forward_params params, const teachers k) {
     typedef sk_real<T> real;
     const forward_params *const p = &params;
-    const int64_t C = SK_DIM(p, C), S = SK_DIM(p, S), count = SK_DIM(p, N) * S;
-    teacher k[kTeachers];
-    teachers_of(params, wide, k);
+    const int64_t S = SK_DIM(p, S), count = SK_DIM(p, N) * S;
     double total[4] = {0, 0, 0, 0};
     for (int64_t row = sk_first_row<kGroup>(); row < count; row += sk_row_step<kGroup>()) {
-        const int64_t n = row / S, s = row % S, y = target_of(params, n, s, C - 1);
+        const int64_t n = row / S, s = row % S;
         const real w = sk_weight<real>(p->weight, n, s);
+        double sum[CE_SUMS] = {}, kl = 0;
+        real h = 0;
+        if (sk_lane<kGroup>() == 0) save_none<real>(params, n, s);
+        if (w != 0) h = visit<T, kGroup, kVec, kTeachers>(params, k, n, s, sum, &kl);
+        if (sk_lane<kGroup>() != 0) continue;
+        const int64_t y = target_of(params, n, s);
         const bool labelled = w != 0 && y >= 0;
         const bool taught = w != 0 && (y >= 0 || !p->mask_teachers || !p->target.data);
-        real top[1 + kTeachers] = {};
-        double sum[ROW_SUMS] = {};
-        teacher_row x[kTeachers] = {};
-        if (w != 0) {
-            find_anchors<T, kGroup, kVec>(params, k, n, s, top);
-            for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
-                real a[sk_items<T>], b[sk_items<T>];
-                load_logits<T, kGroup, kVec>(p->logits, n, s, base, C, a);
-                add_softmax<T, kGroup, kVec>(a, base, C, top[0], sum);
-                for (int j = 0; j < kTeachers; j++) {
-                    if (k[j].weight == 0) continue;
-                    load_teacher<T, kGroup, kVec>(k[j], n, s, base, C, b);
-                    add_teacher<real, sk_items<T>, kGroup, kVec>(
-                        k[j], a, b, base, C, top[0], top[1 + j],
-                        sum + OF_TEACHER + j * TEACHER_SUMS);
-                }
-            }
-            sk_group_reduce<kGroup>(sum, sk_add());
-            for (int j = 0; j < kTeachers; j++) {
-                if (k[j].weight == 0) continue;
-                x[j] =
-                    conclude_teacher(k[j], sum + OF_TEACHER + j * TEACHER_SUMS, top[0], top[1 + j]);
-                if (x[j].poor)
-                    x[j] = again<T, kGroup, kVec>(params, k[j], n, s, top[0], top[1 + j]);
-            }
-        }
-        if (sk_lane<kGroup>() != 0) continue;
-        const bool nothing = top[0] <= (real)kLowest; /* but -inf, or NaN */
-        const double level = w == 0 ? 0 : nothing ? NAN : log_sum(sum);
+        const double level = w != 0 ? log_sum(sum) : 0;
         const double ce =
             labelled && has_ce(params)
                 ? p->ce_weight * w *
-                      conclude_ce(p->label_smoothing, C, sum, level, top[0],
+                      conclude_ce(p->label_smoothing, SK_DIM(p, C), sum, level, h,
                                   sk_widen(sk_row<T>(p->logits, n, s)[y * p->logits.stride[1]]))
                 : 0;
-        double kl = 0;
-        for (int j = 0; j < kTeachers; j++) {
-            if (taught && k[j].weight != 0) kl += k[j].weight * k[j].T * k[j].T * w * x[j].kl;
-            *sk_cell<real>(p->levels, LEVEL_T + j, n, s) = (real)x[j].level;
-            *sk_cell<double>(p->ratios, j, n, s) = x[j].dl;
-        }
-        *sk_cell<real>(p->levels, LARGEST, n, s) =
-            nothing ? (real)(-INFINITY + 0 * sum[REST]) : top[0];
+        kl = taught ? kl * w : 0;
+        *sk_cell<real>(p->levels, LARGEST, n, s) = h;
         *sk_cell<real>(p->levels, LEVEL, n, s) = (real)level;
         *sk_cell<real>(p->ce_rows, n, s) = (real)ce;
         *sk_cell<real>(p->kl_rows, n, s) = (real)kl;
@@ -296,38 +346,40 @@ struct teacher_slope {
     real factor;
 };
 
-template <typename real>
+template <typename real, int kTeachers>
 struct slope {
     ce_slope<real> ce;
     teacher_slope<real> of[kTeachers];
     bool zero; /* no gradient, whatever the logits hold */
 };
 
-template <typename T>
-SK_DEVICE slope<sk_real<T>> slope_of(const backward_params &p, const teacher (&k)[kTeachers],
-                                     int64_t n, int64_t s) {
+template <typename T, int kTeachers>
+SK_DEVICE slope<sk_real<T>, kTeachers> slope_of(const backward_params &p, const teachers &k,
+                                                int64_t n, int64_t s) {
     typedef sk_real<T> real;
     const double w = sk_weight<real>(p.weight, n, s);
     const double factor = *sk_cell<real>(p.grad, n, s) * w;
     const real *const denominator = (const real *)p.denominators.data;
     const double h = *sk_cell<real>(p.levels, LARGEST, n, s);
     const double level = *sk_cell<real>(p.levels, LEVEL, n, s);
-    const int64_t C = SK_DIM(&p, C), y = target_of(p, n, s, C);
+    const int64_t y = target_of(p, n, s);
     const bool labelled = factor != 0 && y >= 0 && has_ce(p);
     const bool taught = factor != 0 && (y >= 0 || !p.mask_teachers || !p.target.data);
     const double z_y =
-        labelled && y < C ? (double)sk_widen(sk_row<T>(p.logits, n, s)[y * p.logits.stride[1]]) : h;
-    slope<real> x;
+        labelled ? (double)sk_widen(sk_row<T>(p.logits, n, s)[y * p.logits.stride[1]]) : h;
+    slope<real, kTeachers> x;
     x.ce = ce_slope_of<real>(h, level, labelled ? p.ce_weight * factor / denominator[0] : 0,
-                             p.label_smoothing, p.classes > 0 ? p.classes : C, y, z_y);
+                             p.label_smoothing, SK_DIM(&p, C), y, z_y);
     x.zero = x.ce.factor == 0;
-    for (int j = 0; j < kTeachers; j++) {
-        const double T_j = k[j].T, own = k[j].own, dl = *sk_cell<double>(p.ratios, j, n, s);
-        const double lse = h / T_j + *sk_cell<real>(p.levels, LEVEL_T + j, n, s);
-        x.of[j].h = {split<real>(T_j * lse), split<real>(own * (lse - dl)), split<real>(T_j * dl)};
+    SK_UNROLL for (int j = 0; j < kTeachers; j++) {
+        const teacher &t = k.of[j];
+        const double dl = *sk_cell<double>(p.ratios, j, n, s);
+        const double lse = h / t.T + *sk_cell<real>(p.levels, LEVEL_T + j, n, s);
+        x.of[j].h = {split<real>(t.T * lse), split<real>(t.own * (lse - dl)),
+                     split<real>(t.T * dl)};
         x.of[j].factor =
-            taught && k[j].weight != 0
-                ? (real)(k[j].weight * T_j * factor / denominator[p.denominators.stride[0]])
+            taught && t.weight != 0
+                ? (real)(t.weight * t.T * factor / denominator[p.denominators.stride[0]])
                 : 0;
         x.zero = x.zero && x.of[j].factor == 0;
     }
@@ -335,60 +387,51 @@ SK_DEVICE slope<sk_real<T>> slope_of(const backward_params &p, const teacher (&k
 }
 
 /* Leaves grad_logits. */
-template <typename T, int kGroup, int kVec>
-__global__ void __launch_bounds__(SK_BLOCK)
-    distill_backward_kernel(const backward_params params, const wideness wide) {
+template <typename T, int kGroup, int kVec, int kTeachers>
+__global__ void __launch_bounds__(SK_BLOCK, kTeachers > 1 ? 2 : sk_resident<T, kVec>)
+    distill_backward_kernel(const backward_params params, const teachers k) {
     typedef sk_real<T> real;
     const backward_params *const p = &params;
     const int64_t S = SK_DIM(p, S), C = SK_DIM(p, C), count = SK_DIM(p, N) * S;
-    teacher k[kTeachers];
-    teachers_of(params, wide, k);
+    const real lowest = (real)kLowest;
     for (int64_t row = sk_first_row<kGroup>(); row < count; row += sk_row_step<kGroup>()) {
         const int64_t n = row / S, s = row % S;
-        const slope<real> m = slope_of<T>(params, k, n, s);
-        for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
+        const slope<real, kTeachers> m = slope_of<T, kTeachers>(params, k, n, s);
+        const T *const from = sk_keep(sk_row<T>(p->logits, n, s));
+        T *const to = sk_keep(sk_row<T>(p->grad_logits, n, s));
+        SK_ROLLED for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
             real a[sk_items<T>], b[sk_items<T>], grad[sk_items<T>];
-            load_logits<T, kGroup, kVec>(p->logits, n, s, base, C, a);
-            SK_UNROLL for (int i = 0; i < sk_items<T>; i++) grad[i] =
-                ce_gradient(m.ce, a[i], sk_class<kGroup, kVec>(base, i));
-            for (int j = 0; j < kTeachers; j++) {
-                if (k[j].weight == 0) continue;
-                const scale<real> t = scale_of<real>(k[j].T), own = scale_of<real>(k[j].own);
-                load_teacher<T, kGroup, kVec>(k[j], n, s, base, C, b);
-                SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
-                    const pair<real> x = k[j].T == k[j].own
-                                             ? compare(a[i], b[i], m.of[j].h, t)
-                                             : compare_apart(a[i], b[i], m.of[j].h, t, own);
-                    grad[i] += m.of[j].factor * x.diff;
-                }
+            sk_load<T, kGroup, kVec>(from, p->logits.stride[1], base, C, lowest, a);
+            SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
+                a[i] = sk_at_least(a[i], lowest);
+                grad[i] = ce_gradient(m.ce, a[i], sk_class<kGroup, kVec>(base, i));
             }
-            SK_UNROLL for (int i = 0; i < sk_items<T>; i++) if (m.zero) grad[i] = 0;
-            sk_store<T, kGroup, kVec>(sk_row<T>(p->grad_logits, n, s), p->grad_logits.stride[1],
-                                      base, C, grad);
+            SK_UNROLL for (int j = 0; j < kTeachers; j++) {
+                if (k.of[j].weight == 0) continue;
+                load_teacher<T, kGroup, kVec>(k.of[j], n, s, base, C, b);
+                SK_UNROLL for (int i = 0; i < sk_items<T>; i++) grad[i] +=
+                    m.of[j].factor * compare<false>(a[i], b[i], m.of[j].h, warmth_of<real>(k.of[j])).diff;
+            }
+            SK_UNROLL for (int i = 0; i < sk_items<T>; i++) grad[i] = m.zero ? 0 : grad[i];
+            sk_store<T, kGroup, kVec>(to, p->grad_logits.stride[1], base, C, grad);
         }
     }
 }
 
 /* ---- launches ---- */
 
-/* A teacher as wide as the logits: the same layout would have been chosen for it. */
-static bool is_wide(const sk_dims &dims, const sk_arg &logits, const sk_arg &x, int64_t element,
-                    sk_layout layout) {
-    if (!x.data || x.dtype != logits.dtype) return false;
-    return !layout.vector || sk_layout_of(dims, element, {&x}).vector;
-}
-
 extern "C" int sk_cuda_distill(const struct distill_params *params, void *stream) {
     const int zeroed = cudaMemsetAsync(params->scratch.data, 0, 16, (cudaStream_t)stream);
     if (zeroed != cudaSuccess) return zeroed;
     const int64_t count = SK_DIM(params, N) * SK_DIM(params, S);
+    const teachers k = teachers_of(*params);
     SK_SWITCH_FLOATING(params->logits.dtype, T, {
-        const sk_layout layout = sk_layout_of(params->dims, sizeof(T), {&params->logits});
-        const wideness wide = {
-            {is_wide(params->dims, params->logits, params->teacher, sizeof(T), layout),
-             is_wide(params->dims, params->logits, params->second_teacher, sizeof(T), layout)}};
-        const auto kernel = SK_KERNEL(distill_kernel, T, layout);
-        SK_LAUNCH(kernel, sk_grid(count, layout), SK_BLOCK, 0, stream, *params, wide);
+        const sk_layout layout =
+            sk_layout_of(params->dims, sizeof(T),
+                         {&params->logits, &params->teacher, &params->second_teacher});
+        const auto kernel = k.of[1].weight != 0 ? SK_KERNEL(distill_kernel, T, layout, 2)
+                                                : SK_KERNEL(distill_kernel, T, layout, 1);
+        SK_LAUNCH(kernel, sk_grid(count, layout), SK_BLOCK, 0, stream, *params, k);
     })
     return cudaGetLastError();
 }
@@ -396,14 +439,14 @@ extern "C" int sk_cuda_distill(const struct distill_params *params, void *stream
 extern "C" int sk_cuda_distill_backward(const struct distill_backward_params *params,
                                         void *stream) {
     const int64_t count = SK_DIM(params, N) * SK_DIM(params, S);
+    const teachers k = teachers_of(*params);
     SK_SWITCH_FLOATING(params->logits.dtype, T, {
-        const sk_layout layout =
-            sk_layout_of(params->dims, sizeof(T), {&params->logits, &params->grad_logits});
-        const wideness wide = {
-            {is_wide(params->dims, params->logits, params->teacher, sizeof(T), layout),
-             is_wide(params->dims, params->logits, params->second_teacher, sizeof(T), layout)}};
-        const auto kernel = SK_KERNEL(distill_backward_kernel, T, layout);
-        SK_LAUNCH(kernel, sk_grid(count, layout), SK_BLOCK, 0, stream, *params, wide);
+        const sk_layout layout = sk_layout_of(params->dims, sizeof(T),
+                                              {&params->logits, &params->grad_logits,
+                                               &params->teacher, &params->second_teacher});
+        const auto kernel = k.of[1].weight != 0 ? SK_KERNEL(distill_backward_kernel, T, layout, 2)
+                                                : SK_KERNEL(distill_backward_kernel, T, layout, 1);
+        SK_LAUNCH(kernel, sk_grid(count, layout), SK_BLOCK, 0, stream, *params, k);
     })
     return cudaGetLastError();
 }

@@ -38,7 +38,7 @@ SK_DEVICE uint64_t first_of(const Params *p, int64_t n) {
 
 /* Leaves views. */
 template <typename T, int kGroup, int kVec>
-__global__ void __launch_bounds__(SK_BLOCK)
+__global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
     dropout_views_kernel(const forward_params params, const sk_dropout dropout) {
     const forward_params *const p = &params;
     const int64_t N = SK_DIM(p, N), C = SK_DIM(p, C), stride = p->views.stride[2];
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(SK_BLOCK)
 
 /* Leaves grad_features. */
 template <typename T, int kGroup, int kVec>
-__global__ void __launch_bounds__(SK_BLOCK)
+__global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
     dropout_views_backward_kernel(const backward_params params, const sk_dropout dropout) {
     const backward_params *const p = &params;
     const int64_t N = SK_DIM(p, N), C = SK_DIM(p, C), stride = p->grad.stride[2];

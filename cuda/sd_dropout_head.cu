@@ -19,34 +19,28 @@ SK_DEVICE int64_t target_of(const row_params &p, int64_t n) {
     return y;
 }
 
-/* The sums of cross-entropy, and the logit of the target. */
-enum { TARGET = CE_SUMS, ROW_SUMS };
-
-/* Leaves them the same in all threads, and the largest logit. No thread reads what another will
- * write over. */
+/* Leaves the sums of cross-entropy the same in all threads; returns the largest logit. */
 template <typename T, int kGroup, int kVec>
-SK_DEVICE sk_real<T> add_row(const row_params &p, int64_t n, int64_t y, double (&sum)[ROW_SUMS]) {
+SK_DEVICE sk_real<T> add_row(const row_params &p, int64_t n, double (&sum)[CE_SUMS]) {
     typedef sk_real<T> real;
     const int64_t C = SK_DIM(&p, C);
     const real lowest = (real)kLowest;
-    const T *const z = sk_row<T>(p.z, n, 0);
-    real top[1] = {lowest}, a[sk_items<T>];
-    for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
+    const T *const z = sk_keep(sk_row<T>(p.z, n, 0));
+    softmax<real> x = no_softmax<real>();
+    real h = lowest;
+    SK_ROLLED for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
+        real a[sk_items<T>], most = lowest;
         sk_load<T, kGroup, kVec>(z, p.z.stride[1], base, C, lowest, a);
-        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) top[0] = sk_max(top[0], a[i]);
-    }
-    sk_group_reduce<kGroup>(top, sk_larger());
-    if (top[0] <= lowest) top[0] = (real)NAN;
-    for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
-        sk_load<T, kGroup, kVec>(z, p.z.stride[1], base, C, lowest, a);
-        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) a[i] = sk_at_least(a[i], lowest);
-        add_softmax<T, kGroup, kVec>(a, base, C, top[0], sum);
-        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
-            if (sk_class<kGroup, kVec>(base, i) == y) sum[TARGET] += a[i];
+        SK_UNROLL for (int i = 0; i < sk_items<T>; i++)
+            most = sk_max(most, a[i] = sk_at_least(a[i], lowest));
+        if (most > h + 2) {
+            x.rest *= exponential(h - most);
+            h = most;
         }
+        add_softmax<T, kGroup, kVec>(a, h, most, &x);
+        if (p.label_smoothing != 0) add_minus<T, kGroup, kVec>(a, base, C, h, &x);
     }
-    sk_group_reduce<kGroup>(sum, sk_add());
-    return top[0];
+    return gather_softmax<kGroup>(x, h, C, sum);
 }
 
 /* Writes the gradients of a row over its logits. */
@@ -82,12 +76,15 @@ __global__ void __launch_bounds__(SK_BLOCK) sd_dropout_head_kernel(const row_par
     for (int64_t n = sk_first_row<kGroup>(); n < SK_DIM(p, N); n += sk_row_step<kGroup>()) {
         const int64_t y = target_of(params, n);
         const double w = y < 0 ? 0 : (double)sk_weight<real>(p->weight, n, 0);
-        double sum[ROW_SUMS] = {}, h = 0, level = 0, loss = 0;
+        double sum[CE_SUMS] = {}, h = 0, level = 0, loss = 0, z_y[1] = {0};
         divergence x = {0, 0, 0, 0, false};
         if (w != 0) {
-            h = add_row<T, kGroup, kVec>(params, n, y, sum);
+            /* by one thread, for all: none may read what another has written over */
+            if (sk_lane<kGroup>() == 0) z_y[0] = sk_widen(sk_row<T>(p->z, n, 0)[y * p->z.stride[1]]);
+            sk_group_reduce<kGroup>(z_y, sk_add());
+            h = add_row<T, kGroup, kVec>(params, n, sum);
             level = log_sum(sum);
-            loss = conclude_ce(p->label_smoothing, C, sum, level, h, sum[TARGET]);
+            loss = conclude_ce(p->label_smoothing, C, sum, level, h, z_y[0]);
         }
         if (w != 0 && per_kl != 0) {
             x = diverge<T, kGroup, kVec>({sk_row<T>(p->u, n, 0), sk_row<T>(p->v, n, 0),
@@ -97,7 +94,7 @@ __global__ void __launch_bounds__(SK_BLOCK) sd_dropout_head_kernel(const row_par
         if (sk_lane<kGroup>() == 0) *sk_cell<real>(p->rows, n, 0) = w != 0 ? (real)(w * loss) : 0;
         if (!p->differentiate) continue;
         differentiate_row<T, kGroup, kVec>(
-            params, n, ce_slope_of<real>(h, level, w, p->label_smoothing, C, y, sum[TARGET]),
+            params, n, ce_slope_of<real>(h, level, w, p->label_smoothing, C, y, z_y[0]),
             pair_slope_of<real>(x, p->temperature, w * per_kl * p->forward_weight,
                                 w * per_kl * p->reverse_weight, p->detach_target,
                                 w == 0 || per_kl == 0));

@@ -25,7 +25,7 @@ SK_DEVICE void finish(const forward_params &p, const double (&total)[2]) {
 
 /* Leaves rows and saved; the block that ends last leaves loss and denominator. */
 template <typename T, int kGroup, int kVec>
-__global__ void __launch_bounds__(SK_BLOCK, 3) sd_dropout_kl_kernel(const forward_params params) {
+__global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>) sd_dropout_kl_kernel(const forward_params params) {
     typedef sk_real<T> real;
     const forward_params *const p = &params;
     const int64_t S = SK_DIM(p, S), count = SK_DIM(p, N) * S;
@@ -67,7 +67,7 @@ SK_DEVICE pair_slope<real> slope_of(const backward_params &p, int64_t n, int64_t
 
 /* Leaves grad_u and grad_v. */
 template <typename T, int kGroup, int kVec>
-__global__ void __launch_bounds__(SK_BLOCK, 3)
+__global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
     sd_dropout_kl_backward_kernel(const backward_params params) {
     typedef sk_real<T> real;
     const backward_params *const p = &params;

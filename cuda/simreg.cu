@@ -92,7 +92,7 @@ SK_DEVICE void finish(const forward_params &p, const double (&total)[2]) {
 
 /* Leaves rows and saved; the block that ends last leaves loss and denominator. */
 template <typename T, int kGroup, int kVec>
-__global__ void __launch_bounds__(SK_BLOCK, 3) simreg_kernel(const forward_params params) {
+__global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>) simreg_kernel(const forward_params params) {
     typedef sk_real<T> real;
     const forward_params *const p = &params;
     const int64_t S = SK_DIM(p, S), count = SK_DIM(p, N) * S;
@@ -138,7 +138,7 @@ SK_DEVICE slope slope_of(const backward_params &p, int64_t n, int64_t s) {
 
 /* Leaves grad_student; exactly 0 for equal rows. */
 template <typename T, int kGroup, int kVec>
-__global__ void __launch_bounds__(SK_BLOCK, 3)
+__global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
     simreg_backward_kernel(const backward_params params) {
     typedef sk_real<T> real;
     const backward_params *const p = &params;

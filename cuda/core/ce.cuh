@@ -3,25 +3,73 @@
 #pragma once
 #include "core/kl.cuh"
 
-/* The sum of e^(z - h) over the classes below the largest logit h, how many are at h, and the sum
- * of h - z. */
+/* A thread's share of a row, so far: its largest logit, how many are as large, the sum of e^(z - h)
+ * over the others, and of -z. The anchor h only ever grows. */
+template <typename real>
+struct softmax {
+    real largest, ties;
+    double rest, minus;
+};
+
+template <typename real>
+SK_DEVICE softmax<real> no_softmax() {
+    return {(real)kLowest, 0, 0, 0};
+}
+
+/* e^x */
+template <typename real>
+SK_DEVICE real exponential(real x) {
+    return sk_exp2(x * scale_of<real>(1).log2e);
+}
+
+/* Adds a step whose largest logit is `most`. Absent items lie so low that they add nothing. */
+template <typename T, int kGroup, int kVec>
+SK_DEVICE void add_softmax(const sk_real<T> (&a)[sk_items<T>], sk_real<T> h, sk_real<T> most,
+                           softmax<sk_real<T>> *x) {
+    typedef sk_real<T> real;
+    real rest = 0, ties = 0;
+    SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
+        ties += a[i] == most ? 1 : 0;
+        rest += a[i] == most ? 0 : exponential(a[i] - h);
+    }
+    const bool higher = most > x->largest, level = most == x->largest;
+    const real low = higher ? x->largest : most, lost = higher ? x->ties : level ? 0 : ties;
+    x->ties = higher ? ties : level ? x->ties + ties : x->ties;
+    x->largest = higher ? most : x->largest;
+    x->rest += rest + (lost > 0 ? lost * exponential(low - h) : 0);
+}
+
+/* Adds -z of a step, infinite for a class at -inf. */
+template <typename T, int kGroup, int kVec>
+SK_DEVICE void add_minus(const sk_real<T> (&a)[sk_items<T>], int64_t base, int64_t C,
+                         sk_real<T> h, softmax<sk_real<T>> *x) {
+    typedef sk_real<T> real;
+    real above = 0, count = 0;
+    SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
+        const bool present = sk_class<kGroup, kVec>(base, i) < C;
+        above += !present ? 0 : a[i] <= (real)kLowest ? (real)INFINITY : h - a[i];
+        count += present ? 1 : 0;
+    }
+    x->minus += above - (double)count * h;
+}
+
+/* Of the whole row: the sum of e^(z - h) over the classes below the largest logit h, how many are
+ * at h, and the sum of h - z. */
 enum { REST, TIES, ABOVE, CE_SUMS };
 
-/* Adds a step. */
-template <typename T, int kGroup, int kVec>
-SK_DEVICE void add_softmax(const sk_real<T> (&a)[sk_items<T>], int64_t base, int64_t C,
-                           sk_real<T> h, double *sum) {
-    typedef sk_real<T> real;
-    const scale<real> t = scale_of<real>(1);
-    real part[CE_SUMS] = {};
-    SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
-        if (sk_class<kGroup, kVec>(base, i) >= C) break;
-        const real x = a[i] - h;
-        part[REST] += x == 0 ? 0 : sk_exp2(x * t.log2e);
-        part[TIES] += x == 0 ? 1 : 0;
-        part[ABOVE] += a[i] <= (real)kLowest ? (real)INFINITY : -x;
-    }
-    for (int j = 0; j < CE_SUMS; j++) sum[j] += part[j];
+/* Leaves them, from the shares of a group and their anchors; returns h, NaN if all are at -inf. */
+template <int kGroup, typename real>
+SK_DEVICE real gather_softmax(const softmax<real> &x, real h, int64_t C, double (&sum)[CE_SUMS]) {
+    real top[1] = {x.largest};
+    sk_group_reduce<kGroup>(top, sk_larger());
+    const bool lower = x.largest < top[0];
+    sum[REST] = x.rest * exponential(h - top[0]);
+    sum[REST] += lower ? x.ties * exponential(x.largest - top[0]) : 0;
+    sum[TIES] = lower ? 0 : x.ties;
+    sum[ABOVE] = x.minus;
+    sk_group_reduce<kGroup>(sum, sk_add());
+    sum[ABOVE] += (double)C * top[0];
+    return top[0] <= (real)kLowest ? (real)NAN : top[0];
 }
 
 /* log sum e^(z - h) */

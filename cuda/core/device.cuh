@@ -15,6 +15,7 @@
 #include <string.h>
 
 #include <initializer_list>
+#include <type_traits>
 
 #include "core/contract.h"
 
@@ -29,12 +30,14 @@ enum { SK_WARP = 32, SK_BLOCK = 256 };
 #define SK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
     (kernel)<<<(grid), (block), (shared_bytes), (cudaStream_t)(stream)>>>(__VA_ARGS__)
 #define SK_UNROLL _Pragma("unroll")
+#define SK_ROLLED _Pragma("unroll 1")
 #define SK_SHARED(type, name, count) __shared__ type name[count]
 #define SK_SHARED_DYNAMIC(type, name) extern __shared__ type name[]
 #else
 #define SK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
     simt_launch((grid), (block), (shared_bytes), (stream), [=] { (kernel)(__VA_ARGS__); })
 #define SK_UNROLL
+#define SK_ROLLED
 #define SK_SHARED(type, name, count) \
     static char name##_key;          \
     type *const name = (type *)simt_shared(&name##_key, sizeof(type) * (count))
@@ -87,6 +90,59 @@ SK_DEVICE void sk_narrow(float x, __half *to) { *to = __float2half_rn(x); }
 SK_DEVICE void sk_narrow(float x, __nv_bfloat16 *to) { *to = __float2bfloat16_rn(x); }
 SK_DEVICE void sk_narrow(float x, float *to) { *to = x; }
 SK_DEVICE void sk_narrow(double x, double *to) { *to = x; }
+
+/* Two neighbours of a two-byte dtype, the first in the low half. */
+SK_DEVICE unsigned sk_narrow_two(float first, float second, __half *) {
+    unsigned word;
+#ifdef __CUDA_ARCH__
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+#else
+    const __half two[2] = {__float2half_rn(first), __float2half_rn(second)};
+    memcpy(&word, two, sizeof word);
+#endif
+    return word;
+}
+SK_DEVICE unsigned sk_narrow_two(float first, float second, __nv_bfloat16 *) {
+    unsigned word;
+#ifdef __CUDA_ARCH__
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+#else
+    const __nv_bfloat16 two[2] = {__float2bfloat16_rn(first), __float2bfloat16_rn(second)};
+    memcpy(&word, two, sizeof word);
+#endif
+    return word;
+}
+
+SK_DEVICE float sk_float(unsigned bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* ---- registers: what a loop needs is found before it, though the compiler thinks it cheap ---- */
+
+SK_DEVICE float sk_keep(float x) {
+#ifdef __CUDA_ARCH__
+    asm("" : "+f"(x));
+#endif
+    return x;
+}
+SK_DEVICE double sk_keep(double x) {
+#ifdef __CUDA_ARCH__
+    asm("" : "+d"(x));
+#endif
+    return x;
+}
+/* An address in global memory. */
+template <typename T>
+SK_DEVICE T *sk_keep(T *x) {
+#ifdef __CUDA_ARCH__
+    size_t at = __cvta_generic_to_global(x);
+    asm("" : "+l"(at));
+    x = (T *)__cvta_global_to_generic(at);
+#endif
+    return x;
+}
 
 /* ---- where things are ---- */
 
@@ -174,6 +230,11 @@ SK_DEVICE double sk_max(double x, double y) { return fmax(x, y); }
 template <typename T>
 constexpr int sk_items = 16 / sizeof(T);
 
+/* Blocks that a multiprocessor should hold of a kernel: a thread then has 80 of its 65,536
+ * registers, or 128 where numbers are double or each item has an address of its own. */
+template <typename T, int kVec>
+constexpr int sk_resident = sizeof(T) == 8 || kVec == 1 ? 2 : 3;
+
 template <int kGroup>
 SK_DEVICE int sk_lane() {
     return threadIdx.x % kGroup;
@@ -215,24 +276,61 @@ struct sk_bits<4> {
     unsigned part;
 };
 
-/* This thread's items of the step; `absent` for those beyond C. Steps and items are those of T,
- * however the row is stored. */
+/* In one access: the compiler takes an assignment apart. */
+SK_DEVICE void sk_write(const sk_bits<16> &bits, void *to) {
+#ifdef __CUDA_ARCH__
+    const uint4 x = bits.part[0];
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+                 : "memory");
+#else
+    memcpy(to, &bits, sizeof bits);
+#endif
+}
+
+/* kVec neighbours, from and to how they lie in memory. */
+template <typename Stored, int kVec, typename real>
+SK_DEVICE void sk_unpack(const sk_bits<kVec * sizeof(Stored)> &bits, real *to) {
+    Stored x[kVec];
+    unsigned words[(kVec * sizeof(Stored) + 3) / 4];
+    memcpy(x, &bits, sizeof x);
+    memcpy(words, &bits, sizeof x);
+    SK_UNROLL for (int k = 0; k < kVec; k++) {
+        if constexpr (std::is_same<Stored, __nv_bfloat16>::value)
+            to[k] = sk_float(k % 2 ? words[k / 2] & 0xffff0000u : words[k / 2] << 16);
+        else
+            to[k] = (real)sk_widen(x[k]);
+    }
+}
+template <typename T, int kVec>
+SK_DEVICE sk_bits<kVec * sizeof(T)> sk_pack(const sk_real<T> *from) {
+    sk_bits<kVec * sizeof(T)> bits;
+    if constexpr (sizeof(T) == 2) {
+        unsigned words[kVec / 2];
+        SK_UNROLL for (int k = 0; k < kVec; k += 2) words[k / 2] =
+            sk_narrow_two(from[k], from[k + 1], (T *)0);
+        memcpy(&bits, words, sizeof bits);
+    } else {
+        memcpy(&bits, from, sizeof bits);
+    }
+    return bits;
+}
+
+/* This thread's items of the step; `absent`, or the infinity that it rounds to, for those beyond
+ * C. Steps and items are those of T, however the row is stored. */
 template <typename T, int kGroup, int kVec, typename Stored>
 SK_DEVICE void sk_load(const Stored *row, int64_t stride, int64_t base, int64_t C,
                        sk_real<T> absent, sk_real<T> (&to)[sk_items<T>]) {
     SK_UNROLL for (int i = 0; i < sk_items<T>; i += kVec) {
         const int64_t c = sk_class<kGroup, kVec>(base, i);
-        const bool present = c < C;
         if constexpr (kVec == 1) {
-            to[i] = present ? (sk_real<T>)sk_widen(row[c * stride]) : absent;
+            to[i] = c < C ? (sk_real<T>)sk_widen(row[c * stride]) : absent;
         } else {
-            typedef sk_bits<kVec * sizeof(Stored)> bits_of;
-            bits_of bits = {};
-            if (present) bits = *(const bits_of *)(row + c);
-            Stored x[kVec];
-            memcpy(x, &bits, sizeof x);
-            SK_UNROLL for (int k = 0; k < kVec; k++) to[i + k] =
-                present ? (sk_real<T>)sk_widen(x[k]) : absent;
+            sk_real<Stored> fill[kVec];
+            SK_UNROLL for (int k = 0; k < kVec; k++) fill[k] = (sk_real<Stored>)absent;
+            auto bits = sk_pack<Stored, kVec>(fill);
+            if (c < C) bits = *(const decltype(bits) *)(row + c);
+            sk_unpack<Stored, kVec>(bits, &to[i]);
         }
     }
 }
@@ -249,18 +347,13 @@ SK_DEVICE void sk_load_constant(const sk_arg &x, int64_t n, int64_t s, int64_t b
 template <typename T, int kGroup, int kVec>
 SK_DEVICE void sk_store(T *row, int64_t stride, int64_t base, int64_t C,
                         const sk_real<T> (&from)[sk_items<T>]) {
-    T x[kVec];
     SK_UNROLL for (int i = 0; i < sk_items<T>; i += kVec) {
         const int64_t c = sk_class<kGroup, kVec>(base, i);
         if (c >= C) continue;
-        SK_UNROLL for (int k = 0; k < kVec; k++) sk_narrow(from[i + k], &x[k]);
-        if constexpr (kVec == 1) {
-            row[c * stride] = x[0];
-        } else {
-            uint4 bits;
-            memcpy(&bits, x, sizeof bits);
-            *(uint4 *)(row + c) = bits;
-        }
+        if constexpr (kVec == 1)
+            sk_narrow(from[i], row + c * stride);
+        else
+            sk_write(sk_pack<T, kVec>(&from[i]), row + c);
     }
 }
 
@@ -327,7 +420,7 @@ struct sk_layout {
     bool vector; /* 16-byte accesses */
 };
 
-/* The layout that suits all of the "NC*" tensors of a call. */
+/* The layout that suits all of the "NC*" tensors of a call; those not given do not matter. */
 static inline sk_layout sk_layout_of(const sk_dims &dims, int64_t element,
                                      std::initializer_list<const sk_arg *> args) {
     const int64_t N = dims.size['N' - 'A'], C = dims.size['C' - 'A'], S = dims.size['S' - 'A'];
@@ -335,6 +428,7 @@ static inline sk_layout sk_layout_of(const sk_dims &dims, int64_t element,
     bool adjacent_rows = true, wide_rows = C % wide == 0;
     for (const sk_arg *arg : args) {
         const int64_t *const stride = arg->stride;
+        if (!arg->data) continue;
         adjacent_rows = adjacent_rows && stride[1] != 1 && stride[S > 1 ? 2 : 0] == 1;
         wide_rows = wide_rows && stride[1] == 1 && (uintptr_t)arg->data % 16 == 0 &&
                     (N <= 1 || stride[0] % wide == 0) && (S <= 1 || stride[2] % wide == 0);
@@ -350,9 +444,11 @@ static inline unsigned sk_grid(int64_t rows, sk_layout layout) {
     return blocks < 1 ? 1 : blocks > SK_REDUCE_BLOCKS ? SK_REDUCE_BLOCKS : (unsigned)blocks;
 }
 
-/* The instance kernel<T, kGroup, kVec> for a layout. */
-#define SK_KERNEL(kernel, T, layout)                                                      \
-    ((layout).group == 1 ? kernel<T, 1, 1>                                                \
-     : (layout).group == SK_WARP                                                          \
-         ? ((layout).vector ? kernel<T, SK_WARP, 16 / sizeof(T)> : kernel<T, SK_WARP, 1>) \
-         : ((layout).vector ? kernel<T, SK_BLOCK, 16 / sizeof(T)> : kernel<T, SK_BLOCK, 1>))
+/* The instance kernel<T, kGroup, kVec, ...> for a layout. */
+#define SK_KERNEL(kernel, T, layout, ...)                                               \
+    ((layout).group == 1 ? kernel<T, 1, 1, ##__VA_ARGS__>                               \
+     : (layout).group == SK_WARP                                                        \
+         ? ((layout).vector ? kernel<T, SK_WARP, 16 / sizeof(T), ##__VA_ARGS__>         \
+                            : kernel<T, SK_WARP, 1, ##__VA_ARGS__>)                     \
+         : ((layout).vector ? kernel<T, SK_BLOCK, 16 / sizeof(T), ##__VA_ARGS__>        \
+                            : kernel<T, SK_BLOCK, 1, ##__VA_ARGS__>))

@@ -29,7 +29,7 @@ struct scale {
 
 template <typename real>
 SK_DEVICE scale<real> scale_of(double temperature) {
-    return {(real)(1 / temperature), (real)(1.4426950408889634 / temperature)};
+    return {sk_keep((real)(1 / temperature)), sk_keep((real)(1.4426950408889634 / temperature))};
 }
 
 /* A number as the sum of two. */
@@ -74,10 +74,10 @@ struct pair {
     real diff, gp, gq; /* p - q, p*g(-y), q*g(y) */
 };
 
-/* even = cosh(y) - 1 and odd = sinh(y) - y for |y| < 0.75, by their series; the terms left out are
- * below 6e-8 (double: 1e-17) of even. */
+/* e^y - 1 - y for |y| < 0.75, by its series; the terms left out are below 8e-8 (double: 1e-17) of
+ * it. */
 template <typename real>
-SK_DEVICE void curvature(real y, real *even, real *odd) {
+SK_DEVICE real curvature(real y) {
     // clang-format off
     constexpr double inverse_factorial[] = {
         1. / 2,          1. / 6,           1. / 24,           1. / 120,
@@ -85,36 +85,37 @@ SK_DEVICE void curvature(real y, real *even, real *odd) {
         1. / 3628800,    1. / 39916800,    1. / 479001600,    1. / 6227020800,
         1. / 87178291200, 1. / 1307674368000, 1. / 20922789888000, 1. / 355687428096000};
     // clang-format on
-    constexpr int terms = sizeof(real) == 4 ? 4 : 8;
-    const real z = y * y;
-    real e = 0, o = 0;
-    SK_UNROLL for (int k = terms - 1; k >= 0; k--) {
-        e = e * z + (real)inverse_factorial[2 * k];
-        o = o * z + (real)inverse_factorial[2 * k + 1];
-    }
-    *even = e * z;
-    *odd = o * z * y;
+    constexpr int terms = sizeof(real) == 4 ? 8 : 16;
+    real g = (real)inverse_factorial[terms - 1];
+    SK_UNROLL for (int k = terms - 2; k >= 0; k--) g = g * y + (real)inverse_factorial[k];
+    return g * y * y;
 }
 
-/* kShort: a - h.u, b - h.v and a - b are exact as they are.
- * Near y = 0, p follows from q: an error of the exponential then changes all five terms alike,
- * which the KL hardly feel. */
+/* A pair of logits whose y is known; from_u and from_v are what they lie above the anchors. Near
+ * y = 0 no term is a difference of larger ones: gp + gq = diff * y. */
+template <typename real>
+SK_DEVICE pair<real> compare(real y, real from_u, real from_v, const scale<real> &t,
+                             const scale<real> &of_v) {
+    pair<real> x;
+    x.y = y;
+    x.p = sk_exp2(from_u * t.log2e);
+    x.q = sk_exp2(from_v * of_v.log2e);
+    const bool near = fabs(y) < (real)0.75;
+    const real first = x.q * y, second = x.q * curvature(y), apart = x.p - x.q;
+    x.diff = near ? first + second : apart;
+    x.gq = near ? second : apart - first;
+    x.gp = near ? x.diff * y - second : x.p * y - apart;
+    return x;
+}
+
+/* kShort: a - h.u, b - h.v and a - b are exact as they are. */
 template <bool kShort = false, typename real>
 SK_DEVICE pair<real> compare(real a, real b, const anchors<real> &h, const scale<real> &t) {
     const real from_u = (a - h.u.high) - h.u.low, from_v = (b - h.v.high) - h.v.low;
-    pair<real> x;
-    x.apart = difference(a, b);
-    x.y = (kShort ? from_u - from_v : distance(x.apart, h.gap)) * t.inverse;
-    x.p = sk_exp2(from_u * t.log2e);
-    x.q = sk_exp2(from_v * t.log2e);
-    real even, odd;
-    curvature(x.y, &even, &odd);
-    const bool near = fabs(x.y) < (real)0.75;
-    x.gq = x.q * (even + odd);
-    x.diff = near ? x.q * x.y + x.gq : x.p - x.q;
-    x.p = near ? x.q + x.diff : x.p;
-    x.gq = near ? x.gq : x.diff - x.q * x.y;
-    x.gp = near ? x.p * (even - odd) : x.p * x.y - x.diff;
+    const two<real> apart = difference(a, b);
+    const real y = (kShort ? from_u - from_v : distance(apart, h.gap)) * t.inverse;
+    pair<real> x = compare(y, from_u, from_v, t, t);
+    x.apart = apart;
     return x;
 }
 
@@ -132,7 +133,8 @@ SK_DEVICE void add(real (&sum)[SUMS], const pair<real> &x) {
 }
 
 /* Rewrites sums for new anchors; x compares the old ones against the new. */
-SK_DEVICE void move(double (&sum)[SUMS], const pair<double> &x) {
+template <typename real>
+SK_DEVICE void move(double (&sum)[SUMS], const pair<real> &x) {
     sum[GP] = x.p * sum[GP] + x.diff * sum[D] + x.gp * sum[P];
     sum[GQ] = x.q * sum[GQ] + x.diff * sum[D] + x.gq * sum[Q];
     sum[D] = x.p * sum[D] + x.diff * sum[Q];
@@ -147,41 +149,48 @@ struct rows {
     double temperature;
 };
 
-/* Leaves in `sum` this thread's share of the row's sums, against anchors that start at *hu, *hv and
- * are raised to this thread's maxima, but not by less than 2 T: moving the sums costs a hundred
- * instructions, and weights of e^2 do no harm. The float sums of a step are added up in double, for
- * a thread may take thousands of steps. */
-template <typename T, typename real, int kGroup, int kVec>
-SK_DEVICE void visit(const rows<T> &r, real *hu, real *hv, double (&sum)[SUMS]) {
+/* Leaves the sums of the row and, in `top`, their anchors: the largest logits. Until the end each
+ * thread has anchors of its own, which are raised to its maxima, but not by less than 2 T: moving
+ * the sums costs a hundred instructions, and weights of e^2 do no harm. The float sums of a step
+ * are added up in double, for a thread may take thousands of steps. */
+template <typename T, int kGroup, int kVec>
+SK_DEVICE void visit(const rows<T> &r, sk_real<T> (&top)[2], double (&sum)[SUMS]) {
+    typedef sk_real<T> real;
     /* bfloat16 logits and maxima have few enough digits */
-    constexpr bool is_short = std::is_same<T, __nv_bfloat16>::value && sizeof(real) == 4;
+    constexpr bool is_short = std::is_same<T, __nv_bfloat16>::value;
     const scale<real> t = scale_of<real>(r.temperature);
-    const sk_real<T> lowest = (sk_real<T>)kLowest;
-    const real slack = (real)(2 * r.temperature);
+    const real lowest = (real)kLowest, slack = (real)(2 * r.temperature);
+    const T *const u = sk_keep(r.u), *const v = sk_keep(r.v);
+    real hu = lowest, hv = lowest;
     for (int k = 0; k < SUMS; k++) sum[k] = 0;
-    for (int64_t base = 0; base < r.C; base += kGroup * sk_items<T>) {
-        sk_real<T> a[sk_items<T>], b[sk_items<T>], top_u = lowest, top_v = lowest;
-        sk_load<T, kGroup, kVec>(r.u, r.u_stride, base, r.C, lowest, a);
-        sk_load<T, kGroup, kVec>(r.v, r.v_stride, base, r.C, lowest, b);
+    SK_ROLLED for (int64_t base = 0; base < r.C; base += kGroup * sk_items<T>) {
+        real a[sk_items<T>], b[sk_items<T>], top_u = lowest, top_v = lowest;
+        sk_load<T, kGroup, kVec>(u, r.u_stride, base, r.C, lowest, a);
+        sk_load<T, kGroup, kVec>(v, r.v_stride, base, r.C, lowest, b);
         SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
             top_u = sk_max(top_u, a[i] = sk_at_least(a[i], lowest));
             top_v = sk_max(top_v, b[i] = sk_at_least(b[i], lowest));
         }
-        if (top_u > *hu + slack || top_v > *hv + slack) {
-            const double old_u = *hu, old_v = *hv;
-            *hu = sk_max(*hu, (real)top_u);
-            *hv = sk_max(*hv, (real)top_v);
-            const anchors<double> h = anchors_at<double>(*hu, *hv);
-            if (base > 0) move(sum, compare(old_u, old_v, h, scale_of<double>(r.temperature)));
+        if (top_u > hu + slack || top_v > hv + slack) {
+            const real old_u = hu, old_v = hv;
+            hu = sk_max(hu, top_u);
+            hv = sk_max(hv, top_v);
+            if (base > 0) move(sum, compare(old_u, old_v, anchors_at(hu, hv), t));
         }
-        const anchors<real> h = anchors_at(*hu, *hv);
+        const anchors<real> h = anchors_at(hu, hv);
         real part[SUMS] = {};
         SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
             if (i % kVec == 0 && !sk_any_class<kGroup, kVec>(base, i, r.C)) break;
-            add(part, compare<is_short>((real)a[i], (real)b[i], h, t));
+            add(part, compare<is_short>(a[i], b[i], h, t));
         }
         for (int k = 0; k < SUMS; k++) sum[k] += part[k];
     }
+    top[0] = hu;
+    top[1] = hv;
+    if (kGroup == 1) return;
+    sk_group_reduce<kGroup>(top, sk_larger());
+    move(sum, compare(hu, hv, anchors_at(top[0], top[1]), t));
+    sk_group_reduce<kGroup>(sum, sk_add());
 }
 
 /* ---- from sums to divergences ---- */
@@ -233,29 +242,34 @@ SK_DEVICE divergence conclude(const double (&sum)[SUMS], double hu, double hv, d
     return x;
 }
 
-/* One reading of the rows, in `real` and from the given anchors. */
-template <typename T, typename real, int kGroup, int kVec>
-SK_DEVICE divergence measure(const rows<T> &r, real hu, real hv) {
-    double sum[SUMS];
-    visit<T, real, kGroup, kVec>(r, &hu, &hv, sum);
-    real top[2] = {hu, hv};
-    if (kGroup > 1) {
-        sk_group_reduce<kGroup>(top, sk_larger());
-        const anchors<double> h = anchors_at<double>(top[0], top[1]);
-        move(sum, compare<false, double>(hu, hv, h, scale_of<double>(r.temperature)));
-        sk_group_reduce<kGroup>(sum, sk_add());
+/* Leaves the sums of the row in double, against the anchors hu and hv: a class at a time, for few
+ * rows need it. */
+template <typename T, int kGroup>
+SK_DEVICE void visit_again(const rows<T> &r, double hu, double hv, double (&sum)[SUMS]) {
+    const scale<double> t = scale_of<double>(r.temperature);
+    const anchors<double> h = anchors_at<double>(hu, hv);
+    for (int k = 0; k < SUMS; k++) sum[k] = 0;
+    SK_ROLLED for (int64_t c = sk_lane<kGroup>(); c < r.C; c += kGroup) {
+        const double a = sk_widen(r.u[c * r.u_stride]), b = sk_widen(r.v[c * r.v_stride]);
+        add(sum, compare<false, double>(sk_at_least(a, kLowest), sk_at_least(b, kLowest), h, t));
     }
-    return conclude(sum, top[0], top[1], r.temperature);
+    sk_group_reduce<kGroup>(sum, sk_add());
 }
 
 /* The same result in all threads of the group. */
 template <typename T, int kGroup, int kVec>
 SK_DEVICE divergence diverge(const rows<T> &r) {
-    const sk_real<T> lowest = (sk_real<T>)kLowest;
-    const divergence x = measure<T, sk_real<T>, kGroup, kVec>(r, lowest, lowest);
-    if (!x.poor) return x;
-    const double lse_u = r.temperature * x.lse, lse_v = r.temperature * (x.lse - x.dl);
-    return measure<T, double, kGroup, kVec>(r, lse_u, lse_v);
+    sk_real<T> top[2];
+    double sum[SUMS];
+    visit<T, kGroup, kVec>(r, top, sum);
+    double hu = top[0], hv = top[1];
+    SK_ROLLED for (bool again = false;; again = true) {
+        const divergence x = conclude(sum, hu, hv, r.temperature);
+        if (again || !x.poor) return x;
+        hu = r.temperature * x.lse;
+        hv = r.temperature * (x.lse - x.dl);
+        visit_again<T, kGroup>(r, hu, hv, sum);
+    }
 }
 
 /* ---- gradients ---- */

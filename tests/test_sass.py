@@ -1,0 +1,250 @@
+"""The machine code of the CUDA kernels: registers, local memory, 16-byte accesses, atomics.
+
+No GPU is needed: the library under test holds the code, and `cuobjdump` takes it apart.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import selfkd
+import torch
+from conftest import ROOT
+
+THREADS = 256  # SK_BLOCK
+BYTES = {"d": 8, "f": 4, "6__half": 2, "13__nv_bfloat16": 2}
+SHARED = {"sm_80": 164, "sm_90": 228}  # KiB of a multiprocessor (CUDA C++ Programming Guide, 21.1)
+
+# Blocks that a multiprocessor must hold at once; 2, a quarter of its threads, where nothing is said.
+BLOCKS = {
+    "adversarial_kernel": 5,
+    "adversarial_backward_kernel": 5,
+    "attention_planes_kernel": 5,
+    "attention_rows_kernel": 4,
+    "attention_backward_planes_kernel": 5,
+    "attention_backward_rows_kernel": 4,
+}
+# The same of kernels with 16-byte accesses in float and half types.
+WIDE_BLOCKS = {
+    "sd_dropout_kl_kernel": 3,
+    "sd_dropout_kl_backward_kernel": 3,
+    "simreg_kernel": 3,
+    "simreg_backward_kernel": 3,
+    "dropout_views_kernel": 3,
+    "dropout_views_backward_kernel": 3,
+}
+# 16-byte loads and stores of a step; of distill, as many as it has tensors.
+WIDE = {
+    "sd_dropout_kl_kernel": (2, 0),
+    "sd_dropout_kl_backward_kernel": (2, 2),
+    "distill_kernel": (2, 0),
+    "distill_backward_kernel": (2, 1),
+    "sd_dropout_head_kernel": (3, 3),
+    "simreg_kernel": (2, 0),
+    "simreg_backward_kernel": (2, 1),
+    "dropout_views_kernel": (1, 3),
+    "dropout_views_backward_kernel": (3, 1),
+    "attention_rows_kernel": (1, 0),
+    "attention_planes_kernel": (1, 0),
+    "attention_backward_rows_kernel": (1, 1),
+    "attention_backward_planes_kernel": (1, 1),
+}
+# What may keep something in local memory, vector kernels of float and half types never: how many
+# bytes of stack, and why.
+LOCAL = {
+    "dropout_views_backward_kernel": (64, "without vectors, eight counters of Philox at once"),
+}
+
+
+@dataclass
+class Kernel:
+    """One instance of a kernel for one architecture, from its listing and its use of resources."""
+
+    arch: str
+    symbol: str
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    seen: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        found = re.match(r"_Z(\d+)(\w+)", self.symbol)
+        assert found, self.symbol
+        self.name = found[2][: int(found[1])]
+        rest = found[2][int(found[1]) :]
+        known = re.match(rf"I({'|'.join(BYTES)})((?:Li\d+E)*)E", rest)
+        self.dtype = known[1] if known else ""
+        self.arguments = [int(x) for x in re.findall(r"Li(\d+)E", known[2])] if known else []
+
+    def __str__(self) -> str:
+        return f"{self.name}<{', '.join([self.dtype, *map(str, self.arguments)])}> {self.arch}"
+
+    @property
+    def vector(self) -> bool:
+        """Whether its accesses are of 16 bytes: the number of items is its second number, or only one."""
+        items = self.arguments[1:2] or self.arguments[:1]
+        return bool(items) and items[0] * BYTES[self.dtype] == 16
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks of 256 threads a multiprocessor holds at once."""
+        per_warp = -(-self.registers * 32 // 256) * 256
+        by_registers = 16384 // per_warp * 4 // (THREADS // 32)
+        shared = SHARED.get(self.arch, 100) * 1024
+        return min(by_registers, shared // (self.shared + 1024), 2048 // THREADS)
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with it, in words."""
+        hot = self.vector and self.dtype != "d"
+        allowed = 0 if hot else LOCAL.get(self.name, (0, ""))[0]
+        local = self.seen["local"]
+        if self.stack > allowed or (local and not allowed):
+            yield f"{self.stack} bytes of stack, {local} accesses to local memory"
+        wanted = BLOCKS.get(self.name, 2)
+        if hot:
+            wanted = WIDE_BLOCKS.get(self.name, wanted)
+        if self.blocks < wanted:
+            yield f"{self.registers} registers: {self.blocks} blocks, {wanted} wanted"
+        loads, stores = WIDE.get(self.name, (0, 0)) if self.vector else (0, 0)
+        if self.name.startswith("distill"):
+            loads += loads and self.arguments[2] - 1
+        if self.seen["load"] < loads or self.seen["store"] < stores:
+            yield f"{self.seen['load']} 16-byte loads, {self.seen['store']} stores"
+        if self.seen["atomic"]:
+            yield "atomics on floating-point numbers"
+
+
+PATTERNS = {
+    "local": re.compile(r"\b(?:LDL|STL)\b"),
+    "load": re.compile(r"\bLDG\.E\.128\b"),
+    "store": re.compile(r"\bSTG\.E\.128\b"),
+    "atomic": re.compile(r"\b(?:RED|ATOM[GS]?)\.\S*\b(?:F16|F32|F64|BF16)"),
+}
+
+
+def disassembler() -> str | None:
+    """Where cuobjdump is: on the path, in the CUDA toolkit, or among Python's packages (nvdisasm too)."""
+    folders = [str(path) for path in Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin")]
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        folders.append(str(Path(nvcc).resolve().parent))
+    return shutil.which("cuobjdump", path=os.pathsep.join([*folders, os.environ["PATH"]]))
+
+
+def listing(binary: Path, what: str) -> Iterator[str]:
+    tool = disassembler()
+    if tool is None:
+        pytest.skip("cuobjdump is missing: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    path = os.pathsep.join([str(Path(tool).parent), os.environ["PATH"]])
+    with subprocess.Popen(
+        [tool, what, str(binary)], stdout=subprocess.PIPE, text=True, env=os.environ | {"PATH": path}
+    ) as process:
+        assert process.stdout is not None
+        yield from process.stdout
+    assert process.returncode == 0
+
+
+def kernels_of(binary: Path) -> list[Kernel]:
+    """All kernels in a library or cubin."""
+    kernels: dict[tuple[str, str], Kernel] = {}
+    kernel, arch = None, ""
+    for line in listing(binary, "-sass"):
+        if "code for sm_" in line:
+            arch = line.split()[-1]
+        elif "Function : " in line:
+            kernel = Kernel(arch, line.split()[-1], seen=dict.fromkeys(PATTERNS, 0))
+            kernels[arch, kernel.symbol] = kernel
+        elif kernel is not None and ("LD" in line or "ST" in line or "RED" in line or "ATOM" in line):
+            for name, pattern in PATTERNS.items():
+                kernel.seen[name] += bool(pattern.search(line))
+    only = arch
+    for line in listing(binary, "-res-usage"):
+        if line.startswith("arch = "):
+            only = line.split()[-1]
+        elif " Function " in line:
+            kernel = kernels[only, line.split()[-1].rstrip(":")]
+        elif "REG:" in line and kernel is not None:
+            use = dict(re.findall(r"(\w+):(\d+)", line))
+            kernel.registers, kernel.stack = int(use["REG"]), int(use["STACK"]) + int(use["LOCAL"])
+            kernel.shared = int(use["SHARED"])
+    return list(kernels.values())
+
+
+def test_every_kernel() -> None:
+    library = selfkd.library_path()
+    kernels = kernels_of(Path(library))
+    if not kernels:
+        pytest.skip("this library has no CUDA kernels: build it where nvcc is found")
+    names = {kernel.name for kernel in kernels}
+    for source in (ROOT / "cuda").glob("*.cu"):
+        assert any(name.startswith(source.stem) for name in names), source
+    assert names >= set(BLOCKS) | set(WIDE_BLOCKS) | set(WIDE) | set(LOCAL)
+    if not torch.cuda.is_available():
+        assert {kernel.arch for kernel in kernels} == {"sm_80", "sm_90"}
+    faults = [f"{kernel}: {fault}" for kernel in kernels for fault in kernel.faults()]
+    assert not faults, "\n".join(faults)
+    print(f"{len(kernels)} kernels")
+
+
+WRONG = r"""
+template <typename T, int kGroup, int kVec>
+__global__ void simreg_backward_kernel(const float *a, const float *b, float *c, int n) {
+    const int i = (blockIdx.x * blockDim.x + threadIdx.x) * kVec;
+#if defined(SCALAR)
+    for (int k = 0; k < kVec; k++) c[i + k + 1] = a[i + k + 1] + b[i + k + 1];
+#elif defined(LOCAL_ARRAY)
+    float x[32];
+    for (int k = 0; k < 32; k++) x[k] = a[i * k];
+    for (int k = 0; k < n; k++) x[(i * k) % 32] += b[k];
+    for (int k = 0; k < 32; k++) c[i * k] = x[k];
+#elif defined(SPILLED)
+    float x[120];
+#pragma unroll
+    for (int k = 0; k < 120; k++) x[k] = a[i + k * n];
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < 120; k++) c[i + k * n] = x[119 - k] * x[k];
+#else
+    float4 x = *(const float4 *)(a + i);
+    const float4 y = *(const float4 *)(b + i);
+    x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
+#ifdef ATOMIC
+    atomicAdd(c, x.x);
+#endif
+    *(float4 *)(c + i) = x;
+#endif
+}
+template __global__ void simreg_backward_kernel<float, 256, 4>(const float *, const float *, float *,
+                                                               int);
+"""
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+@pytest.mark.parametrize(
+    ("wrong", "fault"),
+    [
+        ("RIGHT", ""),
+        ("SCALAR", "0 16-byte loads, 0 stores"),
+        ("LOCAL_ARRAY", "accesses to local memory"),
+        ("SPILLED", "accesses to local memory"),
+        ("MANY_REGISTERS", "1 blocks, 3 wanted"),
+        ("ATOMIC", "atomics on floating-point numbers"),
+    ],
+)
+def test_what_is_wrong_is_found(wrong: str, fault: str, tmp_path: Path) -> None:
+    source = tmp_path / "wrong.cu"
+    source.write_text(WRONG)
+    options = {"SPILLED": ["-maxrregcount=32"], "MANY_REGISTERS": ["-DSPILLED"]}.get(wrong, [])
+    command = ["nvcc", "-cubin", "-arch=sm_90", f"-D{wrong}", *options, "-o", "wrong.cubin", "wrong.cu"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    (kernel,) = kernels_of(tmp_path / "wrong.cubin")
+    faults = list(kernel.faults())
+    assert any(fault in found for found in faults) if fault else not faults, faults
