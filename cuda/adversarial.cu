@@ -1,7 +1,7 @@
 /* Adversarial losses on the GPU: see ops/adversarial.h for the formulas. A thread takes one score
  * of each side at a time. As on the CPU a term is named by y = r or y = -f, and lsgan's target. */
 #include "adversarial.h"
-#include "core/device.cuh"
+#include "core/rows.cuh"
 
 extern "C" {
 SK_PARAMS(adversarial)

@@ -6,7 +6,7 @@
  * Features come in two forms. "planes": neighbours in memory are positions. "rows": they are
  * channels, and a group of threads shares those of a position. */
 #include "attention.h"
-#include "core/device.cuh"
+#include "core/rows.cuh"
 
 extern "C" {
 SK_PARAMS(attention)

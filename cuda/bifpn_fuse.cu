@@ -2,8 +2,8 @@
  * thread for each pixel of each input, which gathers its gradient. Formulas in ops/bifpn_fuse.h. */
 #include "bifpn_fuse.h"
 
-#include "core/device.cuh"
 #include "core/resize.h"
+#include "core/rows.cuh"
 
 extern "C" {
 SK_PARAMS(bifpn_fuse)

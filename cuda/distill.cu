@@ -1,8 +1,8 @@
 /* Distillation on the GPU: one kernel forward, one backward, each reading logits and teachers once.
  * Formulas in ops/distill.h; how a KL keeps its digits in core/kl.cuh. */
 #include "core/ce.cuh"
-#include "core/device.cuh"
-#include "core/kl.cuh"
+#include "core/rows.cuh"
+#include "core/teacher.cuh"
 #include "distill.h"
 
 extern "C" {
@@ -12,42 +12,7 @@ SK_PARAMS(distill_backward)
 typedef struct distill_params forward_params;
 typedef struct distill_backward_params backward_params;
 
-enum { LOGITS, PROBS };
-enum { MOST_TEACHERS = 2 };
 enum { LARGEST, LEVEL, LEVEL_T }; /* planes of `levels` */
-
-/* ---- teachers ---- */
-
-/* Temperatures of a student and its teacher. */
-template <typename real>
-struct warmth {
-    scale<real> t, own;
-    real ratio; /* T / own: 1 exactly where they are the same */
-};
-
-struct teacher {
-    sk_arg x;
-    double weight, T, own; /* weight 0: not there */
-    bool probs;
-    warmth<float> in_float; /* found once for all threads */
-    warmth<double> in_double;
-};
-struct teachers {
-    teacher of[MOST_TEACHERS];
-    double slack; /* how far a logit may lie above its anchor */
-};
-
-template <typename real>
-static warmth<real> warmth_at(double T, double own) {
-    const double log2e = 1.4426950408889634;
-    return {{(real)(1 / T), (real)(log2e / T)}, {(real)(1 / own), (real)(log2e / own)},
-            (real)(T / own)};
-}
-
-static teacher teacher_of(const sk_arg &x, double weight, double T, double own, int64_t kind) {
-    return {x, x.data ? weight : 0, T, own, kind == PROBS, warmth_at<float>(T, own),
-            warmth_at<double>(T, own)};
-}
 
 template <typename params>
 static teachers teachers_of(const params &p) {
@@ -60,73 +25,22 @@ static teachers teachers_of(const params &p) {
             2 * fmin(coldest, 1)};
 }
 
-template <typename real>
-SK_DEVICE const warmth<real> &warmth_of(const teacher &k) {
-    if constexpr (sizeof(real) == 8)
-        return k.in_double;
-    else
-        return k.in_float;
-}
-
 template <typename params>
 SK_DEVICE bool has_ce(const params &p) {
     return p.target.data && p.ce_weight != 0;
 }
 
-/* The class of a row; -1 where it is ignored or there is no target. */
+/* The class of a row, at most `last`; -1 where it is ignored or there is no target. */
 template <typename params>
-SK_DEVICE int64_t target_of(const params &p, int64_t n, int64_t s) {
+SK_DEVICE int64_t target_of(const params &p, int64_t n, int64_t s, int64_t last) {
     if (!p.target.data) return -1;
     const int64_t y = *sk_cell<int64_t>(p.target, n, s);
     if (y == p.ignore_index) return -1;
-    sk_assert(y >= 0 && y < SK_DIM(&p, C), "distill: target is no class and not ignore_index");
+    sk_assert(y >= 0 && y <= last, "distill: target is no class and not ignore_index");
     return y;
 }
 
-/* A step of a teacher's logits, the logarithms of its probabilities. */
-template <typename T, int kGroup, int kVec>
-SK_DEVICE void load_teacher(const teacher &k, int64_t n, int64_t s, int64_t base, int64_t C,
-                            sk_real<T> (&to)[sk_items<T>]) {
-    const sk_real<T> lowest = (sk_real<T>)kLowest;
-    if (k.probs) {
-        sk_load_constant<T, kGroup, kVec>(k.x, n, s, base, C, 0, to);
-        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) to[i] = log(to[i]);
-    } else {
-        sk_load_constant<T, kGroup, kVec>(k.x, n, s, base, C, lowest, to);
-    }
-    SK_UNROLL for (int i = 0; i < sk_items<T>; i++) to[i] = sk_at_least(to[i], lowest);
-}
-
-/* A student's and a teacher's logit; kShort as in core/kl.cuh. */
-template <bool kShort, typename real>
-SK_DEVICE pair<real> compare(real a, real b, const anchors<real> &h, const warmth<real> &w) {
-    const real from_u = (a - h.u.high) - h.u.low, from_v = (b - h.v.high) - h.v.low;
-    const real apart = from_u - w.ratio * from_v;
-    const bool exact = !kShort && w.ratio == 1;
-    const real y = (exact ? distance(difference(a, b), h.gap) : apart) * w.t.inverse;
-    return compare(y, from_u, from_v, w.t, w.own);
-}
-
 /* ---- forward ---- */
-
-/* Sums over a row, of a teacher: as P, Q, D and GQ in core/kl.cuh. */
-enum { SUM_P, SUM_Q, SUM_D, SUM_GQ, TEACHER_SUMS };
-
-template <typename real>
-SK_DEVICE void add(real (&sum)[TEACHER_SUMS], const pair<real> &x) {
-    sum[SUM_P] += x.p;
-    sum[SUM_Q] += x.q;
-    sum[SUM_D] += x.diff;
-    sum[SUM_GQ] += x.gq;
-}
-
-template <typename real>
-SK_DEVICE void move(double (&sum)[TEACHER_SUMS], const pair<real> &x) {
-    sum[SUM_GQ] = x.q * sum[SUM_GQ] + x.diff * sum[SUM_D] + x.gq * sum[SUM_Q];
-    sum[SUM_D] = x.p * sum[SUM_D] + x.diff * sum[SUM_Q];
-    sum[SUM_P] *= x.p;
-    sum[SUM_Q] *= x.q;
-}
 
 /* A thread's share of a row, so far, against anchors of its own: near its largest logits. */
 template <typename real, int kTeachers>
@@ -143,8 +57,8 @@ SK_DEVICE void raise(share<real, kTeachers> *x, const teachers &k, real of_stude
     x->ce.rest *= exponential(x->of_student - of_student);
     SK_UNROLL for (int j = 0; j < kTeachers; j++) {
         const anchors<real> h = anchors_at(of_student, of_teacher[j]);
-        move(x->sum[j], compare<false>(x->of_student, x->of_teacher[j], h,
-                                        warmth_of<real>(k.of[j])));
+        move(x->sum[j],
+             compare<false>(x->of_student, x->of_teacher[j], h, warmth_of<real>(k.of[j])));
         x->of_teacher[j] = of_teacher[j];
     }
     x->of_student = of_student;
@@ -163,8 +77,8 @@ SK_DEVICE void add_step(const forward_params &p, const teachers &k, int64_t n, i
     SK_UNROLL for (int j = 0; j < kTeachers; j++) {
         if (k.of[j].weight != 0) load_teacher<T, kGroup, kVec>(k.of[j], n, s, base, C, b[j]);
     }
-    SK_UNROLL for (int i = 0; i < sk_items<T>; i++)
-        most = sk_max(most, a[i] = sk_at_least(a[i], lowest));
+    SK_UNROLL for (int i = 0; i < sk_items<T>; i++) most =
+        sk_max(most, a[i] = sk_at_least(a[i], lowest));
     bool higher = most > x->of_student + slack;
     SK_UNROLL for (int j = 0; j < kTeachers; j++) {
         top[j] = lowest;
@@ -175,8 +89,7 @@ SK_DEVICE void add_step(const forward_params &p, const teachers &k, int64_t n, i
     }
     if (higher) raise(x, k, sk_max(most, x->of_student), top);
     add_softmax<T, kGroup, kVec>(a, x->of_student, most, &x->ce);
-    if (p.label_smoothing != 0)
-        add_minus<T, kGroup, kVec>(a, base, C, x->of_student, &x->ce);
+    if (p.label_smoothing != 0) add_minus<T, kGroup, kVec>(a, base, C, x->of_student, &x->ce);
     SK_UNROLL for (int j = 0; j < kTeachers; j++) {
         if (k.of[j].weight == 0) continue;
         const anchors<real> h = anchors_at(x->of_student, x->of_teacher[j]);
@@ -187,27 +100,6 @@ SK_DEVICE void add_step(const forward_params &p, const teachers &k, int64_t n, i
         }
         SK_UNROLL for (int i = 0; i < TEACHER_SUMS; i++) x->sum[j][i] += part[i];
     }
-}
-
-struct teacher_row {
-    double level, dl, kl;
-    bool poor;
-};
-
-/* From a teacher's sums; poor as in core/kl.cuh, or where `rough` numbers leave too few digits. */
-SK_DEVICE teacher_row conclude(const teacher &k, const double (&sum)[TEACHER_SUMS], double hu,
-                               double hv, bool rough) {
-    if (hu <= kLowest || hv <= kLowest) return {NAN, NAN, NAN, false}; /* all classes at -inf */
-    const double gq = sum[SUM_GQ] / sum[SUM_Q], r = sum[SUM_D] / sum[SUM_Q];
-    const double log_ratio = fabs(r) < 0.5 ? log1p(r) : log(sum[SUM_P] / sum[SUM_Q]);
-    teacher_row x;
-    x.level = log(sum[SUM_P]);
-    x.dl = (hu / k.T - hv / k.own) + log_ratio;
-    x.kl = gq - log_gap(r, log_ratio);
-    x.poor = gq > 16 * x.kl || x.kl < 0 || (rough && x.kl < 1e-3);
-    if (x.kl > kInfinite) x.kl = INFINITY;
-    if (x.kl < 0) x.kl = 0;
-    return x;
 }
 
 /* Leaves a teacher's sums in double: a class at a time, for few rows need it. */
@@ -313,10 +205,11 @@ __global__ void __launch_bounds__(SK_BLOCK, 2)
         if (sk_lane<kGroup>() == 0) save_none<real>(params, n, s);
         if (w != 0) h = visit<T, kGroup, kVec, kTeachers>(params, k, n, s, sum, &kl);
         if (sk_lane<kGroup>() != 0) continue;
-        const int64_t y = target_of(params, n, s);
+        const int64_t y = target_of(params, n, s, SK_DIM(p, C) - 1);
         const bool labelled = w != 0 && y >= 0;
         const bool taught = w != 0 && (y >= 0 || !p->mask_teachers || !p->target.data);
-        const double level = w != 0 ? log_sum(sum) : 0;
+        const bool nothing = w != 0 && h <= (real)kLowest; /* but -inf, or NaN */
+        const double level = w == 0 ? 0 : nothing ? NAN : log_sum(sum);
         const double ce =
             labelled && has_ce(params)
                 ? p->ce_weight * w *
@@ -324,7 +217,7 @@ __global__ void __launch_bounds__(SK_BLOCK, 2)
                                   sk_widen(sk_row<T>(p->logits, n, s)[y * p->logits.stride[1]]))
                 : 0;
         kl = taught ? kl * w : 0;
-        *sk_cell<real>(p->levels, LARGEST, n, s) = h;
+        *sk_cell<real>(p->levels, LARGEST, n, s) = nothing ? (real)(-INFINITY + 0 * sum[REST]) : h;
         *sk_cell<real>(p->levels, LEVEL, n, s) = (real)level;
         *sk_cell<real>(p->ce_rows, n, s) = (real)ce;
         *sk_cell<real>(p->kl_rows, n, s) = (real)kl;
@@ -362,14 +255,14 @@ SK_DEVICE slope<sk_real<T>, kTeachers> slope_of(const backward_params &p, const 
     const real *const denominator = (const real *)p.denominators.data;
     const double h = *sk_cell<real>(p.levels, LARGEST, n, s);
     const double level = *sk_cell<real>(p.levels, LEVEL, n, s);
-    const int64_t y = target_of(p, n, s);
+    const int64_t C = SK_DIM(&p, C), y = target_of(p, n, s, C);
     const bool labelled = factor != 0 && y >= 0 && has_ce(p);
     const bool taught = factor != 0 && (y >= 0 || !p.mask_teachers || !p.target.data);
     const double z_y =
-        labelled ? (double)sk_widen(sk_row<T>(p.logits, n, s)[y * p.logits.stride[1]]) : h;
+        labelled && y < C ? (double)sk_widen(sk_row<T>(p.logits, n, s)[y * p.logits.stride[1]]) : h;
     slope<real, kTeachers> x;
     x.ce = ce_slope_of<real>(h, level, labelled ? p.ce_weight * factor / denominator[0] : 0,
-                             p.label_smoothing, SK_DIM(&p, C), y, z_y);
+                             p.label_smoothing, p.classes > 0 ? p.classes : C, y, z_y);
     x.zero = x.ce.factor == 0;
     SK_UNROLL for (int j = 0; j < kTeachers; j++) {
         const teacher &t = k.of[j];
@@ -410,7 +303,8 @@ __global__ void __launch_bounds__(SK_BLOCK, kTeachers > 1 ? 2 : sk_resident<T, k
                 if (k.of[j].weight == 0) continue;
                 load_teacher<T, kGroup, kVec>(k.of[j], n, s, base, C, b);
                 SK_UNROLL for (int i = 0; i < sk_items<T>; i++) grad[i] +=
-                    m.of[j].factor * compare<false>(a[i], b[i], m.of[j].h, warmth_of<real>(k.of[j])).diff;
+                    m.of[j].factor *
+                    compare<false>(a[i], b[i], m.of[j].h, warmth_of<real>(k.of[j])).diff;
             }
             SK_UNROLL for (int i = 0; i < sk_items<T>; i++) grad[i] = m.zero ? 0 : grad[i];
             sk_store<T, kGroup, kVec>(to, p->grad_logits.stride[1], base, C, grad);
@@ -426,9 +320,8 @@ extern "C" int sk_cuda_distill(const struct distill_params *params, void *stream
     const int64_t count = SK_DIM(params, N) * SK_DIM(params, S);
     const teachers k = teachers_of(*params);
     SK_SWITCH_FLOATING(params->logits.dtype, T, {
-        const sk_layout layout =
-            sk_layout_of(params->dims, sizeof(T),
-                         {&params->logits, &params->teacher, &params->second_teacher});
+        const sk_layout layout = sk_layout_of(
+            params->dims, sizeof(T), {&params->logits, &params->teacher, &params->second_teacher});
         const auto kernel = k.of[1].weight != 0 ? SK_KERNEL(distill_kernel, T, layout, 2)
                                                 : SK_KERNEL(distill_kernel, T, layout, 1);
         SK_LAUNCH(kernel, sk_grid(count, layout), SK_BLOCK, 0, stream, *params, k);
@@ -441,9 +334,9 @@ extern "C" int sk_cuda_distill_backward(const struct distill_backward_params *pa
     const int64_t count = SK_DIM(params, N) * SK_DIM(params, S);
     const teachers k = teachers_of(*params);
     SK_SWITCH_FLOATING(params->logits.dtype, T, {
-        const sk_layout layout = sk_layout_of(params->dims, sizeof(T),
-                                              {&params->logits, &params->grad_logits,
-                                               &params->teacher, &params->second_teacher});
+        const sk_layout layout = sk_layout_of(
+            params->dims, sizeof(T),
+            {&params->logits, &params->grad_logits, &params->teacher, &params->second_teacher});
         const auto kernel = k.of[1].weight != 0 ? SK_KERNEL(distill_backward_kernel, T, layout, 2)
                                                 : SK_KERNEL(distill_backward_kernel, T, layout, 1);
         SK_LAUNCH(kernel, sk_grid(count, layout), SK_BLOCK, 0, stream, *params, k);

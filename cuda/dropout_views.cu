@@ -1,7 +1,7 @@
 /* Dropout views on the GPU: one kernel forward, one backward. Masks in ops/dropout_views.h; threads
  * with four or more neighbouring elements draw one counter for each four. */
-#include "core/device.cuh"
 #include "core/philox.h"
+#include "core/rows.cuh"
 #include "dropout_views.h"
 
 extern "C" {

@@ -1,8 +1,8 @@
 /* The rows of the SD-Dropout objective on the GPU, in one kernel: each group of threads finishes a
  * row, and writes gradients over logits that it has just read. Formula in ops/sd_dropout_head.h. */
 #include "core/ce.cuh"
-#include "core/device.cuh"
 #include "core/kl.cuh"
+#include "core/rows.cuh"
 #include "sd_dropout_head.h"
 
 extern "C" {
@@ -31,8 +31,8 @@ SK_DEVICE sk_real<T> add_row(const row_params &p, int64_t n, double (&sum)[CE_SU
     SK_ROLLED for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
         real a[sk_items<T>], most = lowest;
         sk_load<T, kGroup, kVec>(z, p.z.stride[1], base, C, lowest, a);
-        SK_UNROLL for (int i = 0; i < sk_items<T>; i++)
-            most = sk_max(most, a[i] = sk_at_least(a[i], lowest));
+        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) most =
+            sk_max(most, a[i] = sk_at_least(a[i], lowest));
         if (most > h + 2) {
             x.rest *= exponential(h - most);
             h = most;
@@ -40,7 +40,8 @@ SK_DEVICE sk_real<T> add_row(const row_params &p, int64_t n, double (&sum)[CE_SU
         add_softmax<T, kGroup, kVec>(a, h, most, &x);
         if (p.label_smoothing != 0) add_minus<T, kGroup, kVec>(a, base, C, h, &x);
     }
-    return gather_softmax<kGroup>(x, h, C, sum);
+    const real largest = gather_softmax<kGroup>(x, h, C, sum);
+    return largest <= lowest ? (real)NAN : largest;
 }
 
 /* Writes the gradients of a row over its logits. */
@@ -80,7 +81,8 @@ __global__ void __launch_bounds__(SK_BLOCK) sd_dropout_head_kernel(const row_par
         divergence x = {0, 0, 0, 0, false};
         if (w != 0) {
             /* by one thread, for all: none may read what another has written over */
-            if (sk_lane<kGroup>() == 0) z_y[0] = sk_widen(sk_row<T>(p->z, n, 0)[y * p->z.stride[1]]);
+            if (sk_lane<kGroup>() == 0)
+                z_y[0] = sk_widen(sk_row<T>(p->z, n, 0)[y * p->z.stride[1]]);
             sk_group_reduce<kGroup>(z_y, sk_add());
             h = add_row<T, kGroup, kVec>(params, n, sum);
             level = log_sum(sum);

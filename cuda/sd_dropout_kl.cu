@@ -1,7 +1,7 @@
 /* SD-Dropout on the GPU: one kernel forward, one backward, each reading its logits once.
  * Formulas in ops/sd_dropout_kl.h; how the forward kernel computes both KL in core/kl.cuh. */
-#include "core/device.cuh"
 #include "core/kl.cuh"
+#include "core/rows.cuh"
 #include "sd_dropout_kl.h"
 
 extern "C" {
@@ -25,7 +25,8 @@ SK_DEVICE void finish(const forward_params &p, const double (&total)[2]) {
 
 /* Leaves rows and saved; the block that ends last leaves loss and denominator. */
 template <typename T, int kGroup, int kVec>
-__global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>) sd_dropout_kl_kernel(const forward_params params) {
+__global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
+    sd_dropout_kl_kernel(const forward_params params) {
     typedef sk_real<T> real;
     const forward_params *const p = &params;
     const int64_t S = SK_DIM(p, S), count = SK_DIM(p, N) * S;

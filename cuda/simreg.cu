@@ -1,6 +1,6 @@
 /* SimReg on the GPU: one kernel forward, one backward, each reading the features once. Formulas in
  * ops/simreg.h; computed in double, for the reasons in cpu/simreg.c. */
-#include "core/device.cuh"
+#include "core/rows.cuh"
 #include "simreg.h"
 
 extern "C" {
@@ -92,7 +92,8 @@ SK_DEVICE void finish(const forward_params &p, const double (&total)[2]) {
 
 /* Leaves rows and saved; the block that ends last leaves loss and denominator. */
 template <typename T, int kGroup, int kVec>
-__global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>) simreg_kernel(const forward_params params) {
+__global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
+    simreg_kernel(const forward_params params) {
     typedef sk_real<T> real;
     const forward_params *const p = &params;
     const int64_t S = SK_DIM(p, S), count = SK_DIM(p, N) * S;

@@ -23,7 +23,7 @@ THREADS = 256  # SK_BLOCK
 BYTES = {"d": 8, "f": 4, "6__half": 2, "13__nv_bfloat16": 2}
 SHARED = {"sm_80": 164, "sm_90": 228}  # KiB of a multiprocessor (CUDA C++ Programming Guide, 21.1)
 
-# Blocks that a multiprocessor must hold at once; 2, a quarter of its threads, where nothing is said.
+# Blocks that a multiprocessor must hold at once; 2, a quarter of its threads, if not named.
 BLOCKS = {
     "adversarial_kernel": 5,
     "adversarial_backward_kernel": 5,
@@ -41,26 +41,29 @@ WIDE_BLOCKS = {
     "dropout_views_kernel": 3,
     "dropout_views_backward_kernel": 3,
 }
-# 16-byte loads and stores of a step; of distill, as many as it has tensors.
+# 16-byte loads of the rows that have the kernel's dtype, loads of those with one of their own (once
+# for each dtype there is), 16-byte stores. Of distill, the second is for each teacher.
 WIDE = {
-    "sd_dropout_kl_kernel": (2, 0),
-    "sd_dropout_kl_backward_kernel": (2, 2),
-    "distill_kernel": (2, 0),
-    "distill_backward_kernel": (2, 1),
-    "sd_dropout_head_kernel": (3, 3),
-    "simreg_kernel": (2, 0),
-    "simreg_backward_kernel": (2, 1),
-    "dropout_views_kernel": (1, 3),
-    "dropout_views_backward_kernel": (3, 1),
-    "attention_rows_kernel": (1, 0),
-    "attention_planes_kernel": (1, 0),
-    "attention_backward_rows_kernel": (1, 1),
-    "attention_backward_planes_kernel": (1, 1),
+    "sd_dropout_kl_kernel": (2, 0, 0),
+    "sd_dropout_kl_backward_kernel": (2, 0, 2),
+    "distill_kernel": (1, 2, 0),
+    "distill_backward_kernel": (1, 2, 1),
+    "sd_dropout_head_kernel": (6, 0, 3),
+    "simreg_kernel": (2, 2, 0),
+    "simreg_backward_kernel": (1, 1, 1),
+    "dropout_views_kernel": (1, 0, 3),
+    "dropout_views_backward_kernel": (3, 0, 1),
+    "attention_rows_kernel": (1, 0, 0),
+    "attention_planes_kernel": (1, 0, 0),
+    "attention_backward_rows_kernel": (1, 0, 1),
+    "attention_backward_planes_kernel": (1, 0, 1),
 }
-# What may keep something in local memory, vector kernels of float and half types never: how many
-# bytes of stack, and why.
+# What may keep something in local memory: how many bytes of stack, and why. "vector": with 16-byte
+# accesses in float or half types; "other": all other instances.
 LOCAL = {
-    "dropout_views_backward_kernel": (64, "without vectors, eight counters of Philox at once"),
+    ("distill_kernel", "vector"): (64, "two teachers: a few words of a row, not of a class"),
+    ("distill_kernel", "other"): (128, "the same, in double or with an address for each item"),
+    ("dropout_views_backward_kernel", "other"): (64, "eight counters of Philox at once"),
 }
 
 
@@ -89,7 +92,7 @@ class Kernel:
 
     @property
     def vector(self) -> bool:
-        """Whether its accesses are of 16 bytes: the number of items is its second number, or only one."""
+        """Whether its accesses are of 16 bytes; of its numbers the second, or only, says how many items."""
         items = self.arguments[1:2] or self.arguments[:1]
         return bool(items) and items[0] * BYTES[self.dtype] == 16
 
@@ -104,7 +107,7 @@ class Kernel:
     def faults(self) -> Iterator[str]:
         """What is wrong with it, in words."""
         hot = self.vector and self.dtype != "d"
-        allowed = 0 if hot else LOCAL.get(self.name, (0, ""))[0]
+        allowed, _ = LOCAL.get((self.name, "vector" if hot else "other"), (0, ""))
         local = self.seen["local"]
         if self.stack > allowed or (local and not allowed):
             yield f"{self.stack} bytes of stack, {local} accesses to local memory"
@@ -113,9 +116,11 @@ class Kernel:
             wanted = WIDE_BLOCKS.get(self.name, wanted)
         if self.blocks < wanted:
             yield f"{self.registers} registers: {self.blocks} blocks, {wanted} wanted"
-        loads, stores = WIDE.get(self.name, (0, 0)) if self.vector else (0, 0)
-        if self.name.startswith("distill"):
-            loads += loads and self.arguments[2] - 1
+        loads, of_any, stores = WIDE.get(self.name, (0, 0, 0)) if self.vector else (0, 0, 0)
+        teachers = self.arguments[2] if self.name.startswith("distill") and of_any else 1
+        if of_any:
+            items = 16 // BYTES[self.dtype]
+            loads += of_any * teachers * sum(items * size // 16 for size in BYTES.values())
         if self.seen["load"] < loads or self.seen["store"] < stores:
             yield f"{self.seen['load']} 16-byte loads, {self.seen['store']} stores"
         if self.seen["atomic"]:
@@ -131,7 +136,7 @@ PATTERNS = {
 
 
 def disassembler() -> str | None:
-    """Where cuobjdump is: on the path, in the CUDA toolkit, or among Python's packages (nvdisasm too)."""
+    """Where cuobjdump is: among Python's packages, in the CUDA toolkit, or on the path."""
     folders = [str(path) for path in Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin")]
     nvcc = shutil.which("nvcc")
     if nvcc:
@@ -145,7 +150,10 @@ def listing(binary: Path, what: str) -> Iterator[str]:
         pytest.skip("cuobjdump is missing: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
     path = os.pathsep.join([str(Path(tool).parent), os.environ["PATH"]])
     with subprocess.Popen(
-        [tool, what, str(binary)], stdout=subprocess.PIPE, text=True, env=os.environ | {"PATH": path}
+        [tool, what, str(binary)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PATH": path},
     ) as process:
         assert process.stdout is not None
         yield from process.stdout
@@ -162,7 +170,9 @@ def kernels_of(binary: Path) -> list[Kernel]:
         elif "Function : " in line:
             kernel = Kernel(arch, line.split()[-1], seen=dict.fromkeys(PATTERNS, 0))
             kernels[arch, kernel.symbol] = kernel
-        elif kernel is not None and ("LD" in line or "ST" in line or "RED" in line or "ATOM" in line):
+        elif kernel is not None and (
+            "LD" in line or "ST" in line or "RED" in line or "ATOM" in line
+        ):
             for name, pattern in PATTERNS.items():
                 kernel.seen[name] += bool(pattern.search(line))
     only = arch
@@ -186,7 +196,7 @@ def test_every_kernel() -> None:
     names = {kernel.name for kernel in kernels}
     for source in (ROOT / "cuda").glob("*.cu"):
         assert any(name.startswith(source.stem) for name in names), source
-    assert names >= set(BLOCKS) | set(WIDE_BLOCKS) | set(WIDE) | set(LOCAL)
+    assert names >= set(BLOCKS) | set(WIDE_BLOCKS) | set(WIDE) | {name for name, _ in LOCAL}
     if not torch.cuda.is_available():
         assert {kernel.arch for kernel in kernels} == {"sm_80", "sm_90"}
     faults = [f"{kernel}: {fault}" for kernel in kernels for fault in kernel.faults()]
@@ -222,8 +232,8 @@ __global__ void simreg_backward_kernel(const float *a, const float *b, float *c,
     *(float4 *)(c + i) = x;
 #endif
 }
-template __global__ void simreg_backward_kernel<float, 256, 4>(const float *, const float *, float *,
-                                                               int);
+template __global__ void simreg_backward_kernel<float, 256, 4>(const float *, const float *,
+                                                               float *, int);
 """
 
 
@@ -243,7 +253,16 @@ def test_what_is_wrong_is_found(wrong: str, fault: str, tmp_path: Path) -> None:
     source = tmp_path / "wrong.cu"
     source.write_text(WRONG)
     options = {"SPILLED": ["-maxrregcount=32"], "MANY_REGISTERS": ["-DSPILLED"]}.get(wrong, [])
-    command = ["nvcc", "-cubin", "-arch=sm_90", f"-D{wrong}", *options, "-o", "wrong.cubin", "wrong.cu"]
+    command = [
+        "nvcc",
+        "-cubin",
+        "-arch=sm_90",
+        f"-D{wrong}",
+        *options,
+        "-o",
+        "wrong.cubin",
+        "wrong.cu",
+    ]
     subprocess.run(command, cwd=tmp_path, check=True)
     (kernel,) = kernels_of(tmp_path / "wrong.cubin")
     faults = list(kernel.faults())

@@ -41,8 +41,8 @@ SK_DEVICE void add_softmax(const sk_real<T> (&a)[sk_items<T>], sk_real<T> h, sk_
 
 /* Adds -z of a step, infinite for a class at -inf. */
 template <typename T, int kGroup, int kVec>
-SK_DEVICE void add_minus(const sk_real<T> (&a)[sk_items<T>], int64_t base, int64_t C,
-                         sk_real<T> h, softmax<sk_real<T>> *x) {
+SK_DEVICE void add_minus(const sk_real<T> (&a)[sk_items<T>], int64_t base, int64_t C, sk_real<T> h,
+                         softmax<sk_real<T>> *x) {
     typedef sk_real<T> real;
     real above = 0, count = 0;
     SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
@@ -57,7 +57,7 @@ SK_DEVICE void add_minus(const sk_real<T> (&a)[sk_items<T>], int64_t base, int64
  * at h, and the sum of h - z. */
 enum { REST, TIES, ABOVE, CE_SUMS };
 
-/* Leaves them, from the shares of a group and their anchors; returns h, NaN if all are at -inf. */
+/* Leaves them, from the shares of a group and their anchors; returns h, at least kLowest. */
 template <int kGroup, typename real>
 SK_DEVICE real gather_softmax(const softmax<real> &x, real h, int64_t C, double (&sum)[CE_SUMS]) {
     real top[1] = {x.largest};
@@ -69,7 +69,7 @@ SK_DEVICE real gather_softmax(const softmax<real> &x, real h, int64_t C, double 
     sum[ABOVE] = x.minus;
     sk_group_reduce<kGroup>(sum, sk_add());
     sum[ABOVE] += (double)C * top[0];
-    return top[0] <= (real)kLowest ? (real)NAN : top[0];
+    return top[0];
 }
 
 /* log sum e^(z - h) */

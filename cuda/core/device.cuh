@@ -1,9 +1,5 @@
-/* How kernels talk to the hardware: launches, rows of memory, reductions, dtypes. Kernels use
- * nothing else.
- *
- * A row of C classes is read by a group of kGroup threads: 1 (neighbouring threads have
- * neighbouring rows), 32 (a warp) or SK_BLOCK (a block). In one step each thread of the group takes
- * sk_items<T> elements. */
+/* How kernels talk to the hardware: launches, dtypes, registers, accesses, reductions. Kernels use
+ * nothing else; core/rows.cuh is made of it. */
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -13,9 +9,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#include <initializer_list>
-#include <type_traits>
 
 #include "core/contract.h"
 
@@ -144,44 +137,6 @@ SK_DEVICE T *sk_keep(T *x) {
     return x;
 }
 
-/* ---- where things are ---- */
-
-/* A row of an "NC*" tensor; a cell of an "N*" tensor; a cell of the k-th "N*" tensor of a "4N*". */
-template <typename T>
-SK_DEVICE T *sk_row(const sk_arg &x, int64_t n, int64_t s) {
-    return (T *)x.data + n * x.stride[0] + s * x.stride[2];
-}
-template <typename T>
-SK_DEVICE T *sk_cell(const sk_arg &x, int64_t n, int64_t s) {
-    return (T *)x.data + n * x.stride[0] + s * x.stride[1];
-}
-template <typename T>
-SK_DEVICE T *sk_cell(const sk_arg &x, int k, int64_t n, int64_t s) {
-    return (T *)x.data + k * x.stride[0] + n * x.stride[1] + s * x.stride[2];
-}
-
-/* A weight is BOOL or ACC, and absent means 1. */
-template <typename real>
-SK_DEVICE real sk_weight(const sk_arg &weight, int64_t n, int64_t s) {
-    if (!weight.data) return 1;
-    if (weight.dtype == SK_DT_BOOL) return *sk_cell<uint8_t>(weight, n, s) != 0;
-    return *sk_cell<real>(weight, n, s);
-}
-
-/* A tensor of any floating dtype, element by element. */
-SK_DEVICE double sk_load_any(const sk_arg &x, int64_t at) {
-    switch (x.dtype) {
-    case SK_DT_F16:
-        return sk_widen(((const __half *)x.data)[at]);
-    case SK_DT_BF16:
-        return sk_widen(((const __nv_bfloat16 *)x.data)[at]);
-    case SK_DT_F32:
-        return ((const float *)x.data)[at];
-    default:
-        return ((const double *)x.data)[at];
-    }
-}
-
 /* Ends the kernel with an error, as PyTorch's device assertions do. */
 SK_DEVICE void sk_assert(bool holds, const char *what) {
 #ifdef __CUDA_ARCH__
@@ -223,44 +178,7 @@ SK_DEVICE double sk_at_least(double x, double low) { return x < low ? low : x; }
 SK_DEVICE float sk_max(float x, float y) { return fmaxf(x, y); }
 SK_DEVICE double sk_max(double x, double y) { return fmax(x, y); }
 
-/* ---- rows ---- */
-
-/* 16 bytes: a thousand threads of a multiprocessor then have 32 KB of two tensors in flight, enough
- * for the latency. */
-template <typename T>
-constexpr int sk_items = 16 / sizeof(T);
-
-/* Blocks that a multiprocessor should hold of a kernel: a thread then has 80 of its 65,536
- * registers, or 128 where numbers are double or each item has an address of its own. */
-template <typename T, int kVec>
-constexpr int sk_resident = sizeof(T) == 8 || kVec == 1 ? 2 : 3;
-
-template <int kGroup>
-SK_DEVICE int sk_lane() {
-    return threadIdx.x % kGroup;
-}
-
-/* The rows of this group are sk_first_row, + sk_row_step, ... */
-template <int kGroup>
-SK_DEVICE int64_t sk_first_row() {
-    return (int64_t)blockIdx.x * (SK_BLOCK / kGroup) + threadIdx.x / kGroup;
-}
-template <int kGroup>
-SK_DEVICE int64_t sk_row_step() {
-    return (int64_t)gridDim.x * (SK_BLOCK / kGroup);
-}
-
-/* In the step at `base`, the class of item i. kVec neighbouring items are neighbours in memory. */
-template <int kGroup, int kVec>
-SK_DEVICE int64_t sk_class(int64_t base, int i) {
-    return base + (int64_t)(i / kVec) * kGroup * kVec + sk_lane<kGroup>() * kVec + i % kVec;
-}
-
-/* Whether any thread of the group has a class for item i: the same answer in all of them. */
-template <int kGroup, int kVec>
-SK_DEVICE bool sk_any_class(int64_t base, int i, int64_t C) {
-    return base + (int64_t)(i / kVec) * kGroup * kVec < C;
-}
+/* ---- memory ---- */
 
 /* kBytes of memory in one access, or in several of 16 bytes. */
 template <int kBytes>
@@ -286,75 +204,6 @@ SK_DEVICE void sk_write(const sk_bits<16> &bits, void *to) {
 #else
     memcpy(to, &bits, sizeof bits);
 #endif
-}
-
-/* kVec neighbours, from and to how they lie in memory. */
-template <typename Stored, int kVec, typename real>
-SK_DEVICE void sk_unpack(const sk_bits<kVec * sizeof(Stored)> &bits, real *to) {
-    Stored x[kVec];
-    unsigned words[(kVec * sizeof(Stored) + 3) / 4];
-    memcpy(x, &bits, sizeof x);
-    memcpy(words, &bits, sizeof x);
-    SK_UNROLL for (int k = 0; k < kVec; k++) {
-        if constexpr (std::is_same<Stored, __nv_bfloat16>::value)
-            to[k] = sk_float(k % 2 ? words[k / 2] & 0xffff0000u : words[k / 2] << 16);
-        else
-            to[k] = (real)sk_widen(x[k]);
-    }
-}
-template <typename T, int kVec>
-SK_DEVICE sk_bits<kVec * sizeof(T)> sk_pack(const sk_real<T> *from) {
-    sk_bits<kVec * sizeof(T)> bits;
-    if constexpr (sizeof(T) == 2) {
-        unsigned words[kVec / 2];
-        SK_UNROLL for (int k = 0; k < kVec; k += 2) words[k / 2] =
-            sk_narrow_two(from[k], from[k + 1], (T *)0);
-        memcpy(&bits, words, sizeof bits);
-    } else {
-        memcpy(&bits, from, sizeof bits);
-    }
-    return bits;
-}
-
-/* This thread's items of the step; `absent`, or the infinity that it rounds to, for those beyond
- * C. Steps and items are those of T, however the row is stored. */
-template <typename T, int kGroup, int kVec, typename Stored>
-SK_DEVICE void sk_load(const Stored *row, int64_t stride, int64_t base, int64_t C,
-                       sk_real<T> absent, sk_real<T> (&to)[sk_items<T>]) {
-    SK_UNROLL for (int i = 0; i < sk_items<T>; i += kVec) {
-        const int64_t c = sk_class<kGroup, kVec>(base, i);
-        if constexpr (kVec == 1) {
-            to[i] = c < C ? (sk_real<T>)sk_widen(row[c * stride]) : absent;
-        } else {
-            sk_real<Stored> fill[kVec];
-            SK_UNROLL for (int k = 0; k < kVec; k++) fill[k] = (sk_real<Stored>)absent;
-            auto bits = sk_pack<Stored, kVec>(fill);
-            if (c < C) bits = *(const decltype(bits) *)(row + c);
-            sk_unpack<Stored, kVec>(bits, &to[i]);
-        }
-    }
-}
-
-/* The same of row [n, s] of a tensor with a dtype of its own (CONSTANT). */
-template <typename T, int kGroup, int kVec>
-SK_DEVICE void sk_load_constant(const sk_arg &x, int64_t n, int64_t s, int64_t base, int64_t C,
-                                sk_real<T> absent, sk_real<T> (&to)[sk_items<T>]) {
-    SK_SWITCH_FLOATING(
-        x.dtype, Stored,
-        sk_load<T, kGroup, kVec>(sk_row<Stored>(x, n, s), x.stride[1], base, C, absent, to));
-}
-
-template <typename T, int kGroup, int kVec>
-SK_DEVICE void sk_store(T *row, int64_t stride, int64_t base, int64_t C,
-                        const sk_real<T> (&from)[sk_items<T>]) {
-    SK_UNROLL for (int i = 0; i < sk_items<T>; i += kVec) {
-        const int64_t c = sk_class<kGroup, kVec>(base, i);
-        if (c >= C) continue;
-        if constexpr (kVec == 1)
-            sk_narrow(from[i], row + c * stride);
-        else
-            sk_write(sk_pack<T, kVec>(&from[i]), row + c);
-    }
 }
 
 /* ---- reductions: fixed order, and every thread of the group gets the same bits ---- */
@@ -412,43 +261,3 @@ SK_DEVICE bool sk_grid_sum(double (&x)[kCount], void *scratch) {
     sk_group_reduce<SK_BLOCK>(x, sk_add());
     return true;
 }
-
-/* ---- how a launch serves its rows ---- */
-
-struct sk_layout {
-    int group;
-    bool vector; /* 16-byte accesses */
-};
-
-/* The layout that suits all of the "NC*" tensors of a call; those not given do not matter. */
-static inline sk_layout sk_layout_of(const sk_dims &dims, int64_t element,
-                                     std::initializer_list<const sk_arg *> args) {
-    const int64_t N = dims.size['N' - 'A'], C = dims.size['C' - 'A'], S = dims.size['S' - 'A'];
-    const int64_t wide = 16 / element;
-    bool adjacent_rows = true, wide_rows = C % wide == 0;
-    for (const sk_arg *arg : args) {
-        const int64_t *const stride = arg->stride;
-        if (!arg->data) continue;
-        adjacent_rows = adjacent_rows && stride[1] != 1 && stride[S > 1 ? 2 : 0] == 1;
-        wide_rows = wide_rows && stride[1] == 1 && (uintptr_t)arg->data % 16 == 0 &&
-                    (N <= 1 || stride[0] % wide == 0) && (S <= 1 || stride[2] % wide == 0);
-    }
-    if (adjacent_rows) return {1, false};
-    return {C <= 2048 ? SK_WARP : SK_BLOCK, wide_rows};
-}
-
-/* Blocks for that many rows; at least one, for what is done once per call. */
-static inline unsigned sk_grid(int64_t rows, sk_layout layout) {
-    const int64_t per_block = SK_BLOCK / layout.group;
-    const int64_t blocks = (rows + per_block - 1) / per_block;
-    return blocks < 1 ? 1 : blocks > SK_REDUCE_BLOCKS ? SK_REDUCE_BLOCKS : (unsigned)blocks;
-}
-
-/* The instance kernel<T, kGroup, kVec, ...> for a layout. */
-#define SK_KERNEL(kernel, T, layout, ...)                                               \
-    ((layout).group == 1 ? kernel<T, 1, 1, ##__VA_ARGS__>                               \
-     : (layout).group == SK_WARP                                                        \
-         ? ((layout).vector ? kernel<T, SK_WARP, 16 / sizeof(T), ##__VA_ARGS__>         \
-                            : kernel<T, SK_WARP, 1, ##__VA_ARGS__>)                     \
-         : ((layout).vector ? kernel<T, SK_BLOCK, 16 / sizeof(T), ##__VA_ARGS__>        \
-                            : kernel<T, SK_BLOCK, 1, ##__VA_ARGS__>))

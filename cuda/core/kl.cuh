@@ -13,7 +13,7 @@
 #pragma once
 #include <type_traits>
 
-#include "core/device.cuh"
+#include "core/rows.cuh"
 
 /* -inf is computed with as -2^110 (1e33): 0 * y stays 0, and a KL past 1e13 can only come from such
  * a class. */

@@ -2,6 +2,8 @@
 #pragma once
 
 #ifdef __cplusplus
+#include <cuda_runtime.h>
+
 #define SK_BOTH static __host__ __device__ inline
 #else
 #define SK_BOTH static inline
