@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
     const forward_params *const p = &params;
     const int64_t N = SK_DIM(p, N), C = SK_DIM(p, C), stride = p->views.stride[2];
     for (int64_t n = sk_first_row<kGroup>(); n < N; n += sk_row_step<kGroup>()) {
-        for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
+        SK_ROLLED for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
             sk_real<T> x[sk_items<T>], y[sk_items<T>];
             sk_load<T, kGroup, kVec>(sk_row<T>(p->features, n, 0), p->features.stride[1], base, C,
                                      0, x);
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
     const backward_params *const p = &params;
     const int64_t N = SK_DIM(p, N), C = SK_DIM(p, C), stride = p->grad.stride[2];
     for (int64_t n = sk_first_row<kGroup>(); n < N; n += sk_row_step<kGroup>()) {
-        for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
+        SK_ROLLED for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
             sk_real<T> g[sk_items<T>], sum[sk_items<T>];
             sk_load<T, kGroup, kVec>(sk_cell<T>(p->grad, 0, n, 0), stride, base, C, 0, sum);
             SK_UNROLL for (int k = 0; k < SAMPLES; k++) {

@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
     for (int64_t row = sk_first_row<kGroup>(); row < count; row += sk_row_step<kGroup>()) {
         const int64_t n = row / S, s = row % S;
         const slope k = slope_of<real>(params, n, s);
-        for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
+        SK_ROLLED for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
             real x[sk_items<T>], t[sk_items<T>];
             sk_load<T, kGroup, kVec>(sk_row<T>(p->student, n, s), p->student.stride[1], base, C, 0,
                                      x);
