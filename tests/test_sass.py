@@ -64,6 +64,7 @@ WIDE = {
 LOCAL = {
     ("distill_kernel", "vector"): (64, "two teachers: a few words of a row, not of a class"),
     ("distill_kernel", "other"): (128, "the same, in double or with an address for each item"),
+    ("distill_backward_kernel", "other"): (32, "two teachers in double, on sm_90"),
     ("sd_dropout_head_kernel", "other"): (64, "in double, on sm_90"),
     ("simreg_backward_kernel", "other"): (32, "an address for each item, a target of any dtype"),
     ("dropout_views_backward_kernel", "other"): (64, "eight counters of Philox at once"),
