@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sysconfig
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,7 +53,7 @@ WIDE = {
     "sd_dropout_head_kernel": (6, 0, 3),
     "simreg_kernel": (2, 2, 0),
     "simreg_backward_kernel": (1, 1, 1),
-    "dropout_views_kernel": (1, 0, 3),
+    "dropout_views_kernel": (1, 0, 2),
     "dropout_views_backward_kernel": (3, 0, 1),
     "attention_rows_kernel": (1, 0, 0),
     "attention_planes_kernel": (1, 0, 0),
@@ -71,6 +72,15 @@ LOCAL = {
 }
 
 
+# What is counted in a listing.
+PATTERNS = {
+    "local": re.compile(r"\b(?:LDL|STL)\b"),
+    "load": re.compile(r"\bLDG\.E\.128\b"),
+    "store": re.compile(r"\bSTG\.E\.128\b"),
+    "atomic": re.compile(r"\b(?:RED|ATOM)[GS]?\.\S*\b(?:F16|F32|F64|BF16)"),
+}
+
+
 @dataclass
 class Kernel:
     """One instance of a kernel for one architecture, from its listing and its use of resources."""
@@ -80,7 +90,7 @@ class Kernel:
     registers: int = 0
     stack: int = 0
     shared: int = 0
-    seen: dict[str, int] = field(default_factory=dict)
+    seen: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PATTERNS, 0))
 
     def __post_init__(self) -> None:
         found = re.match(r"_Z(\d+)(\w+)", self.symbol)
@@ -96,7 +106,7 @@ class Kernel:
 
     @property
     def vector(self) -> bool:
-        """Whether its accesses are of 16 bytes; of its numbers the second, or only, says how many items."""
+        """Whether its accesses are of 16 bytes; its second number, or only one, counts the items."""
         items = self.arguments[1:2] or self.arguments[:1]
         return bool(items) and items[0] * BYTES[self.dtype] == 16
 
@@ -131,14 +141,6 @@ class Kernel:
             yield "atomics on floating-point numbers"
 
 
-PATTERNS = {
-    "local": re.compile(r"\b(?:LDL|STL)\b"),
-    "load": re.compile(r"\bLDG\.E\.128\b"),
-    "store": re.compile(r"\bSTG\.E\.128\b"),
-    "atomic": re.compile(r"\b(?:RED|ATOM[GS]?)\.\S*\b(?:F16|F32|F64|BF16)"),
-}
-
-
 def disassembler() -> str | None:
     """Where cuobjdump is: among Python's packages, in the CUDA toolkit, or on the path."""
     folders = [str(path) for path in Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin")]
@@ -148,47 +150,46 @@ def disassembler() -> str | None:
     return shutil.which("cuobjdump", path=os.pathsep.join([*folders, os.environ["PATH"]]))
 
 
-def listing(binary: Path, what: str) -> Iterator[str]:
+def listing(binary: Path, *options: str) -> Iterator[str]:
+    """What cuobjdump says of a library or cubin, line by line; nothing where it holds no code."""
     tool = disassembler()
     if tool is None:
         pytest.skip("cuobjdump is missing: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
     path = os.pathsep.join([str(Path(tool).parent), os.environ["PATH"]])
-    with subprocess.Popen(
-        [tool, what, str(binary)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PATH": path},
-    ) as process:
+    command, environment = [tool, *options, str(binary)], os.environ | {"PATH": path}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
-        yield from process.stdout
-    assert process.returncode == 0
+        said = False
+        for line in process.stdout:
+            said = True
+            yield line
+    assert process.returncode == 0 or not said, process.returncode
 
 
 def kernels_of(binary: Path) -> list[Kernel]:
-    """All kernels in a library or cubin."""
-    kernels: dict[tuple[str, str], Kernel] = {}
-    kernel, arch = None, ""
-    for line in listing(binary, "-sass"):
-        if "code for sm_" in line:
-            arch = line.split()[-1]
-        elif "Function : " in line:
-            kernel = Kernel(arch, line.split()[-1], seen=dict.fromkeys(PATTERNS, 0))
-            kernels[arch, kernel.symbol] = kernel
-        elif kernel is not None and (
-            "LD" in line or "ST" in line or "RED" in line or "ATOM" in line
-        ):
-            for name, pattern in PATTERNS.items():
-                kernel.seen[name] += bool(pattern.search(line))
-    only = arch
+    """All kernels in a library or cubin, the architectures side by side."""
+    arch, kernels = "", {}
     for line in listing(binary, "-res-usage"):
         if line.startswith("arch = "):
-            only = line.split()[-1]
+            arch = line.split()[-1]
         elif " Function " in line:
-            kernel = kernels[only, line.split()[-1].rstrip(":")]
-        elif "REG:" in line and kernel is not None:
-            use = dict(re.findall(r"(\w+):(\d+)", line))
-            kernel.registers, kernel.stack = int(use["REG"]), int(use["STACK"]) + int(use["LOCAL"])
-            kernel.shared = int(use["SHARED"])
+            kernel = Kernel(arch, line.split()[-1].rstrip(":"))
+            kernels[arch, kernel.symbol] = kernel
+        elif "REG:" in line:
+            use = {name: int(x) for name, x in re.findall(r"(\w+):(\d+)", line)}
+            kernel.registers, kernel.shared = use["REG"], use["SHARED"]
+            kernel.stack = use["STACK"] + use["LOCAL"]
+
+    def read(arch: str) -> None:
+        for line in listing(binary, "-sass", *(["-arch", arch] if arch else [])):
+            if "Function : " in line:
+                kernel = kernels[arch, line.split()[-1]]
+            elif "LD" in line or "ST" in line or "RED" in line or "ATOM" in line:
+                for name, pattern in PATTERNS.items():
+                    kernel.seen[name] += bool(pattern.search(line))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(read, sorted({arch for arch, _ in kernels})))
     return list(kernels.values())
 
 
@@ -210,7 +211,7 @@ def test_every_kernel() -> None:
 
 WRONG = r"""
 template <typename T, int kGroup, int kVec>
-__global__ void simreg_backward_kernel(const float *a, const float *b, float *c, int n) {
+__global__ void attention_backward_rows_kernel(const float *a, const float *b, float *c, int n) {
     const int i = (blockIdx.x * blockDim.x + threadIdx.x) * kVec;
 #if defined(SCALAR)
     for (int k = 0; k < kVec; k++) c[i + k + 1] = a[i + k + 1] + b[i + k + 1];
@@ -236,7 +237,7 @@ __global__ void simreg_backward_kernel(const float *a, const float *b, float *c,
     *(float4 *)(c + i) = x;
 #endif
 }
-template __global__ void simreg_backward_kernel<float, 256, 4>(const float *, const float *,
+template __global__ void attention_backward_rows_kernel<float, 256, 4>(const float *, const float *,
                                                                float *, int);
 """
 
@@ -249,7 +250,7 @@ template __global__ void simreg_backward_kernel<float, 256, 4>(const float *, co
         ("SCALAR", "0 16-byte loads, 0 stores"),
         ("LOCAL_ARRAY", "accesses to local memory"),
         ("SPILLED", "accesses to local memory"),
-        ("MANY_REGISTERS", "1 blocks, 3 wanted"),
+        ("MANY_REGISTERS", "2 blocks, 4 wanted"),
         ("ATOMIC", "atomics on floating-point numbers"),
     ],
 )
