@@ -1,10 +1,9 @@
 /* Attention transfer on the GPU: formulas in ops/attention.h; summed in double, for the reasons in
- * cpu/attention.c. Forward: a kernel for the map of each network, which reads its features once,
- * and one that concludes the samples, for which all positions of a sample must be there. Backward:
- * one kernel, which reads the student once.
+ * cpu/attention.c. One kernel forward, which reads each network's features once, one backward,
+ * which reads the student once.
  *
- * Features come in two forms. "planes": neighbours in memory are positions. "rows": they are
- * channels, and a group of threads shares those of a position. */
+ * A block takes a tile: positions of a sample. Features come in two forms. "planes": neighbours in
+ * memory are positions. "rows": they are channels, and a warp shares those of a position. */
 #include "attention.h"
 #include "core/rows.cuh"
 
@@ -15,25 +14,27 @@ SK_PARAMS(attention_backward)
 typedef struct attention_params forward_params;
 typedef struct attention_backward_params backward_params;
 
-/* ---- planes ---- */
+/* ---- tiles ---- */
 
-/* A run is kVec neighbouring positions, one access; a tile is `width` runs of a sample. A block
- * takes a tile, with `slices` threads for each run, which share its channels: so few positions
- * still keep a block busy, and its threads read whole lines of memory. */
+/* How a sample is cut. Of planes a run is kVec neighbouring positions, one access, and a tile is
+ * `width` runs, with `slices` threads for each, which share its channels: so few positions still
+ * keep a block busy, and its threads read whole lines of memory. Of rows, `width` positions. */
 struct tiling {
-    int64_t S, per_sample;
+    bool rows, vector; /* vector: accesses of 16 bytes */
     int width, slices;
-    unsigned count; /* blocks */
+    int64_t S, per_sample;
 };
 
-static tiling tiling_of(int64_t N, int64_t S, int64_t vec) {
+static tiling tiling_of(int64_t S, int64_t vec) {
     const int64_t runs = S / vec, width = runs >= 2 * SK_WARP ? SK_WARP : runs < 1 ? 1 : runs;
-    const int64_t per_sample = (runs + width - 1) / width, count = N * per_sample;
-    return {S, per_sample, (int)width, SK_BLOCK / (int)width,
-            count < UINT32_MAX ? (unsigned)count : UINT32_MAX}; /* more is an error at the launch */
+    return {false, vec > 1, (int)width, SK_BLOCK / (int)width, S, (runs + width - 1) / width};
 }
 
-/* What this thread does of its block's tile. */
+static unsigned blocks_of(int64_t tiles) {
+    return tiles < UINT32_MAX ? (unsigned)tiles : UINT32_MAX; /* more is an error at the launch */
+}
+
+/* What this thread does of tile `index` of planes. */
 struct place {
     int64_t n, s; /* its first position */
     int slice;    /* its first channel */
@@ -41,11 +42,11 @@ struct place {
 };
 
 template <int kVec>
-SK_DEVICE place place_of(const tiling &t) {
-    const int64_t tile = blockIdx.x % t.per_sample;
+SK_DEVICE place place_of(const tiling &t, unsigned index) {
+    const int64_t tile = index % t.per_sample;
     const int slice = threadIdx.x / t.width;
     const int64_t s = (tile * t.width + threadIdx.x % t.width) * kVec;
-    return {blockIdx.x / t.per_sample, s, slice, slice < t.slices && s < t.S};
+    return {index / t.per_sample, s, slice, slice < t.slices && s < t.S};
 }
 
 /* This thread's run of channel c; the items from kVec on do not count. */
@@ -55,48 +56,108 @@ SK_DEVICE void load_run(const sk_arg &x, const place &at, int64_t c,
     sk_load<T, 1, kVec>(sk_row<T>(x, at.n, at.s) + c * x.stride[1], 1, 0, kVec, 0, to);
 }
 
+/* How some "NC*" tensors are served together. */
+struct form {
+    bool planes;
+    sk_layout rows; /* where they are no planes */
+    tiling tiles;   /* where they are */
+};
+
+static form form_of(const sk_dims &dims, int64_t C, int64_t element,
+                    std::initializer_list<const sk_arg *> args) {
+    const int64_t N = dims.size['N' - 'A'], S = dims.size['S' - 'A'], wide = 16 / element;
+    sk_dims own = dims;
+    own.size['C' - 'A'] = C;
+    const sk_layout rows = sk_layout_of(own, element, args);
+    bool planes = S > 1, aligned = S % wide == 0;
+    for (const sk_arg *x : args) {
+        planes = planes && x->stride[2] == 1 && x->stride[1] != 1;
+        aligned = aligned && (uintptr_t)x->data % 16 == 0 && x->stride[1] % wide == 0 &&
+                  (N <= 1 || x->stride[0] % wide == 0);
+    }
+    return {planes, rows, tiling_of(S, aligned ? wide : 1)};
+}
+
 /* ---- forward ---- */
 
-/* Leaves the means of squares over C channels. */
+/* One network's features: their map lies at `map`. */
+struct network {
+    sk_arg x;
+    int64_t C;
+    tiling tiles;
+    double *map;
+};
+
+/* A warp has about 4 KB of a tile of rows to read. */
+static network network_of(const forward_params &params, const sk_arg &x, int64_t C, double *map) {
+    const int64_t S = SK_DIM(&params, S);
+    network k = {x, C, {}, map};
+    SK_SWITCH_FLOATING(x.dtype, T, {
+        const form f = form_of(params.dims, C, sizeof(T), {&x});
+        const int64_t per_warp = 4096 / sizeof(T) / (C < 1 ? 1 : C);
+        const int64_t width = SK_BLOCK / SK_WARP * (per_warp < 1 ? 1 : per_warp);
+        k.tiles = f.planes ? f.tiles
+                           : tiling{true, f.rows.vector, (int)width, 1, S, (S + width - 1) / width};
+    })
+    if (k.tiles.per_sample < 1) k.tiles.per_sample = 1; /* a sample without positions has slopes */
+    return k;
+}
+
+/* Leaves a tile's means of squares over the channels; `sums` holds kVec for each thread. */
 template <typename T, int kVec>
-__global__ void __launch_bounds__(SK_BLOCK)
-    attention_planes_kernel(const sk_arg x, const tiling t, int64_t C, double *map) {
-    SK_SHARED(double, sums, SK_BLOCK *kVec);
-    const place at = place_of<kVec>(t);
+SK_DEVICE void map_planes(const network &k, unsigned index, double *sums) {
+    const tiling &t = k.tiles;
+    const place at = place_of<kVec>(t, index);
     double sum[kVec] = {0};
-    for (int64_t c = at.slice; at.present && c < C; c += t.slices) {
+    for (int64_t c = at.slice; at.present && c < k.C; c += t.slices) {
         sk_real<T> run[sk_items<T>];
-        load_run<T, kVec>(x, at, c, run);
-        SK_UNROLL for (int k = 0; k < kVec; k++) sum[k] += (double)run[k] * (double)run[k];
+        load_run<T, kVec>(k.x, at, c, run);
+        SK_UNROLL for (int i = 0; i < kVec; i++) sum[i] += (double)run[i] * (double)run[i];
     }
-    SK_UNROLL for (int k = 0; k < kVec; k++) sums[threadIdx.x * kVec + k] = sum[k];
+    SK_UNROLL for (int i = 0; i < kVec; i++) sums[threadIdx.x * kVec + i] = sum[i];
     __syncthreads();
     const int positions = t.width * kVec;
-    const int64_t first = blockIdx.x % t.per_sample * positions;
+    const int64_t first = index % t.per_sample * positions;
     for (int i = threadIdx.x; i < positions && first + i < t.S; i += SK_BLOCK) {
         double total = 0;
         for (int slice = 0; slice < t.slices; slice++) total += sums[slice * positions + i];
-        map[at.n * t.S + first + i] = total / (double)C;
+        k.map[at.n * t.S + first + i] = total / (double)k.C;
     }
 }
 
 /* The same of rows. */
-template <typename T, int kGroup, int kVec>
-__global__ void __launch_bounds__(SK_BLOCK)
-    attention_rows_kernel(const sk_arg x, int64_t count, int64_t S, int64_t C, double *map) {
-    for (int64_t row = sk_first_row<kGroup>(); row < count; row += sk_row_step<kGroup>()) {
-        const T *const from = sk_row<T>(x, row / S, row % S);
+template <typename T, int kVec>
+SK_DEVICE void map_rows(const network &k, unsigned index) {
+    const tiling &t = k.tiles;
+    const int64_t n = index / t.per_sample, first = index % t.per_sample * t.width;
+    const int64_t end = first + t.width < t.S ? first + t.width : t.S;
+    for (int64_t s = first + threadIdx.x / SK_WARP; s < end; s += SK_BLOCK / SK_WARP) {
+        const T *const from = sk_row<T>(k.x, n, s);
         double sum[1] = {0};
-        for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
+        for (int64_t base = 0; base < k.C; base += SK_WARP * sk_items<T>) {
             sk_real<T> item[sk_items<T>];
-            sk_load<T, kGroup, kVec>(from, x.stride[1], base, C, 0, item);
+            sk_load<T, SK_WARP, kVec>(from, k.x.stride[1], base, k.C, 0, item);
             SK_UNROLL for (int i = 0; i < sk_items<T>; i++) sum[0] +=
                 (double)item[i] * (double)item[i];
         }
-        sk_group_reduce<kGroup>(sum, sk_add());
-        if (sk_lane<kGroup>() == 0) map[row] = sum[0] / (double)C;
+        sk_group_reduce<SK_WARP>(sum, sk_add());
+        if (sk_lane<SK_WARP>() == 0) k.map[n * t.S + s] = sum[0] / (double)k.C;
     }
 }
+
+SK_DEVICE void map_tile(const network &k, unsigned index, double *sums){
+    SK_SWITCH_FLOATING(k.x.dtype, T,
+                       {
+                           constexpr int kWide = 16 / sizeof(T);
+                           if (k.tiles.rows && k.tiles.vector)
+                               map_rows<T, kWide>(k, index);
+                           else if (k.tiles.rows)
+                               map_rows<T, 1>(k, index);
+                           else if (k.tiles.vector)
+                               map_planes<T, kWide>(k, index, sums);
+                           else
+                               map_planes<T, 1>(k, index, sums);
+                       })}
 
 /* Leaves the slopes of sample n; every thread returns its |Q - P|^2. */
 SK_DEVICE double conclude(const forward_params &params, int64_t n) {
@@ -128,16 +189,39 @@ SK_DEVICE double conclude(const forward_params &params, int64_t n) {
     return value;
 }
 
-/* Leaves the slopes; the block that ends last leaves the loss. */
-__global__ void __launch_bounds__(SK_BLOCK) attention_kernel(const forward_params params) {
+/* Samples n, n + groups, ... are a group: the block that finishes its last tile concludes them. */
+static unsigned groups_of(int64_t N) {
+    return N < SK_REDUCE_BLOCKS ? (unsigned)N : SK_REDUCE_BLOCKS;
+}
+
+/* Leaves maps and slopes; the block that ends last leaves the loss. First come the tiles of the
+ * student, then those of the teacher. */
+__global__ void __launch_bounds__(SK_BLOCK)
+    attention_kernel(const forward_params params, const network student, const network teacher,
+                     unsigned groups) {
     const forward_params *const p = &params;
+    SK_SHARED(double, sums, SK_BLOCK * 8);
     const int64_t N = SK_DIM(p, N);
+    const int64_t of_student = N * student.tiles.per_sample;
     double total[1] = {0};
-    for (int64_t n = blockIdx.x; n < N; n += gridDim.x) {
-        const double value = conclude(params, n);
-        if (threadIdx.x == 0) total[0] += value;
+    if (N > 0) {
+        const bool is_student = blockIdx.x < of_student;
+        const unsigned index = blockIdx.x - (is_student ? 0 : (unsigned)of_student);
+        network k = teacher;
+        if (is_student) k = student;
+        map_tile(k, index, sums);
+        const unsigned group = (unsigned)(index / k.tiles.per_sample % groups);
+        const int64_t samples = (N - group + groups - 1) / groups;
+        const int64_t tiles = samples * (student.tiles.per_sample + teacher.tiles.per_sample);
+        if (!sk_is_last((unsigned *)p->scratch.data + group, (unsigned)tiles)) return;
+        for (int64_t n = group; n < N; n += groups) {
+            const double value = conclude(params, n);
+            if (threadIdx.x == 0) total[0] += value;
+        }
+        void *const scratch = (char *)p->scratch.data + SK_TICKET_BYTES;
+        if (!sk_sum_blocks(total, group, groups, scratch)) return;
     }
-    if (!sk_grid_sum(total, p->scratch.data) || threadIdx.x != 0) return;
+    if (threadIdx.x != 0) return;
     const double loss = total[0] / ((double)N * (double)SK_DIM(p, S));
     if (p->loss.dtype == SK_DT_F64)
         *(double *)p->loss.data = loss;
@@ -164,7 +248,7 @@ __global__ void __launch_bounds__(SK_BLOCK)
     attention_backward_planes_kernel(const backward_params params, const tiling t) {
     const backward_params *const p = &params;
     const int64_t C = SK_DIM(p, C);
-    const place at = place_of<kVec>(t);
+    const place at = place_of<kVec>(t, blockIdx.x);
     if (!at.present) return;
     double factor[kVec];
     SK_UNROLL for (int k = 0; k < kVec; k++) factor[k] =
@@ -200,70 +284,32 @@ __global__ void __launch_bounds__(SK_BLOCK)
 
 /* ---- launches ---- */
 
-/* How some "NC*" tensors are served together. */
-struct form {
-    bool planes;
-    sk_layout rows; /* where they are no planes */
-    int64_t vec;    /* elements in an access of planes */
-    tiling tiles;
-};
-
-static form form_of(const sk_dims &dims, int64_t C, int64_t element,
-                    std::initializer_list<const sk_arg *> args) {
-    const int64_t N = dims.size['N' - 'A'], S = dims.size['S' - 'A'], wide = 16 / element;
-    sk_dims own = dims;
-    own.size['C' - 'A'] = C;
-    const sk_layout rows = sk_layout_of(own, element, args);
-    bool planes = S > 1, aligned = S % wide == 0;
-    for (const sk_arg *x : args) {
-        planes = planes && x->stride[2] == 1 && x->stride[1] != 1;
-        aligned = aligned && (uintptr_t)x->data % 16 == 0 && x->stride[1] % wide == 0 &&
-                  (N <= 1 || x->stride[0] % wide == 0);
-    }
-    const int64_t vec = aligned ? wide : 1;
-    return {planes, rows, vec, tiling_of(N, S, vec)};
-}
-
-static void launch_map(const forward_params &params, const sk_arg &x, int64_t C, double *map,
-                       void *stream) {
-    const forward_params *const p = &params;
-    const int64_t S = SK_DIM(p, S), count = SK_DIM(p, N) * S;
-    SK_SWITCH_FLOATING(x.dtype, T, {
-        const form f = form_of(params.dims, C, sizeof(T), {&x});
-        if (f.planes) {
-            const auto kernel = f.vec > 1 ? attention_planes_kernel<T, 16 / sizeof(T)>
-                                          : attention_planes_kernel<T, 1>;
-            SK_LAUNCH(kernel, f.tiles.count, SK_BLOCK, 0, stream, x, f.tiles, C, map);
-        } else {
-            const auto kernel = SK_KERNEL(attention_rows_kernel, T, f.rows);
-            SK_LAUNCH(kernel, sk_grid(count, f.rows), SK_BLOCK, 0, stream, x, count, S, C, map);
-        }
-    })
-}
-
 extern "C" int sk_cuda_attention(const struct attention_params *params, void *stream) {
     const forward_params *const p = params;
-    const int zeroed = cudaMemsetAsync(p->scratch.data, 0, 16, (cudaStream_t)stream);
+    const int zeroed =
+        cudaMemsetAsync(p->scratch.data, 0, SK_TICKET_BYTES + 16, (cudaStream_t)stream);
     if (zeroed != cudaSuccess) return zeroed;
     const int64_t N = SK_DIM(p, N), S = SK_DIM(p, S);
     double *const maps = (double *)p->maps.data;
-    if (N * S > 0) launch_map(*p, p->student, SK_DIM(p, C), maps, stream);
-    if (N * S > 0) launch_map(*p, p->teacher, SK_DIM(p, D), maps + N * S, stream);
-    SK_LAUNCH(attention_kernel, sk_grid(N, {SK_BLOCK, false}), SK_BLOCK, 0, stream, *p);
+    const network student = network_of(*p, p->student, SK_DIM(p, C), maps);
+    const network teacher = network_of(*p, p->teacher, SK_DIM(p, D), maps + N * S);
+    const int64_t tiles = N * (student.tiles.per_sample + teacher.tiles.per_sample);
+    SK_LAUNCH(attention_kernel, blocks_of(tiles < 1 ? 1 : tiles), SK_BLOCK, 0, stream, *p, student,
+              teacher, groups_of(N));
     return cudaGetLastError();
 }
 
 extern "C" int sk_cuda_attention_backward(const struct attention_backward_params *params,
                                           void *stream) {
     const backward_params *const p = params;
-    const int64_t count = SK_DIM(p, N) * SK_DIM(p, S);
+    const int64_t N = SK_DIM(p, N), count = N * SK_DIM(p, S);
     if (count == 0) return cudaSuccess;
     SK_SWITCH_FLOATING(p->student.dtype, T, {
         const form f = form_of(p->dims, SK_DIM(p, C), sizeof(T), {&p->student, &p->grad_student});
         if (f.planes) {
-            const auto kernel = f.vec > 1 ? attention_backward_planes_kernel<T, 16 / sizeof(T)>
-                                          : attention_backward_planes_kernel<T, 1>;
-            SK_LAUNCH(kernel, f.tiles.count, SK_BLOCK, 0, stream, *p, f.tiles);
+            const auto kernel = f.tiles.vector ? attention_backward_planes_kernel<T, 16 / sizeof(T)>
+                                               : attention_backward_planes_kernel<T, 1>;
+            SK_LAUNCH(kernel, blocks_of(N * f.tiles.per_sample), SK_BLOCK, 0, stream, *p, f.tiles);
         } else {
             const auto kernel = SK_KERNEL(attention_backward_rows_kernel, T, f.rows);
             SK_LAUNCH(kernel, sk_grid(count, f.rows), SK_BLOCK, 0, stream, *p);

@@ -56,9 +56,8 @@ SK_DEVICE void raise(share<real, kTeachers> *x, const teachers &k, real of_stude
                      const real (&of_teacher)[kTeachers]) {
     x->ce.rest *= exponential(x->of_student - of_student);
     SK_UNROLL for (int j = 0; j < kTeachers; j++) {
-        const anchors<real> h = anchors_at(of_student, of_teacher[j]);
-        move(x->sum[j],
-             compare<false>(x->of_student, x->of_teacher[j], h, warmth_of<real>(k.of[j])));
+        move(x->sum[j], compare(x->of_student, x->of_teacher[j],
+                                anchors_at(of_student, of_teacher[j]), warmth_of<real>(k.of[j])));
         x->of_teacher[j] = of_teacher[j];
     }
     x->of_student = of_student;
@@ -69,21 +68,16 @@ template <typename T, int kGroup, int kVec, int kTeachers>
 SK_DEVICE void add_step(const forward_params &p, const teachers &k, int64_t n, int64_t s,
                         int64_t base, share<sk_real<T>, kTeachers> *x) {
     typedef sk_real<T> real;
-    constexpr bool is_short = std::is_same<T, __nv_bfloat16>::value;
     const int64_t C = SK_DIM(&p, C);
-    const real lowest = (real)kLowest, slack = (real)k.slack;
-    real a[sk_items<T>], b[kTeachers][sk_items<T>], most = lowest, top[kTeachers];
-    sk_load<T, kGroup, kVec>(sk_row<T>(p.logits, n, s), p.logits.stride[1], base, C, lowest, a);
-    SK_UNROLL for (int j = 0; j < kTeachers; j++) {
-        if (k.of[j].weight != 0) load_teacher<T, kGroup, kVec>(k.of[j], n, s, base, C, b[j]);
-    }
-    SK_UNROLL for (int i = 0; i < sk_items<T>; i++) most =
-        sk_max(most, a[i] = sk_at_least(a[i], lowest));
+    const real slack = (real)k.slack;
+    real a[sk_items<T>], b[kTeachers][sk_items<T>], top[kTeachers];
+    const real most =
+        load_logits<T, kGroup, kVec>(sk_row<T>(p.logits, n, s), p.logits.stride[1], base, C, a);
     bool higher = most > x->of_student + slack;
     SK_UNROLL for (int j = 0; j < kTeachers; j++) {
-        top[j] = lowest;
+        top[j] = (real)kLowest;
         if (k.of[j].weight == 0) continue;
-        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) top[j] = sk_max(top[j], b[j][i]);
+        top[j] = load_teacher<T, kGroup, kVec>(k.of[j], n, s, base, C, b[j]);
         higher = higher || top[j] > x->of_teacher[j] + slack;
         top[j] = sk_max(top[j], x->of_teacher[j]);
     }
@@ -93,12 +87,11 @@ SK_DEVICE void add_step(const forward_params &p, const teachers &k, int64_t n, i
     SK_UNROLL for (int j = 0; j < kTeachers; j++) {
         if (k.of[j].weight == 0) continue;
         const anchors<real> h = anchors_at(x->of_student, x->of_teacher[j]);
-        real part[TEACHER_SUMS] = {};
-        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
-            if (i % kVec == 0 && !sk_any_class<kGroup, kVec>(base, i, C)) break;
-            add(part, compare<is_short>(a[i], b[j][i], h, warmth_of<real>(k.of[j])));
-        }
-        SK_UNROLL for (int i = 0; i < TEACHER_SUMS; i++) x->sum[j][i] += part[i];
+        const warmth<real> &w = warmth_of<real>(k.of[j]);
+        if (w.ratio == 1)
+            add_teacher<T, kGroup, kVec, true>(a, b[j], base, C, h, w, x->sum[j]);
+        else
+            add_teacher<T, kGroup, kVec, false>(a, b[j], base, C, h, w, x->sum[j]);
     }
 }
 
@@ -114,21 +107,22 @@ SK_DEVICE void visit_again(const forward_params &p, const teacher &k, int64_t n,
         const double a = sk_widen(u[c * p.logits.stride[1]]);
         const double of_k = sk_load_any(k.x, v + c * k.x.stride[1]);
         const double b = k.probs ? log(of_k) : of_k;
-        add(sum, compare<false, double>(sk_at_least(a, kLowest), sk_at_least(b, kLowest), h,
-                                        k.in_double));
+        add(sum, compare(sk_at_least(a, kLowest), sk_at_least(b, kLowest), h, k.in_double));
     }
     sk_group_reduce<kGroup>(sum, sk_add());
 }
 
-/* Leaves what is saved of a teacher; returns its part of kl_rows, without the row's weight. */
+/* Leaves what is saved of a teacher; returns its part of kl_rows, without the row's weight. `far`:
+ * how far apart anchors were. */
 template <typename T, int kGroup>
 SK_DEVICE double teach(const forward_params &p, const teacher &k, int j, int64_t n, int64_t s,
-                       double h, double hu, double hv, double (&sum)[TEACHER_SUMS]) {
+                       double h, double hu, double hv, double far, double (&sum)[TEACHER_SUMS]) {
     typedef sk_real<T> real;
     const bool rough = k.T != k.own || k.x.dtype != p.logits.dtype;
+    const bool is_far = sizeof(T) == 2 && far > kFar * k.T;
     teacher_row x = {0, 0, 0, false};
     SK_ROLLED for (bool again = false; k.weight != 0; again = true) {
-        x = conclude(k, sum, hu, hv, rough);
+        x = conclude(k, sum, hu, hv, rough, is_far);
         if (again || !x.poor) break;
         visit_again<T, kGroup>(p, k, n, s, hu, hv, sum);
     }
@@ -150,14 +144,18 @@ SK_DEVICE sk_real<T> visit(const forward_params &p, const teachers &k, int64_t n
     SK_ROLLED for (int64_t base = 0; base < C; base += kGroup * sk_items<T>)
         add_step<T, kGroup, kVec, kTeachers>(p, k, n, s, base, &x);
     const real h = gather_softmax<kGroup>(x.ce, x.of_student, C, sum);
-    real top[1 + kTeachers] = {x.of_student}, of_teacher[kTeachers];
-    SK_UNROLL for (int j = 0; j < kTeachers; j++) top[1 + j] = x.of_teacher[j];
+    real top[1 + 2 * kTeachers] = {x.of_student}, of_teacher[kTeachers];
+    SK_UNROLL for (int j = 0; j < kTeachers; j++) {
+        top[1 + j] = x.of_teacher[j];
+        top[1 + kTeachers + j] = fabs(x.of_student - x.of_teacher[j]);
+    }
     sk_group_reduce<kGroup>(top, sk_larger());
     SK_UNROLL for (int j = 0; j < kTeachers; j++) of_teacher[j] = top[1 + j];
     if (kGroup > 1) raise(&x, k, top[0], of_teacher);
     SK_UNROLL for (int j = 0; j < kTeachers; j++) {
         sk_group_reduce<kGroup>(x.sum[j], sk_add());
-        *kl += teach<T, kGroup>(p, k.of[j], j, n, s, h, top[0], top[1 + j], x.sum[j]);
+        *kl += teach<T, kGroup>(p, k.of[j], j, n, s, h, top[0], top[1 + j], top[1 + kTeachers + j],
+                                x.sum[j]);
     }
     return h;
 }
@@ -232,13 +230,6 @@ __global__ void __launch_bounds__(SK_BLOCK, 2)
 
 /* ---- backward ---- */
 
-/* What the gradient of a row needs of one teacher: T lse on both sides, T dl; the row's factor. */
-template <typename real>
-struct teacher_slope {
-    anchors<real> h;
-    real factor;
-};
-
 template <typename real, int kTeachers>
 struct slope {
     ce_slope<real> ce;
@@ -263,17 +254,15 @@ SK_DEVICE slope<sk_real<T>, kTeachers> slope_of(const backward_params &p, const 
     slope<real, kTeachers> x;
     x.ce = ce_slope_of<real>(h, level, labelled ? p.ce_weight * factor / denominator[0] : 0,
                              p.label_smoothing, p.classes > 0 ? p.classes : C, y, z_y);
-    x.zero = x.ce.factor == 0;
+    x.zero = x.ce.zero;
     SK_UNROLL for (int j = 0; j < kTeachers; j++) {
         const teacher &t = k.of[j];
-        const double dl = *sk_cell<double>(p.ratios, j, n, s);
-        const double lse = h / t.T + *sk_cell<real>(p.levels, LEVEL_T + j, n, s);
-        x.of[j].h = {split<real>(t.T * lse), split<real>(t.own * (lse - dl)),
-                     split<real>(t.T * dl)};
-        x.of[j].factor =
+        x.of[j] = teacher_slope_of<real>(
+            t, h / t.T + *sk_cell<real>(p.levels, LEVEL_T + j, n, s),
+            *sk_cell<double>(p.ratios, j, n, s),
             taught && t.weight != 0
-                ? (real)(t.weight * t.T * factor / denominator[p.denominators.stride[0]])
-                : 0;
+                ? t.weight * t.T * factor / denominator[p.denominators.stride[0]]
+                : 0);
         x.zero = x.zero && x.of[j].factor == 0;
     }
     return x;
@@ -286,7 +275,6 @@ __global__ void __launch_bounds__(SK_BLOCK, kTeachers > 1 ? 2 : sk_resident<T, k
     typedef sk_real<T> real;
     const backward_params *const p = &params;
     const int64_t S = SK_DIM(p, S), C = SK_DIM(p, C), count = SK_DIM(p, N) * S;
-    const real lowest = (real)kLowest;
     for (int64_t row = sk_first_row<kGroup>(); row < count; row += sk_row_step<kGroup>()) {
         const int64_t n = row / S, s = row % S;
         const slope<real, kTeachers> m = slope_of<T, kTeachers>(params, k, n, s);
@@ -294,17 +282,16 @@ __global__ void __launch_bounds__(SK_BLOCK, kTeachers > 1 ? 2 : sk_resident<T, k
         T *const to = sk_keep(sk_row<T>(p->grad_logits, n, s));
         SK_ROLLED for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
             real a[sk_items<T>], b[sk_items<T>], grad[sk_items<T>];
-            sk_load<T, kGroup, kVec>(from, p->logits.stride[1], base, C, lowest, a);
-            SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
-                a[i] = sk_at_least(a[i], lowest);
-                grad[i] = ce_gradient(m.ce, a[i], sk_class<kGroup, kVec>(base, i));
-            }
+            load_logits<T, kGroup, kVec>(from, p->logits.stride[1], base, C, a);
+            ce_gradients<T, kGroup, kVec>(m.ce, a, base, grad);
             SK_UNROLL for (int j = 0; j < kTeachers; j++) {
                 if (k.of[j].weight == 0) continue;
                 load_teacher<T, kGroup, kVec>(k.of[j], n, s, base, C, b);
-                SK_UNROLL for (int i = 0; i < sk_items<T>; i++) grad[i] +=
-                    m.of[j].factor *
-                    compare<false>(a[i], b[i], m.of[j].h, warmth_of<real>(k.of[j])).diff;
+                const warmth<real> &w = warmth_of<real>(k.of[j]);
+                if (w.ratio == 1)
+                    add_slopes<T, true>(a, b, m.of[j], w, grad);
+                else
+                    add_slopes<T, false>(a, b, m.of[j], w, grad);
             }
             SK_UNROLL for (int i = 0; i < sk_items<T>; i++) grad[i] = m.zero ? 0 : grad[i];
             sk_store<T, kGroup, kVec>(to, p->grad_logits.stride[1], base, C, grad);

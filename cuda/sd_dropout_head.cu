@@ -24,15 +24,12 @@ template <typename T, int kGroup, int kVec>
 SK_DEVICE sk_real<T> add_row(const row_params &p, int64_t n, double (&sum)[CE_SUMS]) {
     typedef sk_real<T> real;
     const int64_t C = SK_DIM(&p, C);
-    const real lowest = (real)kLowest;
     const T *const z = sk_keep(sk_row<T>(p.z, n, 0));
     softmax<real> x = no_softmax<real>();
-    real h = lowest;
+    real h = (real)kLowest;
     SK_ROLLED for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
-        real a[sk_items<T>], most = lowest;
-        sk_load<T, kGroup, kVec>(z, p.z.stride[1], base, C, lowest, a);
-        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) most =
-            sk_max(most, a[i] = sk_at_least(a[i], lowest));
+        real a[sk_items<T>];
+        const real most = load_logits<T, kGroup, kVec>(z, p.z.stride[1], base, C, a);
         if (most > h + 2) {
             x.rest *= exponential(h - most);
             h = most;
@@ -41,7 +38,7 @@ SK_DEVICE sk_real<T> add_row(const row_params &p, int64_t n, double (&sum)[CE_SU
         if (p.label_smoothing != 0) add_minus<T, kGroup, kVec>(a, base, C, h, &x);
     }
     const real largest = gather_softmax<kGroup>(x, h, C, sum);
-    return largest <= lowest ? (real)NAN : largest;
+    return largest <= (real)kLowest ? (real)NAN : largest;
 }
 
 /* Writes the gradients of a row over its logits. */
@@ -50,18 +47,16 @@ SK_DEVICE void differentiate_row(const row_params &p, int64_t n, const ce_slope<
                                  const pair_slope<sk_real<T>> &of_views) {
     typedef sk_real<T> real;
     const int64_t C = SK_DIM(&p, C);
-    const scale<real> t = scale_of<real>(p.temperature);
     T *const z = sk_row<T>(p.z, n, 0), *const u = sk_row<T>(p.u, n, 0),
              *const v = sk_row<T>(p.v, n, 0);
-    for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
+    SK_ROLLED for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
         real a[sk_items<T>], b[sk_items<T>];
-        sk_load<T, kGroup, kVec>(z, p.z.stride[1], base, C, 0, a);
-        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) a[i] =
-            ce_gradient(of_z, sk_at_least(a[i], (real)kLowest), sk_class<kGroup, kVec>(base, i));
-        sk_store<T, kGroup, kVec>(z, p.z.stride[1], base, C, a);
-        sk_load<T, kGroup, kVec>(u, p.u.stride[1], base, C, 0, a);
-        sk_load<T, kGroup, kVec>(v, p.v.stride[1], base, C, 0, b);
-        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) differentiate(of_views, t, &a[i], &b[i]);
+        load_logits<T, kGroup, kVec>(z, p.z.stride[1], base, C, a);
+        ce_gradients<T, kGroup, kVec>(of_z, a, base, b);
+        sk_store<T, kGroup, kVec>(z, p.z.stride[1], base, C, b);
+        load_logits<T, kGroup, kVec>(u, p.u.stride[1], base, C, a);
+        load_logits<T, kGroup, kVec>(v, p.v.stride[1], base, C, b);
+        differentiate<T, kGroup, kVec>(of_views, base, C, a, b);
         sk_store<T, kGroup, kVec>(u, p.u.stride[1], base, C, a);
         sk_store<T, kGroup, kVec>(v, p.v.stride[1], base, C, b);
     }

@@ -73,20 +73,18 @@ __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
     typedef sk_real<T> real;
     const backward_params *const p = &params;
     const int64_t S = SK_DIM(p, S), C = SK_DIM(p, C), count = SK_DIM(p, N) * S;
-    const scale<real> t = scale_of<real>(p->temperature);
     for (int64_t row = sk_first_row<kGroup>(); row < count; row += sk_row_step<kGroup>()) {
         const int64_t n = row / S, s = row % S;
         const pair_slope<real> k = slope_of<real>(params, n, s);
-        for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
+        const T *const u = sk_keep(sk_row<T>(p->u, n, s)), *const v =
+                                                               sk_keep(sk_row<T>(p->v, n, s));
+        T *const grad_u = sk_keep(sk_row<T>(p->grad_u, n, s));
+        T *const grad_v = sk_keep(sk_row<T>(p->grad_v, n, s));
+        SK_ROLLED for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
             real a[sk_items<T>], b[sk_items<T>];
-            sk_load<T, kGroup, kVec>(sk_row<T>(p->u, n, s), p->u.stride[1], base, C, 0, a);
-            sk_load<T, kGroup, kVec>(sk_row<T>(p->v, n, s), p->v.stride[1], base, C, 0, b);
-            SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
-                if (i % kVec == 0 && !sk_any_class<kGroup, kVec>(base, i, C)) break;
-                differentiate(k, t, &a[i], &b[i]);
-            }
-            T *const grad_u = sk_row<T>(p->grad_u, n, s), *const grad_v =
-                                                              sk_row<T>(p->grad_v, n, s);
+            load_logits<T, kGroup, kVec>(u, p->u.stride[1], base, C, a);
+            load_logits<T, kGroup, kVec>(v, p->v.stride[1], base, C, b);
+            differentiate<T, kGroup, kVec>(k, base, C, a, b);
             sk_store<T, kGroup, kVec>(grad_u, p->grad_u.stride[1], base, C, a);
             sk_store<T, kGroup, kVec>(grad_v, p->grad_v.stride[1], base, C, b);
         }

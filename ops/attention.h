@@ -25,7 +25,7 @@
     X(OUT,     loss,        "",    ACC)             \
     X(OUT,     maps,        "2N*", F64)             \
     X(OUT,     slopes,      "2N",  F64)             \
-    X(SCRATCH, scratch,     SK_REDUCE_BYTES)
+    X(SCRATCH, scratch,     SK_TICKET_BYTES + SK_REDUCE_BYTES_OF(1))
 
 #define attention_backward_CONTRACT(X)              \
     X(GRAD,    grad,        "",    ACC)             \

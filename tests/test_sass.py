@@ -29,8 +29,7 @@ SHARED = {"sm_80": 164, "sm_90": 228}  # KiB of a multiprocessor (CUDA C++ Progr
 BLOCKS = {
     "adversarial_kernel": 5,
     "adversarial_backward_kernel": 5,
-    "attention_planes_kernel": 5,
-    "attention_rows_kernel": 4,
+    "attention_kernel": 4,
     "attention_backward_planes_kernel": 5,
     "attention_backward_rows_kernel": 4,
 }
@@ -55,15 +54,15 @@ WIDE = {
     "simreg_backward_kernel": (1, 1, 1),
     "dropout_views_kernel": (1, 0, 2),
     "dropout_views_backward_kernel": (3, 0, 1),
-    "attention_rows_kernel": (1, 0, 0),
-    "attention_planes_kernel": (1, 0, 0),
+    "attention_kernel": (8, 0, 0),  # of planes and of rows, in four dtypes
     "attention_backward_rows_kernel": (1, 0, 1),
     "attention_backward_planes_kernel": (1, 0, 1),
 }
 # What may keep something in local memory: how many bytes of stack, and why. "vector": with 16-byte
 # accesses in float or half types; "other": all other instances.
 LOCAL = {
-    ("distill_kernel", "vector"): (64, "two teachers: a few words of a row, not of a class"),
+    ("sd_dropout_kl_kernel", "vector"): (32, "sums over rows, out of the loop over classes; sm_90"),
+    ("distill_kernel", "vector"): (72, "two teachers: a few words of a row, not of a class"),
     ("distill_kernel", "other"): (128, "the same, in double or with an address for each item"),
     ("distill_backward_kernel", "other"): (32, "two teachers in double, on sm_90"),
     ("sd_dropout_head_kernel", "other"): (64, "in double, on sm_90"),
@@ -130,7 +129,8 @@ class Kernel:
             wanted = WIDE_BLOCKS.get(self.name, wanted)
         if self.blocks < wanted:
             yield f"{self.registers} registers: {self.blocks} blocks, {wanted} wanted"
-        loads, of_any, stores = WIDE.get(self.name, (0, 0, 0)) if self.vector else (0, 0, 0)
+        wide = self.vector or not self.arguments  # a kernel for all dtypes looks at run time
+        loads, of_any, stores = WIDE.get(self.name, (0, 0, 0)) if wide else (0, 0, 0)
         teachers = self.arguments[2] if self.name.startswith("distill") and of_any else 1
         if of_any:
             items = 16 // BYTES[self.dtype]

@@ -88,28 +88,37 @@ SK_DEVICE double conclude_ce(double smooth, int64_t C, const double *sum, double
 /* What the gradient of a row needs, besides its logits. */
 template <typename real>
 struct ce_slope {
-    real h, inverse_p;            /* p = e^(z - h) inverse_p */
-    real factor, rest, of_target; /* rest: smooth / C; of_target: p - y of the target */
+    real h, of_p, of_all; /* of_p e^(z - h) - of_all is factor (p - smooth / C) */
+    real of_target;       /* factor (p - y) of the target */
     int64_t target;
+    bool zero; /* no gradient, whatever the logits hold */
 };
 
-/* Factor 0: no gradient, whatever the logits hold. C classes share the smoothing. */
+/* C classes share the smoothing. */
 template <typename real>
 SK_DEVICE ce_slope<real> ce_slope_of(double h, double level, double factor, double smooth,
                                      int64_t C, int64_t target, double z_y) {
     ce_slope<real> x;
-    x.h = (real)h;
-    x.inverse_p = (real)exp(-level);
-    x.factor = (real)factor;
-    x.rest = (real)(smooth / C);
-    x.of_target = (real)(expm1((z_y - h) - level) + smooth - x.rest);
+    x.h = sk_keep((real)h);
+    x.of_p = sk_keep((real)(factor * exp(-level)));
+    x.of_all = sk_keep((real)(factor * (smooth / C)));
+    x.of_target = sk_keep((real)(factor * (expm1((z_y - h) - level) + smooth - smooth / C)));
     x.target = target;
+    x.zero = factor == 0;
     return x;
 }
 
-/* The gradient at class c. */
-template <typename real>
-SK_DEVICE real ce_gradient(const ce_slope<real> &k, real z, int64_t c) {
-    const real p = sk_exp2((z - k.h) * scale_of<real>(1).log2e) * k.inverse_p;
-    return k.factor != 0 ? k.factor * (c == k.target ? k.of_target : p - k.rest) : 0;
+/* Leaves the gradients of a step of logits. */
+template <typename T, int kGroup, int kVec>
+SK_DEVICE void ce_gradients(const ce_slope<sk_real<T>> &k, const sk_real<T> (&z)[sk_items<T>],
+                            int64_t base, sk_real<T> (&grad)[sk_items<T>]) {
+    SK_UNROLL for (int i = 0; i < sk_items<T>; i++) grad[i] =
+        k.of_p * exponential(z[i] - k.h) - k.of_all;
+    /* few steps hold the target: its difference to their first class tells all the others */
+    if (k.target >= base && k.target < base + kGroup * sk_items<T>) {
+        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) grad[i] =
+            sk_class<kGroup, kVec>(base, i) == k.target ? k.of_target : grad[i];
+    }
+    if (!k.zero) return;
+    SK_UNROLL for (int i = 0; i < sk_items<T>; i++) grad[i] = 0;
 }

@@ -112,6 +112,10 @@ SK_DEVICE float sk_float(unsigned bits) {
     return x;
 }
 
+/* Each of two neighbours of bfloat16. */
+SK_DEVICE float sk_first_of(unsigned word) { return sk_float(word << 16); }
+SK_DEVICE float sk_second_of(unsigned word) { return sk_float(word & 0xffff0000u); }
+
 /* ---- registers: what a loop needs is found before it, though the compiler thinks it cheap ---- */
 
 SK_DEVICE float sk_keep(float x) {
@@ -178,6 +182,26 @@ SK_DEVICE double sk_at_least(double x, double low) { return x < low ? low : x; }
 SK_DEVICE float sk_max(float x, float y) { return fmaxf(x, y); }
 SK_DEVICE double sk_max(double x, double y) { return fmax(x, y); }
 
+/* The same of two neighbours of bfloat16. */
+SK_DEVICE unsigned sk_at_least_two(unsigned x, unsigned low) {
+#ifdef __CUDA_ARCH__
+    asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(x) : "r"(low));
+    return x;
+#else
+    return sk_narrow_two(sk_at_least(sk_first_of(x), sk_first_of(low)),
+                         sk_at_least(sk_second_of(x), sk_second_of(low)), (__nv_bfloat16 *)0);
+#endif
+}
+SK_DEVICE unsigned sk_max_two(unsigned x, unsigned y) {
+#ifdef __CUDA_ARCH__
+    asm("max.bf16x2 %0, %0, %1;" : "+r"(x) : "r"(y));
+    return x;
+#else
+    return sk_narrow_two(sk_max(sk_first_of(x), sk_first_of(y)),
+                         sk_max(sk_second_of(x), sk_second_of(y)), (__nv_bfloat16 *)0);
+#endif
+}
+
 /* ---- memory ---- */
 
 /* kBytes of memory in one access, or in several of 16 bytes. */
@@ -238,26 +262,41 @@ SK_DEVICE void sk_group_reduce(T (&x)[kCount], Op op) {
     __syncthreads(); /* the next reduction writes `warps` again */
 }
 
-/* Sums x over all threads of the grid. True, with the sums in x, in the block that finishes last;
- * the others leave their part in scratch: a zeroed ticket, then kCount doubles for each block. */
-template <int kCount>
-SK_DEVICE bool sk_grid_sum(double (&x)[kCount], void *scratch) {
-    unsigned *const ticket = (unsigned *)scratch;
-    volatile double *const parts = (volatile double *)((char *)scratch + 16);
-    sk_group_reduce<SK_BLOCK>(x, sk_add());
+/* Whether this block is the last of `count` that come here: it sees what the others have written.
+ * The same answer in all threads. */
+SK_DEVICE bool sk_is_last(unsigned *ticket, unsigned count) {
     SK_SHARED(bool, last, 1);
+    __syncthreads();
     if (threadIdx.x == 0) {
-        for (int k = 0; k < kCount; k++) parts[kCount * blockIdx.x + k] = x[k];
-        __threadfence(); /* the part is visible before the ticket says so */
-        *last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+        __threadfence(); /* what the block wrote is visible before the ticket says so */
+        *last = atomicAdd(ticket, 1u) == count - 1;
     }
     __syncthreads();
     if (!*last) return false;
     __threadfence();
+    return true;
+}
+
+/* Sums x over all threads of `count` blocks, of which this is number `block`. True, with the sums
+ * in x, in the block that comes last; the others leave their part in scratch: a zeroed ticket, then
+ * kCount doubles for each block. */
+template <int kCount>
+SK_DEVICE bool sk_sum_blocks(double (&x)[kCount], unsigned block, unsigned count, void *scratch) {
+    volatile double *const parts = (volatile double *)((char *)scratch + 16);
+    sk_group_reduce<SK_BLOCK>(x, sk_add());
+    if (threadIdx.x == 0)
+        for (int k = 0; k < kCount; k++) parts[kCount * block + k] = x[k];
+    if (!sk_is_last((unsigned *)scratch, count)) return false;
     for (int k = 0; k < kCount; k++) {
         x[k] = 0;
-        for (unsigned i = threadIdx.x; i < gridDim.x; i += SK_BLOCK) x[k] += parts[kCount * i + k];
+        for (unsigned i = threadIdx.x; i < count; i += SK_BLOCK) x[k] += parts[kCount * i + k];
     }
     sk_group_reduce<SK_BLOCK>(x, sk_add());
     return true;
+}
+
+/* The same over the grid. */
+template <int kCount>
+SK_DEVICE bool sk_grid_sum(double (&x)[kCount], void *scratch) {
+    return sk_sum_blocks(x, blockIdx.x, gridDim.x, scratch);
 }

@@ -19,6 +19,10 @@
  * a class. */
 constexpr double kLowest = -0x1p110, kInfinite = 1e13;
 
+/* Anchors of u and v that are more than 16 T apart: then a - b may be near their distance, so that
+ * y is small, though a is thousands of times b; and kShort leaves out a part of y that counts. */
+constexpr double kFar = 16;
+
 /* ---- one pair of logits ---- */
 
 template <typename real>
@@ -56,28 +60,43 @@ SK_DEVICE real distance(const two<real> &x, const two<real> &y) {
     return (x.high - y.high) + (x.low - y.low);
 }
 
+/* a - b. kShort: its low part is left out, which of numbers of a half type is 0 but where one is
+ * thousands of times the other. */
+template <bool kShort, typename real>
+SK_DEVICE two<real> apart(real a, real b) {
+    if constexpr (kShort) return {a - b, 0};
+    return difference(a, b);
+}
+
 /* What logits are compared against; gap = u - v. */
 template <typename real>
 struct anchors {
-    two<real> u, v, gap;
+    real u, v;
+    two<real> gap;
 };
 
 template <typename real>
 SK_DEVICE anchors<real> anchors_at(real u, real v) {
-    return {{u, 0}, {v, 0}, difference(u, v)};
+    return {u, v, difference(u, v)};
 }
 
 template <typename real>
 struct pair {
-    two<real> apart; /* a - b */
     real p, q, y;
-    real diff, gp, gq; /* p - q, p*g(-y), q*g(y) */
+    real diff, first; /* p - q, q*y */
+    real gp, gq;      /* p*g(-y), q*g(y) */
 };
 
-/* e^y - 1 - y for |y| < 0.75, by its series; the terms left out are below 8e-8 (double: 1e-17) of
- * it. */
-template <typename real>
-SK_DEVICE real curvature(real y) {
+/* (e^y - 1 - y) / y^2 for |y| < 0.75. float: by the polynomial of least relative error, 7.3e-8 as
+ * computed; double: by the series, whose terms left out are below 1e-17 of it. */
+SK_DEVICE float curvature(float y) {
+    constexpr float of[] = {0.5f,          0.16666672f,    0.041666638f, 0.008332572f,
+                            0.0013889658f, 0.00020113161f, 2.4891528e-5f};
+    float g = of[6];
+    SK_UNROLL for (int k = 5; k >= 0; k--) g = g * y + of[k];
+    return g;
+}
+SK_DEVICE double curvature(double y) {
     // clang-format off
     constexpr double inverse_factorial[] = {
         1. / 2,          1. / 6,           1. / 24,           1. / 120,
@@ -85,38 +104,34 @@ SK_DEVICE real curvature(real y) {
         1. / 3628800,    1. / 39916800,    1. / 479001600,    1. / 6227020800,
         1. / 87178291200, 1. / 1307674368000, 1. / 20922789888000, 1. / 355687428096000};
     // clang-format on
-    constexpr int terms = sizeof(real) == 4 ? 8 : 16;
-    real g = (real)inverse_factorial[terms - 1];
-    SK_UNROLL for (int k = terms - 2; k >= 0; k--) g = g * y + (real)inverse_factorial[k];
-    return g * y * y;
+    double g = inverse_factorial[15];
+    SK_UNROLL for (int k = 14; k >= 0; k--) g = g * y + inverse_factorial[k];
+    return g;
 }
 
-/* A pair of logits whose y is known; from_u and from_v are what they lie above the anchors. Near
- * y = 0 no term is a difference of larger ones: gp + gq = diff * y. */
+/* A pair of logits from y and the logarithms of p and q to base 2. Near y = 0 no term is a
+ * difference of larger ones: gp + gq = diff * y. */
 template <typename real>
-SK_DEVICE pair<real> compare(real y, real from_u, real from_v, const scale<real> &t,
-                             const scale<real> &of_v) {
+SK_DEVICE pair<real> compare(real y, real log2_p, real log2_q) {
     pair<real> x;
     x.y = y;
-    x.p = sk_exp2(from_u * t.log2e);
-    x.q = sk_exp2(from_v * of_v.log2e);
+    x.p = sk_exp2(log2_p);
+    x.q = sk_exp2(log2_q);
+    x.first = x.q * y;
     const bool near = fabs(y) < (real)0.75;
-    const real first = x.q * y, second = x.q * curvature(y), apart = x.p - x.q;
-    x.diff = near ? first + second : apart;
-    x.gq = near ? second : apart - first;
+    const real second = x.first * y * curvature(y), apart = x.p - x.q;
+    x.diff = near ? x.first + second : apart;
+    x.gq = near ? second : apart - x.first;
     x.gp = near ? x.diff * y - second : x.p * y - apart;
     return x;
 }
 
-/* kShort: a - h.u, b - h.v and a - b are exact as they are. */
+/* y is what a - b lies above h.gap, not what a - h.u lies above b - h.v: of rows that nearly agree
+ * the small logits differ, and those lose digits against an anchor. kShort as in apart(). */
 template <bool kShort = false, typename real>
 SK_DEVICE pair<real> compare(real a, real b, const anchors<real> &h, const scale<real> &t) {
-    const real from_u = (a - h.u.high) - h.u.low, from_v = (b - h.v.high) - h.v.low;
-    const two<real> apart = difference(a, b);
-    const real y = (kShort ? from_u - from_v : distance(apart, h.gap)) * t.inverse;
-    pair<real> x = compare(y, from_u, from_v, t, t);
-    x.apart = apart;
-    return x;
+    const real y = distance(apart<kShort>(a, b), h.gap) * t.inverse;
+    return compare(y, (a - h.u) * t.log2e, (b - h.v) * t.log2e);
 }
 
 /* ---- sums over a row ---- */
@@ -149,28 +164,31 @@ struct rows {
     double temperature;
 };
 
-/* Leaves the sums of the row and, in `top`, their anchors: the largest logits. Until the end each
- * thread has anchors of its own, which are raised to its maxima, but not by less than 2 T: moving
- * the sums costs a hundred instructions, and weights of e^2 do no harm. The float sums of a step
- * are added up in double, for a thread may take thousands of steps. */
+/* A step of logits, from kLowest up; returns the largest. */
+template <typename T, int kGroup, int kVec, typename Stored>
+SK_DEVICE sk_real<T> load_logits(const Stored *row, int64_t stride, int64_t base, int64_t C,
+                                 sk_real<T> (&to)[sk_items<T>]) {
+    return sk_load_above<T, kGroup, kVec>(row, stride, base, C, (sk_real<T>)kLowest, to);
+}
+
+/* Leaves the sums of the row and, in `top`, their anchors, the largest logits, and how far apart
+ * anchors were. Until the end each thread has anchors of its own, which are raised to its maxima,
+ * but not by less than 2 T: moving the sums costs a hundred instructions, and weights of e^2 do no
+ * harm. The float sums of a step are added up in double, for a thread may take thousands of steps.
+ * Of gp + gq, which is a product, a step takes gq: enough digits of gp stay unless it is much
+ * smaller, and then the row is poor. */
 template <typename T, int kGroup, int kVec>
-SK_DEVICE void visit(const rows<T> &r, sk_real<T> (&top)[2], double (&sum)[SUMS]) {
+SK_DEVICE void visit(const rows<T> &r, sk_real<T> (&top)[3], double (&sum)[SUMS]) {
     typedef sk_real<T> real;
-    /* bfloat16 logits and maxima have few enough digits */
-    constexpr bool is_short = std::is_same<T, __nv_bfloat16>::value;
     const scale<real> t = scale_of<real>(r.temperature);
     const real lowest = (real)kLowest, slack = (real)(2 * r.temperature);
     const T *const u = sk_keep(r.u), *const v = sk_keep(r.v);
     real hu = lowest, hv = lowest;
     for (int k = 0; k < SUMS; k++) sum[k] = 0;
     SK_ROLLED for (int64_t base = 0; base < r.C; base += kGroup * sk_items<T>) {
-        real a[sk_items<T>], b[sk_items<T>], top_u = lowest, top_v = lowest;
-        sk_load<T, kGroup, kVec>(u, r.u_stride, base, r.C, lowest, a);
-        sk_load<T, kGroup, kVec>(v, r.v_stride, base, r.C, lowest, b);
-        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
-            top_u = sk_max(top_u, a[i] = sk_at_least(a[i], lowest));
-            top_v = sk_max(top_v, b[i] = sk_at_least(b[i], lowest));
-        }
+        real a[sk_items<T>], b[sk_items<T>];
+        const real top_u = load_logits<T, kGroup, kVec>(u, r.u_stride, base, r.C, a);
+        const real top_v = load_logits<T, kGroup, kVec>(v, r.v_stride, base, r.C, b);
         if (top_u > hu + slack || top_v > hv + slack) {
             const real old_u = hu, old_v = hv;
             hu = sk_max(hu, top_u);
@@ -181,12 +199,16 @@ SK_DEVICE void visit(const rows<T> &r, sk_real<T> (&top)[2], double (&sum)[SUMS]
         real part[SUMS] = {};
         SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
             if (i % kVec == 0 && !sk_any_class<kGroup, kVec>(base, i, r.C)) break;
-            add(part, compare<is_short>(a[i], b[i], h, t));
+            pair<real> x = compare<sizeof(T) == 2>(a[i], b[i], h, t);
+            x.gp = x.diff * x.y;
+            add(part, x);
         }
+        part[GP] -= part[GQ];
         for (int k = 0; k < SUMS; k++) sum[k] += part[k];
     }
     top[0] = hu;
     top[1] = hv;
+    top[2] = fabs(hu - hv);
     if (kGroup == 1) return;
     sk_group_reduce<kGroup>(top, sk_larger());
     move(sum, compare(hu, hv, anchors_at(top[0], top[1]), t));
@@ -225,7 +247,9 @@ SK_DEVICE divergence undefined(double lse_u, double lse_v) {
     return {lse_u, lse_u == -INFINITY ? lse_v : lse_u - lse_v, NAN, NAN, false};
 }
 
-SK_DEVICE divergence conclude(const double (&sum)[SUMS], double hu, double hv, double temperature) {
+/* poor also where anchors were `far` apart. */
+SK_DEVICE divergence conclude(const double (&sum)[SUMS], double hu, double hv, double temperature,
+                              bool far) {
     if (hu <= kLowest || hv <= kLowest)
         return undefined(lse_of(hu, temperature, sum[P]), lse_of(hv, temperature, sum[Q]));
     const double gp = sum[GP] / sum[P], gq = sum[GQ] / sum[Q], r = sum[D] / sum[Q];
@@ -235,8 +259,10 @@ SK_DEVICE divergence conclude(const double (&sum)[SUMS], double hu, double hv, d
     x.dl = (hu - hv) / temperature + log_ratio;
     x.forward = gp - log_gap(-sum[D] / sum[P], -log_ratio);
     x.reverse = gq - log_gap(r, log_ratio);
-    /* float sums are good to 1e-7 of their terms, the gradient's d - KL to 1e-7 of the KL */
-    x.poor = gp > 16 * x.forward || gq > 16 * x.reverse || x.forward > 32 || x.reverse > 32;
+    /* float sums are good to 1e-7 of their terms, the gradient's d - KL to 1e-7 of the KL, and GP
+     * to 1e-7 of GP + GQ */
+    x.poor = far || gp > 16 * x.forward || gq > 16 * x.reverse || x.forward > 32 ||
+             x.reverse > 32 || sum[GQ] > 16 * sum[GP];
     if (x.forward > kInfinite) x.forward = INFINITY;
     if (x.reverse > kInfinite) x.reverse = INFINITY;
     return x;
@@ -259,12 +285,13 @@ SK_DEVICE void visit_again(const rows<T> &r, double hu, double hv, double (&sum)
 /* The same result in all threads of the group. */
 template <typename T, int kGroup, int kVec>
 SK_DEVICE divergence diverge(const rows<T> &r) {
-    sk_real<T> top[2];
+    sk_real<T> top[3];
     double sum[SUMS];
     visit<T, kGroup, kVec>(r, top, sum);
+    const bool far = sizeof(T) == 2 && top[2] > kFar * r.temperature;
     double hu = top[0], hv = top[1];
     SK_ROLLED for (bool again = false;; again = true) {
-        const divergence x = conclude(sum, hu, hv, r.temperature);
+        const divergence x = conclude(sum, hu, hv, r.temperature, far);
         if (again || !x.poor) return x;
         hu = r.temperature * x.lse;
         hv = r.temperature * (x.lse - x.dl);
@@ -277,12 +304,22 @@ SK_DEVICE divergence diverge(const rows<T> &r) {
 /* What the gradients of a row need, besides its logits. */
 template <typename real>
 struct pair_slope {
-    bool zero;              /* weight 0: no gradient, whatever the logits hold */
-    real f, r;              /* factors of p - q in dl/dv and dl/du */
-    real own_f, own_r;      /* factors of p * T (d - KL(p||q)) and q * T (d + KL(q||p)) */
-    anchors<real> h;        /* T lse of u and of v, T dl */
+    bool zero; /* weight 0: no gradient, whatever the logits hold */
+    scale<real> t;
+    real f, r;                /* factors of p - q in dl/dv and dl/du */
+    real own_f, own_r;        /* factors of p * T (d - KL(p||q)) and q * T (d + KL(q||p)) */
+    two<real> log2_u, log2_v; /* lse of u and of v, to base 2 */
+    two<real> gap;            /* T dl: a - b where d = 0 */
     two<real> mid_f, mid_r; /* a - b where d = KL(p||q), d = -KL(q||p): a KL may be as large as d */
 };
+
+/* A number as the sum of two that is kept in registers: it comes from double, and a loop needs it.
+ */
+template <typename real>
+SK_DEVICE two<real> keep(double x) {
+    const two<real> both = split<real>(x);
+    return {sk_keep(both.high), sk_keep(both.low)};
+}
 
 /* f and r are the factors of KL(p||q) and of KL(q||p). */
 template <typename real>
@@ -293,21 +330,44 @@ SK_DEVICE pair_slope<real> pair_slope_of(const divergence &of, double T, double 
     const double kl_f = own_f != 0 ? of.forward : 0, kl_r = own_r != 0 ? of.reverse : 0;
     pair_slope<real> x;
     x.zero = zero;
-    x.f = (real)(T * f);
-    x.r = (real)(T * r);
-    x.own_f = (real)own_f;
-    x.own_r = (real)own_r;
-    x.h = {split<real>(T * of.lse), split<real>(T * (of.lse - of.dl)), split<real>(T * of.dl)};
-    x.mid_f = split<real>(T * (of.dl + kl_f));
-    x.mid_r = split<real>(T * (of.dl - kl_r));
+    x.t = scale_of<real>(T);
+    x.f = sk_keep((real)(T * f));
+    x.r = sk_keep((real)(T * r));
+    x.own_f = sk_keep((real)own_f);
+    x.own_r = sk_keep((real)own_r);
+    x.log2_u = keep<real>(T * of.lse * x.t.log2e);
+    x.log2_v = keep<real>(T * (of.lse - of.dl) * x.t.log2e);
+    x.gap = keep<real>(T * of.dl);
+    x.mid_f = keep<real>(T * (of.dl + kl_f));
+    x.mid_r = keep<real>(T * (of.dl - kl_r));
     return x;
 }
 
-/* Replaces a pair of logits by its gradients. */
+/* log2 of e^(a/T) over e^lse; `lse` is to base 2. The product is exact until the large part of lse
+ * is gone. */
 template <typename real>
-SK_DEVICE void differentiate(const pair_slope<real> &k, const scale<real> &t, real *a, real *b) {
-    const real lowest = (real)kLowest;
-    const pair<real> x = compare(sk_at_least(*a, lowest), sk_at_least(*b, lowest), k.h, t);
-    *a = k.zero ? 0 : k.own_f * x.p * distance(x.apart, k.mid_f) + k.r * x.diff;
-    *b = k.zero ? 0 : -k.own_r * x.q * distance(x.apart, k.mid_r) - k.f * x.diff;
+SK_DEVICE real log2_of(real a, real log2e, const two<real> &lse) {
+    return fma(a, log2e, -lse.high) - lse.low;
+}
+
+/* Replaces a pair of logits, from kLowest up, by its gradients. */
+template <typename real>
+SK_DEVICE void differentiate(const pair_slope<real> &k, real *a, real *b) {
+    const two<real> d = difference(*a, *b);
+    const pair<real> x = compare(distance(d, k.gap) * k.t.inverse, log2_of(*a, k.t.log2e, k.log2_u),
+                                 log2_of(*b, k.t.log2e, k.log2_v));
+    *a = k.own_f * x.p * distance(d, k.mid_f) + k.r * x.diff;
+    *b = -k.own_r * x.q * distance(d, k.mid_r) - k.f * x.diff;
+}
+
+/* The same of a step. */
+template <typename T, int kGroup, int kVec>
+SK_DEVICE void differentiate(const pair_slope<sk_real<T>> &k, int64_t base, int64_t C,
+                             sk_real<T> (&a)[sk_items<T>], sk_real<T> (&b)[sk_items<T>]) {
+    SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
+        if (i % kVec == 0 && !sk_any_class<kGroup, kVec>(base, i, C)) break;
+        differentiate(k, &a[i], &b[i]);
+    }
+    if (!k.zero) return;
+    SK_UNROLL for (int i = 0; i < sk_items<T>; i++) a[i] = b[i] = 0;
 }

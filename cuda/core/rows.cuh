@@ -95,7 +95,7 @@ SK_DEVICE void sk_unpack(const sk_bits<kVec * sizeof(Stored)> &bits, real *to) {
     memcpy(words, &bits, sizeof x);
     SK_UNROLL for (int k = 0; k < kVec; k++) {
         if constexpr (std::is_same<Stored, __nv_bfloat16>::value)
-            to[k] = sk_float(k % 2 ? words[k / 2] & 0xffff0000u : words[k / 2] << 16);
+            to[k] = k % 2 ? sk_second_of(words[k / 2]) : sk_first_of(words[k / 2]);
         else
             to[k] = (real)sk_widen(x[k]);
     }
@@ -131,6 +131,41 @@ SK_DEVICE void sk_load(const Stored *row, int64_t stride, int64_t base, int64_t 
             sk_unpack<Stored, kVec>(bits, &to[i]);
         }
     }
+}
+
+/* The same, and nothing below `low`, which absent ones are; returns the largest. NaN stays, and is
+ * not the largest. A vector of bfloat16 is compared two by two, as it lies in memory. */
+template <typename T, int kGroup, int kVec, typename Stored>
+SK_DEVICE sk_real<T> sk_load_above(const Stored *row, int64_t stride, int64_t base, int64_t C,
+                                   sk_real<T> low, sk_real<T> (&to)[sk_items<T>]) {
+    typedef sk_real<T> real;
+    real largest = low;
+    if constexpr (kVec > 1 && std::is_same<Stored, __nv_bfloat16>::value) {
+        constexpr int kWords = kVec / 2;
+        const unsigned low_two = sk_narrow_two((float)low, (float)low, (__nv_bfloat16 *)0);
+        unsigned top = low_two;
+        SK_UNROLL for (int i = 0; i < sk_items<T>; i += kVec) {
+            const int64_t c = sk_class<kGroup, kVec>(base, i);
+            unsigned word[kWords];
+            SK_UNROLL for (int k = 0; k < kWords; k++) word[k] = low_two;
+            if (c < C) {
+                const auto bits = *(const sk_bits<kVec * sizeof(Stored)> *)(row + c);
+                memcpy(word, &bits, sizeof word);
+            }
+            SK_UNROLL for (int k = 0; k < kWords; k++) {
+                word[k] = sk_at_least_two(word[k], low_two);
+                top = sk_max_two(top, word[k]);
+                to[i + 2 * k] = sk_first_of(word[k]);
+                to[i + 2 * k + 1] = sk_second_of(word[k]);
+            }
+        }
+        largest = sk_max(sk_first_of(top), sk_second_of(top));
+    } else {
+        sk_load<T, kGroup, kVec>(row, stride, base, C, low, to);
+        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) largest =
+            sk_max(largest, to[i] = sk_at_least(to[i], low));
+    }
+    return largest;
 }
 
 /* The same of row [n, s] of a tensor with a dtype of its own (CONSTANT). */

@@ -51,28 +51,38 @@ SK_DEVICE const warmth<real> &warmth_of(const teacher &k) {
         return k.in_float;
 }
 
-/* A step of a teacher's logits, the logarithms of its probabilities. */
+/* A step of a teacher's logits, the logarithms of its probabilities; returns the largest. */
 template <typename T, int kGroup, int kVec>
-SK_DEVICE void load_teacher(const teacher &k, int64_t n, int64_t s, int64_t base, int64_t C,
-                            sk_real<T> (&to)[sk_items<T>]) {
-    const sk_real<T> lowest = (sk_real<T>)kLowest;
+SK_DEVICE sk_real<T> load_teacher(const teacher &k, int64_t n, int64_t s, int64_t base, int64_t C,
+                                  sk_real<T> (&to)[sk_items<T>]) {
+    typedef sk_real<T> real;
+    real largest = (real)kLowest;
     if (k.probs) {
         sk_load_constant<T, kGroup, kVec>(k.x, n, s, base, C, 0, to);
-        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) to[i] = log(to[i]);
+        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
+            to[i] = sk_at_least(log(to[i]), (real)kLowest);
+            largest = sk_max(largest, to[i]);
+        }
     } else {
-        sk_load_constant<T, kGroup, kVec>(k.x, n, s, base, C, lowest, to);
+        SK_SWITCH_FLOATING(k.x.dtype, Stored,
+                           largest = load_logits<T, kGroup, kVec>(sk_row<Stored>(k.x, n, s),
+                                                                  k.x.stride[1], base, C, to));
     }
-    SK_UNROLL for (int i = 0; i < sk_items<T>; i++) to[i] = sk_at_least(to[i], lowest);
+    return largest;
 }
 
-/* A student's and a teacher's logit; kShort as in core/kl.cuh. */
-template <bool kShort, typename real>
+/* A student's and a teacher's logit; kShort as in core/kl.cuh, kSame: at one temperature. */
+template <bool kShort, bool kSame, typename real>
 SK_DEVICE pair<real> compare(real a, real b, const anchors<real> &h, const warmth<real> &w) {
-    const real from_u = (a - h.u.high) - h.u.low, from_v = (b - h.v.high) - h.v.low;
-    const real apart = from_u - w.ratio * from_v;
-    const bool exact = !kShort && w.ratio == 1;
-    const real y = (exact ? distance(difference(a, b), h.gap) : apart) * w.t.inverse;
-    return compare(y, from_u, from_v, w.t, w.own);
+    const real from_u = a - h.u, from_v = b - h.v;
+    const real y = kSame ? distance(apart<kShort>(a, b), h.gap) : from_u - w.ratio * from_v;
+    return compare(y * w.t.inverse, from_u * w.t.log2e, from_v * w.own.log2e);
+}
+
+/* The same of logits of many digits, at any temperatures. */
+template <typename real>
+SK_DEVICE pair<real> compare(real a, real b, const anchors<real> &h, const warmth<real> &w) {
+    return w.ratio == 1 ? compare<false, true>(a, b, h, w) : compare<false, false>(a, b, h, w);
 }
 
 /* Sums over a row, of a teacher: as P, Q, D and GQ in core/kl.cuh. */
@@ -86,6 +96,22 @@ SK_DEVICE void add(real (&sum)[TEACHER_SUMS], const pair<real> &x) {
     sum[SUM_GQ] += x.gq;
 }
 
+/* Adds a step of a student's and a teacher's logits. */
+template <typename T, int kGroup, int kVec, bool kSame>
+SK_DEVICE void add_teacher(const sk_real<T> (&a)[sk_items<T>], const sk_real<T> (&b)[sk_items<T>],
+                           int64_t base, int64_t C, const anchors<sk_real<T>> &h,
+                           const warmth<sk_real<T>> &w, double (&sum)[TEACHER_SUMS]) {
+    sk_real<T> part[TEACHER_SUMS] = {};
+    SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
+        if (i % kVec == 0 && !sk_any_class<kGroup, kVec>(base, i, C)) break;
+        pair<sk_real<T>> x = compare<sizeof(T) == 2, kSame>(a[i], b[i], h, w);
+        x.diff = x.first; /* diff = first + gq, which loses digits only where the KL is large */
+        add(part, x);
+    }
+    part[SUM_D] += part[SUM_GQ];
+    for (int i = 0; i < TEACHER_SUMS; i++) sum[i] += part[i];
+}
+
 template <typename real>
 SK_DEVICE void move(double (&sum)[TEACHER_SUMS], const pair<real> &x) {
     sum[SUM_GQ] = x.q * sum[SUM_GQ] + x.diff * sum[SUM_D] + x.gq * sum[SUM_Q];
@@ -94,14 +120,64 @@ SK_DEVICE void move(double (&sum)[TEACHER_SUMS], const pair<real> &x) {
     sum[SUM_Q] *= x.q;
 }
 
+/* ---- gradients ---- */
+
+/* What the gradient of a row needs of one teacher. */
+template <typename real>
+struct teacher_slope {
+    two<real> log2_u, log2_v; /* lse on both sides, to base 2 */
+    two<real> gap;            /* T dl */
+    two<real> lse_u, lse_v;   /* times the temperatures */
+    real factor;
+};
+
+/* dl = lse - lse of the teacher. */
+template <typename real>
+SK_DEVICE teacher_slope<real> teacher_slope_of(const teacher &k, double lse, double dl,
+                                               double factor) {
+    const warmth<real> &w = warmth_of<real>(k);
+    const double u = k.T * lse, v = k.own * (lse - dl);
+    return {keep<real>(u * w.t.log2e),
+            keep<real>(v * w.own.log2e),
+            keep<real>(k.T * dl),
+            keep<real>(u),
+            keep<real>(v),
+            sk_keep((real)factor)};
+}
+
+/* p - q of a student's and a teacher's logit; kSame as above. */
+template <bool kSame, typename real>
+SK_DEVICE real slope_at(real a, real b, const teacher_slope<real> &k, const warmth<real> &w) {
+    if constexpr (kSame)
+        return compare(distance(difference(a, b), k.gap) * w.t.inverse,
+                       log2_of(a, w.t.log2e, k.log2_u), log2_of(b, w.own.log2e, k.log2_v))
+            .diff;
+    const real from_u = (a - k.lse_u.high) - k.lse_u.low, from_v = (b - k.lse_v.high) - k.lse_v.low;
+    return compare((from_u - w.ratio * from_v) * w.t.inverse, from_u * w.t.log2e,
+                   from_v * w.own.log2e)
+        .diff;
+}
+
+/* Adds a teacher's part of the gradients of a step. */
+template <typename T, bool kSame>
+SK_DEVICE void add_slopes(const sk_real<T> (&a)[sk_items<T>], const sk_real<T> (&b)[sk_items<T>],
+                          const teacher_slope<sk_real<T>> &k, const warmth<sk_real<T>> &w,
+                          sk_real<T> (&grad)[sk_items<T>]) {
+    SK_UNROLL for (int i = 0; i < sk_items<T>; i++) grad[i] +=
+        k.factor * slope_at<kSame>(a[i], b[i], k, w);
+}
+
+/* ---- from sums to a divergence ---- */
+
 struct teacher_row {
     double level, dl, kl;
     bool poor;
 };
 
-/* From a teacher's sums; poor as in core/kl.cuh, or where `rough` numbers leave too few digits. */
+/* From a teacher's sums; poor and far as in core/kl.cuh, poor also where `rough` numbers leave too
+ * few digits. */
 SK_DEVICE teacher_row conclude(const teacher &k, const double (&sum)[TEACHER_SUMS], double hu,
-                               double hv, bool rough) {
+                               double hv, bool rough, bool far) {
     if (hu <= kLowest || hv <= kLowest) {
         const divergence none =
             undefined(lse_of(hu, k.T, sum[SUM_P]), lse_of(hv, k.own, sum[SUM_Q]));
@@ -113,7 +189,7 @@ SK_DEVICE teacher_row conclude(const teacher &k, const double (&sum)[TEACHER_SUM
     x.level = log(sum[SUM_P]);
     x.dl = (hu / k.T - hv / k.own) + log_ratio;
     x.kl = gq - log_gap(r, log_ratio);
-    x.poor = gq > 16 * x.kl || x.kl < 0 || (rough && x.kl < 1e-3);
+    x.poor = far || gq > 16 * x.kl || x.kl < 0 || x.kl > 32 || (rough && x.kl < 1e-3);
     if (x.kl > kInfinite) x.kl = INFINITY;
     if (x.kl < 0) x.kl = 0;
     return x;

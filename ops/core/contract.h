@@ -83,6 +83,8 @@ enum { SK_MAX_ITEMS = 40, SK_MAX_RANK = 8, SK_LETTERS = 26 };
 #define SK_REDUCE_BLOCKS 4096
 #define SK_REDUCE_BYTES_OF(sums) (16 + (sums)*8 * SK_REDUCE_BLOCKS)
 #define SK_REDUCE_BYTES SK_REDUCE_BYTES_OF(2)
+/* Before it, tickets of up to 4096 groups of blocks. */
+#define SK_TICKET_BYTES (4 * SK_REDUCE_BLOCKS)
 #define SK_CPU_SCRATCH 1536
 
 /* What a kernel sees of a tensor: strides in elements, one for each character of the shape. */
