@@ -55,13 +55,13 @@ clean:; rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache $(VENV)/sel
 # The environment, step by step; a step is repeated only when something it depends on has changed.
 $(VENV)/torch.stamp: | needs-python
 	$(PYTHON) -m venv $(VENV)
-	$(IN) python -m pip install '$(TORCH)'
+	$(IN) python -m pip install --no-compile '$(TORCH)'
 	touch $@
 $(VENV)/selfkd.stamp: $(VENV)/torch.stamp $(SOURCES) | needs-compilers
-	$(IN) python -m pip install '.[examples]'
+	$(IN) python -m pip install --no-compile '.[examples]'
 	touch $@
 $(VENV)/tools.stamp: $(VENV)/selfkd.stamp
-	$(IN) python -m pip install -q 'cmake>=3.24' '$(CLANG_FORMAT)' 'selfkd[test]'
+	$(IN) python -m pip install -q --no-compile 'cmake>=3.24' '$(CLANG_FORMAT)' 'selfkd[test]'
 	touch $@
 
 needs-python:

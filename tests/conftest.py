@@ -21,16 +21,30 @@ def pytest_report_header() -> str:
     return f"seed {SEED} (SELFKD_TEST_SEED), library {selfkd.library_path()}, torch {torch.__version__}"
 
 
+def case_name(item: pytest.Item) -> str:
+    """The test's name without its back end."""
+    callspec = getattr(item, "callspec", None)
+    if callspec is None or "backend" not in callspec.params:
+        return item.nodeid
+    test, _, parameters = item.nodeid.removesuffix("]").partition("[")
+    parts = parameters.split("-")
+    parts.remove(str(callspec.params["backend"]))
+    return f"{test}[{'-'.join(parts)}]"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first: two processes share the tests, and neither should wait for the other."""
-    order = {"test_simt": 0, "test_examples": 1}
-    items.sort(key=lambda item: order.get(item.path.stem, 2))
+    """The longest first: two processes share the tests, and neither should wait for the other. The
+    back ends of one case follow each other, so that its reference is computed once."""
+    order, first = {"test_simt": 0, "test_examples": 1}, dict[str, int]()
+    for position, item in enumerate(items):
+        first.setdefault(case_name(item), position)
+    items.sort(key=lambda item: (order.get(item.path.stem, 2), first[case_name(item)]))
 
 
 @pytest.fixture
 def generator(request: pytest.FixtureRequest) -> torch.Generator:
-    """Random numbers that depend on the seed and the test's name only."""
-    return torch.Generator().manual_seed(SEED + zlib.crc32(request.node.nodeid.encode()))
+    """Random numbers that depend on the seed and the test's name only, the same for each back end."""
+    return torch.Generator().manual_seed(SEED + zlib.crc32(case_name(request.node).encode()))
 
 
 def build_tests() -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -236,6 +237,8 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 # ---- the comparison ----
 
+REMEMBERED: deque[Any] = deque(maxlen=2)  # both reductions of a case: the next back end asks again
+
 
 def epsilon(dtype: torch.dtype) -> float:
     """Rounding unit of the arithmetic for tensors of `dtype`."""
@@ -270,15 +273,24 @@ def assert_gradient(
     tolerance = case.exact if dtype == torch.float64 else 1e-4 if case.close else 1e-5
     found, expected = found.double().cpu(), expected.double().cpu()
     assert found.isfinite().all(), f"{what}: not finite"
-    error = (found - expected).abs() - HALF_ULP[dtype] * expected.abs() - HALF_SMALLEST[dtype]
-    largest = expected.abs().amax(list(range(1, expected.ndim if case.per_sample else 2)), True)
+    size = expected.abs()
+    error = (found - expected).abs_().sub_(size, alpha=HALF_ULP[dtype]).sub_(HALF_SMALLEST[dtype])
+    row = list(range(1, expected.ndim if case.per_sample else 2))
+    largest = size.amax(row, True)
     if case.one_hot:
         largest = largest.clamp(min=0.1 * largest.max().item())
     scale = torch.where(largest < 1e-15, 32 * epsilon(dtype) / tolerance, largest)
-    worst = (error / scale).max().item() if error.numel() else 0.0
+    worst = (error.amax(row, True) / scale).max().item() if error.numel() else 0.0
     assert worst <= tolerance, (
         f"{what}: error {worst:.2e} of the row's largest gradient exceeds {tolerance:.0e}"
     )
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal tensors, NaN and the sign of 0 included; floating point is float64."""
+    if a.dtype == b.dtype == torch.float64:
+        a, b = a.view(torch.int64), b.view(torch.int64)
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def reference(
@@ -287,17 +299,32 @@ def reference(
     options: Mapping[str, Any],
     grad: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Result and gradients of the float64 reference."""
+    """Result and gradients of the float64 reference; not computed again for the last two inputs."""
+    given = dict(tensors) if grad is None else {**tensors, "grad": grad}
     wide = {
-        name: x.cpu().double() if x.is_floating_point() else x.cpu() for name, x in tensors.items()
+        name: x.detach().to("cpu", torch.float64 if x.is_floating_point() else x.dtype, copy=True)
+        for name, x in given.items()
     }
-    names = live_inputs(op, tensors)
-    live = [wide[name].detach().clone().requires_grad_() for name in names]
+    call = (op, dict(options), list(wide))
+    for known, inputs, answer in REMEMBERED:
+        if known == call and all(same_bits(inputs[name], wide[name]) for name in wide):
+            return answer
+    REMEMBERED.append((call, wide, differentiate(op, wide, options)))
+    return REMEMBERED[-1][-1]
+
+
+def differentiate(
+    op: str, inputs: Mapping[str, torch.Tensor], options: Mapping[str, Any]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Result and gradients of the reference for float64 inputs, `grad` perhaps among them."""
+    wide = {name: x for name, x in inputs.items() if name != "grad"}
+    names = live_inputs(op, wide)
+    live = [wide[name].detach().requires_grad_() for name in names]
     wide |= dict(zip(names, live, strict=True))
     result = public(op, selfkd.reference)(**wide, **options)
     if not result.requires_grad:  # all weights are 0
         return result, {name: torch.zeros_like(wide[name]) for name in names}
-    out = torch.ones_like(result) if grad is None else grad.double().cpu()
+    out = inputs.get("grad", torch.ones_like(result))
     grads = torch.autograd.grad(result, live, out, allow_unused=True, materialize_grads=True)
     return result.detach(), dict(zip(names, grads, strict=True))
 
