@@ -84,6 +84,7 @@ def batch_dimension(*ops: str) -> Any:
     return (shapes,)
 
 
+@harness.needs_operators
 @each_operator
 def test_exported(op: str) -> None:
     """One program for batches of any size, through a file; the operator is in it as one node."""
@@ -115,6 +116,7 @@ torch.testing.assert_close(torch._inductor.aoti_load_package(package)(given), ex
 """
 
 
+@harness.needs_operators
 def test_ahead_of_time_compiled(tmp_path: Path, one_seed: None) -> None:
     """A package of all operators; the process that loads it must import selfkd, and PyTorch says so."""
     ops = selfkd.contract.modules()
@@ -325,6 +327,7 @@ def test_copied(name: str, way: str) -> None:
         assert repr(copied) == repr(module)
 
 
+@harness.needs_operators
 @each_module
 def test_compiled(name: str) -> None:
     """One graph with its backward for the first batch, and one for all others, whatever their size."""
