@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import selfkd
 import torch
-from selfkd import c, library
+from selfkd import c, library, operators
 from selfkd.contract import contract
 
 DTYPES = {
@@ -174,7 +174,7 @@ def run_operator(backend: Backend, op: str, named: Mapping[str, Any]) -> dict[st
     of = contract(op)
     arguments = {item.name: item.default for item in of.items if item.is_number} | dict(named)
     if backend.call is through_torch:
-        found = getattr(torch.ops.selfkd, op)(*schema_values(op, arguments))
+        found = operators.kernel(op)(*schema_values(op, arguments))
         found = found if isinstance(found, tuple) else (found,)
         return {item.name: x for item, x in zip(of.outputs, found, strict=True)}
     outputs = poisoned_outputs(op, arguments)

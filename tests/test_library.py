@@ -42,7 +42,7 @@ def python(code: str, *arguments: str, **environment: str) -> str:
         [sys.executable, "-c", PREAMBLE + code, selfkd.library_path(), *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=os.environ | environment,
     )
     assert done.returncode == 0, done.stderr
@@ -240,9 +240,33 @@ def test_a_pytorch_that_cannot_register_gives_the_same() -> None:
     assert "functions run by ctypes, torch.ops.selfkd is absent" in by_ctypes
 
 
+def test_a_pytorch_that_cannot_register_says_what_it_has_not() -> None:
+    python(
+        OLD_TORCH
+        + """
+x, t = torch.randn(2, 6, 5), torch.randn(6, 5)
+def batched_values():
+    torch.func.vmap(lambda y: selfkd.simreg(y, t))(x)
+def batched_gradients():
+    u = x[0].requires_grad_()
+    rows = selfkd.simreg(u, t, reduction="none")
+    torch.autograd.grad(rows, u, torch.eye(6), is_grads_batched=True)
+for call in (batched_values, batched_gradients):
+    try:
+        call()
+        raise SystemExit("no error")
+    except RuntimeError as error:
+        assert str(error) == (
+            "simreg has no vmap and no batched gradients under PyTorch older than 2.8;"
+            " selfkd.reference.simreg has both"
+        ), error
+"""
+    )
+
+
 def test_info() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "selfkd", "info"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "selfkd", "info"], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     for word in (
@@ -254,7 +278,7 @@ def test_info() -> None:
     ):
         assert word in done.stdout
     done = subprocess.run(
-        [sys.executable, "-m", "selfkd", "dance"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "selfkd", "dance"], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 2
     assert "invalid choice" in done.stderr
