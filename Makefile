@@ -6,7 +6,8 @@
 #                 SANITIZED="-k NAMES" restricts what compute-sanitizer sees)
 # make wheel      build a wheel (manylinux_2_28) and its sdist twice, compare, test (CUDA=OFF: no GPU kernels)
 # make docs       build the documentation in build/docs; a warning is an error
-# make compat     run tests in environments of other packages; adds to a table (COMPAT="NAMES"; gigabytes)
+# make compat     run tests under other PyTorch, Python and packages; adds to a table (COMPAT="NAMES"; COMPAT_WHEEL=FILE
+#                 for a wheel that is there; each environment takes gigabytes and is deleted when it has passed)
 # make sanitize   run the tests over a library with AddressSanitizer and UBSan, the C tests also under valgrind
 # make fuzz       look for descriptors that break the C functions (MINUTES=10; needs clang)
 # make soak       mixed calls from 8 threads (MINUTES=60): results are right, memory stays flat
@@ -23,8 +24,9 @@ BENCH ?=
 TESTS ?= -n 2 --dist worksteal
 REPORT ?= bench/results/gpu-check.txt
 SANITIZED ?=
-COMPAT ?= torchdistill
+COMPAT ?= $(TORCH_VERSIONS) $(PYTHON_VERSIONS) torchdistill
 COMPAT_TABLE ?= bench/results/compat.md
+COMPAT_WHEEL ?=
 MINUTES ?=
 CUDA ?= ON
 CUDA_ARCHITECTURES ?= 80-real;90
@@ -93,20 +95,41 @@ gpu-check:
 	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool $(GPU_TESTS) $(SANITIZED); done; fi; \
 	} 2>&1 | tee $(REPORT)
 
-# An environment is a name in COMPAT: its packages, and the tests that it runs. One wheel serves them all.
+# An environment is a name in COMPAT: its packages, the tests that it runs, its Python unless that is PYTHON. One wheel
+# serves them all. Of the tests of a version some are left out: the C programs, which know neither PyTorch nor
+# Python, and CPU variants and long rows, which differ in what the kernels compute.
+TORCH_VERSIONS := torch-2.6 torch-2.8 torch-2.10 torch-2.12 torch-newest
+PYTHON_VERSIONS := python-3.10 python-3.12 python-3.13
+COMPAT_torch-2.6 := torch==2.6.0
+COMPAT_torch-2.8 := torch==2.8.0
+COMPAT_torch-2.10 := torch==2.10.0
+COMPAT_torch-2.12 := torch==2.12.0
+COMPAT_torch-newest := torch
+COMPAT_python-3.10 := torch==2.12.0
+COMPAT_python-3.12 := torch
+COMPAT_python-3.13 := torch
+COMPAT_PYTHON_python-3.10 := python3.10
+COMPAT_PYTHON_python-3.12 := python3.12
+COMPAT_PYTHON_python-3.13 := python3.13
 COMPAT_torchdistill := torchdistill==1.1.5
+COMPAT_NEEDS_torchdistill = $(COMPAT_FILE)[test]
 COMPAT_TESTS_torchdistill := tests/test_integrations.py tests/test_integrations_training.py
+COMPAT_FILE = $(or $(COMPAT_WHEEL),$(shell echo build/compat/*.whl))
+COMPAT_NEEDS := expecttest hypothesis numpy pytest
+COMPAT_TESTS := $(addprefix tests/test_,library.py check.py pytorch.py sd_dropout_kl.py distill.py) \
+  -k 'not (from_c or v3 or v4 or gpt_classes or many_classes or one_class_stands_out)'
 compat: $(COMPAT:%=compat-%)
 build/compat/wheel.stamp: $(SOURCES) | needs-python needs-compilers
 	$(PYTHON) -m venv build/compat/wheel
 	rm -f build/compat/*.whl
 	build/compat/wheel/bin/pip wheel -q --no-deps -C cmake.define.SELFKD_CUDA=OFF -w build/compat .
 	touch $@
-compat-%: build/compat/wheel.stamp
-	$(PYTHON) -m venv build/compat/$*
-	build/compat/$*/bin/pip install -q $(COMPAT_$*) "$$(echo build/compat/*.whl)[test]"
-	build/compat/$*/bin/pip install -q --no-deps --force-reinstall build/compat/*.whl
-	build/compat/$*/bin/python tests/compat.py $* $(COMPAT_TABLE) $(COMPAT_TESTS_$*)
+compat-%: $(or $(COMPAT_WHEEL),build/compat/wheel.stamp)
+	$(or $(COMPAT_PYTHON_$*),$(PYTHON)) -m venv build/compat/$*
+	build/compat/$*/bin/pip install -q $(COMPAT_$*) $(or $(COMPAT_NEEDS_$*),$(COMPAT_NEEDS))
+	build/compat/$*/bin/pip install -q --no-deps --force-reinstall $(COMPAT_FILE)
+	build/compat/$*/bin/python tests/compat.py $* $(COMPAT_TABLE) $(or $(COMPAT_TESTS_$*),$(COMPAT_TESTS))
+	rm -rf build/compat/$*
 
 # The sdist, a wheel from it, and both again in other folders: the same bytes. Only the tools are downloaded.
 WHEEL := build/wheel/$(if $(filter OFF,$(CUDA)),cpu,cuda)

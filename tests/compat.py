@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import platform
 import re
@@ -12,10 +13,10 @@ from pathlib import Path
 
 HEAD = """# Environments that the tests ran in
 
-By `make compat`, one wheel for all of them.
+By `make compat`, one wheel for all of them: "library" is the beginning of the SHA-256 of its `libselfkd.so`.
 
-| date | commit | environment | Python | packages | result |
-| --- | --- | --- | --- | --- | --- |
+| date | commit | library | environment | Python | packages | result |
+| --- | --- | --- | --- | --- | --- | --- |
 """
 NAMED = ("torch", "torchvision", "torchdistill", "transformers", "lightning")
 
@@ -26,6 +27,12 @@ def packages() -> str:
         item.metadata["Name"].lower(): item.version for item in importlib.metadata.distributions()
     }
     return ", ".join(f"{name} {found[name]}" for name in NAMED if name in found)
+
+
+def library() -> str:
+    """Which library file this environment has, whatever Python and PyTorch it has."""
+    (found,) = Path(sys.prefix).glob("lib/*/site-packages/selfkd/libselfkd.so")
+    return hashlib.sha256(found.read_bytes()).hexdigest()[:8]
 
 
 def main(name: str, table: Path, *tests: str) -> int:
@@ -46,7 +53,7 @@ def main(name: str, table: Path, *tests: str) -> int:
     describe = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     day = datetime.now(timezone.utc).date()
-    row = [day, commit, name, platform.python_version(), packages(), result]
+    row = [day, commit, library(), name, platform.python_version(), packages(), result]
     if not table.exists():
         table.write_text(HEAD)
     with table.open("a") as file:

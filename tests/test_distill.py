@@ -232,6 +232,7 @@ def test_double_backward_agrees_with_kernel_and_reference(
 
 
 @needs_torch_backend
+@harness.needs_operators
 @pytest.mark.parametrize("reduction", [0, 1])
 def test_opcheck(reduction: int, generator: torch.Generator) -> None:
     grad = torch.rand(4, generator=generator) if reduction == 0 else torch.tensor(2.0)
@@ -239,6 +240,7 @@ def test_opcheck(reduction: int, generator: torch.Generator) -> None:
 
 
 @needs_torch_backend
+@harness.needs_operators
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(dynamic: bool, generator: torch.Generator) -> None:
     batches = [example(generator, n, 6) for n in (4, 7)]
@@ -557,6 +559,13 @@ def test_position_of_a_bad_target_in_an_image() -> None:
     target[1, 2, 17] = 9
     with pytest.raises(ValueError, match=r"target is 9 at position \[1, 2, 17\], expected 0 to 3"):
         selfkd.distill(torch.ones(2, 4, 3, 20), target)
+
+
+@needs_torch_backend
+@harness.needs_operators
+def test_position_of_a_bad_target_from_the_operator() -> None:
+    target = torch.zeros(2, 3, 20, dtype=torch.int64)
+    target[1, 2, 17] = 9
     values = harness.schema_values(OP, {"logits": torch.ones(2, 4, 3, 20), "target": target})
     with pytest.raises(RuntimeError, match=r"target is 9 at position \[1, 2, 17\]"):
         torch.ops.selfkd.distill(*values)

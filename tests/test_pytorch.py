@@ -84,6 +84,7 @@ def batch_dimension(*ops: str) -> Any:
     return (shapes,)
 
 
+@harness.needs_operators
 @each_operator
 def test_exported(op: str) -> None:
     """One program for batches of any size, through a file; the operator is in it as one node."""
@@ -115,6 +116,7 @@ torch.testing.assert_close(torch._inductor.aoti_load_package(package)(given), ex
 """
 
 
+@harness.needs_operators
 def test_ahead_of_time_compiled(tmp_path: Path, one_seed: None) -> None:
     """A package of all operators; the process that loads it must import selfkd, and PyTorch says so."""
     ops = selfkd.contract.modules()
@@ -127,7 +129,7 @@ def test_ahead_of_time_compiled(tmp_path: Path, one_seed: None) -> None:
     given = batch(11, *ops)
     torch.save((given, Calls(*ops)(given)), data)
     command = [sys.executable, "-c", LOAD, package, str(data)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
 
@@ -190,6 +192,7 @@ def test_derivatives_of_torch_func(op: str, one_seed: None) -> None:
         torch.testing.assert_close(found, (gradient * x).sum() if found.ndim == 0 else gradient)
 
 
+@harness.needs_operators
 @each_operator
 def test_vmap_of_values(op: str, one_seed: None) -> None:
     """Without gradients: sample by sample, which is what PyTorch does without a rule."""
@@ -204,6 +207,7 @@ def test_vmap_of_values(op: str, one_seed: None) -> None:
     assert equal(found, [call(*tensors) for tensors in drawn])
 
 
+@harness.needs_operators
 @each_operator
 def test_batched_gradients(op: str, one_seed: None) -> None:
     """Several incoming gradients at once, as for a Jacobian."""
@@ -325,6 +329,7 @@ def test_copied(name: str, way: str) -> None:
         assert repr(copied) == repr(module)
 
 
+@harness.needs_operators
 @each_module
 def test_compiled(name: str) -> None:
     """One graph with its backward for the first batch, and one for all others, whatever their size."""

@@ -306,6 +306,7 @@ def test_one_tensor_on_both_sides_and_one_live_side(generator: torch.Generator) 
 
 
 @needs_torch_backend
+@harness.needs_operators
 @pytest.mark.parametrize("reduction", [0, 1])
 def test_opcheck(reduction: int, generator: torch.Generator) -> None:
     tensors = harness.cast(pair(4, 6)(generator), OP, F32)
@@ -315,6 +316,7 @@ def test_opcheck(reduction: int, generator: torch.Generator) -> None:
 
 
 @needs_torch_backend
+@harness.needs_operators
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(dynamic: bool, generator: torch.Generator) -> None:
     batches = [
@@ -353,6 +355,15 @@ def test_trailing_dimensions_that_cannot_merge_are_copied(generator: torch.Gener
     expected = selfkd.sd_dropout_kl(u, v)
     cut = [torch.cat([x, x], 3)[..., :7] for x in (u, v)]
     torch.testing.assert_close(selfkd.sd_dropout_kl(*cut), expected)
+
+
+@needs_torch_backend
+@harness.needs_operators
+def test_trailing_dimensions_that_cannot_merge_are_refused_by_the_operator(
+    generator: torch.Generator,
+) -> None:
+    u, v = leaf_pair(generator, 2, 5, 6, 7, dtype=torch.float32)
+    cut = [torch.cat([x, x], 3)[..., :7] for x in (u, v)]
     with pytest.raises(
         RuntimeError, match="u has trailing dimensions whose strides cannot be merged"
     ):

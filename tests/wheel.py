@@ -91,3 +91,11 @@ def test_it_works_where_nothing_else_is(environment: Path, library: Path) -> Non
     )
     assert str(library) in done.stdout
     assert "not installed: the PyTorch functions are absent" in done.stdout
+
+
+def test_check_where_nothing_else_is(environment: Path) -> None:
+    """Of the C functions, as PyTorch is not there."""
+    done = subprocess.run([environment / "bin/selfkd", "check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "PyTorch is not installed" in done.stdout
+    assert done.stdout.endswith("\nall is right\n")

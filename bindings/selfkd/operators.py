@@ -128,6 +128,16 @@ def refuse_transforms(op: str, values: Sequence[Any]) -> None:
         ) from None
 
 
+class _Batched(RuntimeError):
+    """Tensors of ``torch.func.vmap`` and ``is_grads_batched`` have no memory to call C functions on."""
+
+    def __init__(self, op: str) -> None:
+        super().__init__(
+            f"{op} has no vmap and no batched gradients under PyTorch older than 2.8;"
+            f" selfkd.reference.{op} has both"
+        )
+
+
 def kernel(op: str) -> Callable[..., Any]:
     """The operator of the library, as PyTorch has it or, if it cannot, called by ctypes."""
     if _registry():
@@ -142,7 +152,11 @@ def kernel(op: str) -> Callable[..., Any]:
             named[item.name] = None if contracts.is_absent(item, named) else result
         device = named[of.first].device
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-        library.check(c.run(library.library(), op, named, stream))
+        try:
+            status = c.run(library.library(), op, named, stream)
+        except RuntimeError as error:
+            raise _Batched(op.removesuffix("_backward")) from error
+        library.check(status)
         return results
 
     return run
@@ -353,7 +367,14 @@ def define(
 ) -> Callable[..., Any]:
     """Define, and return, an operator that is made of others in Python, with the contract's arguments."""
     if not (registry := _registry()):
-        return run
+
+        def named(*values: Any) -> Any:
+            try:
+                return run(*values)
+            except _Batched:  # by an operator that it is made of
+                raise _Batched(of.name) from None
+
+        return named
     types = {"REAL": "float", "INT": "int", "BOOL": "bool", "CHOICE": "int", "OPT": "Tensor?"}
     takes = ", ".join(f"{types.get(item.kind, 'Tensor')} {item.name}" for item in of.items)
     gives = ", ".join(f"Tensor {name}" for name in outputs)
