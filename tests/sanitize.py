@@ -47,9 +47,8 @@ def main() -> int:
         for program in PROGRAMS:
             valgrind = ("valgrind", "--quiet", "--error-exitcode=1", "--leak-check=full")
             # the threads of the pool stay until the process ends
-            passed.append(
-                run(*valgrind, "--errors-for-leak-kinds=definite", PLAIN / "tests" / program)
-            )
+            command = (*valgrind, "--errors-for-leak-kinds=definite", PLAIN / "tests" / program)
+            passed.append(run(*command, SELFKD_TEST_REPEATS="10"))
     else:
         print("no valgrind (Debian, Ubuntu: apt-get install valgrind): the C tests run without it")
     library = {"SELFKD_LIBRARY": str(FOLDER / "libselfkd.so"), "OMP_NUM_THREADS": "1"}
