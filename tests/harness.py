@@ -464,6 +464,20 @@ def backward_calls(op: str) -> int:
     return int(library.library().selfkd_call_count(f"{op}_backward".encode()))
 
 
+def zeros(op: str) -> dict[str, Any]:
+    """Arguments that any operator takes: small tensors of zeros, all that there are, and numbers."""
+    sizes = dict.fromkeys("HWIJKL", 2) | {"N": 50, "M": 50, "C": 4, "D": 4, "#": 3}
+    dtypes = {"F64": torch.float64, "INDEX": torch.int64, "SEED": torch.int64}
+    found: dict[str, Any] = {}
+    for item in contract(op).items:
+        if item.is_number:
+            found[item.name] = item.default
+        elif item.is_input:
+            shape = [int(sizes.get(letter, letter)) for letter in item.shape.removesuffix("*")]
+            found[item.name] = torch.zeros(shape, dtype=dtypes.get(item.rule, torch.float32))
+    return found
+
+
 def schema_values(op: str, named: Mapping[str, Any]) -> tuple[Any, ...]:
     """Arguments by name in the order of the PyTorch schema; numbers not given have their default."""
     of, values = contract(op), []

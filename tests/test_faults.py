@@ -7,8 +7,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import harness
+import pytest
+import torch
 from conftest import ROOT
+from selfkd import c, library
+from selfkd.contract import contract, operators
 
 
 def test_the_corpus_of_the_fuzzer(built: Path) -> None:
@@ -31,24 +37,11 @@ def test_the_corpus_of_the_fuzzer(built: Path) -> None:
 
 ALLOCATION = """
 import ctypes, gc, sys
-import torch, selfkd
+import torch, harness
 from selfkd.contract import contract, operators
 
 torch.set_num_threads(1)
 lib = ctypes.CDLL(sys.argv[1])
-sizes = dict.fromkeys("HWIJKL", 2) | {"N": 50, "M": 50, "C": 4, "D": 4, "#": 3}
-dtypes = {"F64": torch.float64, "INDEX": torch.int64, "SEED": torch.int64}
-
-
-def arguments(of):
-    for item in of.items:
-        if item.is_number:
-            yield item.default
-        elif item.is_input:
-            shape = [int(sizes.get(letter, letter)) for letter in item.shape.removesuffix("*")]
-            yield torch.zeros(shape, dtype=dtypes.get(item.rule, torch.float32))
-            if item.kind == "OPT":
-                yield True
 
 
 @torch.no_grad()
@@ -59,7 +52,7 @@ def results(call, values):
 
 for op in operators():
     of, call = contract(op), getattr(torch.ops.selfkd, op)
-    values, names = list(arguments(of)), [item.name for item in of.outputs]
+    values, names = harness.schema_values(op, harness.zeros(op)), [item.name for item in of.outputs]
     expected = results(call, values)
     for n, name in enumerate(names, 1):
         lib.fail_allocation(n)
@@ -86,6 +79,7 @@ def test_outputs_that_cannot_be_allocated(built: Path) -> None:
         capture_output=True,
         text=True,
         timeout=300,
+        cwd=ROOT / "tests",
         env=os.environ | {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -97,3 +91,43 @@ def test_calls_without_memory_or_threads(built: Path) -> None:
         [built / "tests" / "test_allocation"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# Requests of the library to CUDA, in the order of `simt_request` in simt/cuda_runtime.h; the status
+# of ops/selfkd.h and the error that a refused one ends in.
+REFUSALS = {
+    "allocation": (3, "cudaErrorMemoryAllocation"),
+    "memset": (4, "cudaErrorInvalidValue"),
+    "launch": (4, "cudaErrorLaunchOutOfResources"),
+}
+
+
+@pytest.mark.simt
+@pytest.mark.skipif(not harness.SIMT_LIBRARY, reason="test_simt.py runs it in the emulator")
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_requests_that_cuda_refuses(kind: str) -> None:
+    """Each in turn, of each operator: a sentence, nothing leaks, and the next call works."""
+    lib = library.open_library(harness.SIMT_LIBRARY)
+    number, (refused, error) = list(REFUSALS).index(kind), REFUSALS[kind]
+
+    def call(op: str) -> tuple[int, list[torch.Tensor]]:
+        given: dict[str, Any] = harness.zeros(op)
+        outputs = harness.poisoned_outputs(op, given)
+        status = c.run(lib, op, given | outputs, device=2)
+        assert lib.simt_live_blocks() == 0, f"{op} leaks"
+        return status, [x.nan_to_num(7) for x in (given | outputs).values() if hasattr(x, "numel")]
+
+    for op in operators():
+        lib.simt_refuse(number, 0)
+        status, expected = call(op)
+        assert status == 0, lib.selfkd_message()
+        count = lib.simt_asked(number)
+        scratch = sum(item.kind == "SCRATCH" for item in contract(op).items)
+        assert count >= (1 if kind == "launch" else scratch), op
+        for n in range(1, count + 1):
+            lib.simt_refuse(number, n)
+            assert call(op)[0] == refused, f"{op}: {kind} {n} was not refused"
+            assert lib.selfkd_message().decode() == f"{op}: CUDA reports {error} ({error})"
+            status, found = call(op)
+            assert status == 0, lib.selfkd_message()
+            assert all(map(torch.equal, found, expected)), op

@@ -30,8 +30,10 @@ static int check_driver(void) {
 
 static int check(int error, const char *what) {
     if (error == cudaSuccess) return SELFKD_OK;
-    return sk_fail(SELFKD_ERROR_CUDA, "%s: CUDA reports %s (%s)", what,
-                   cudaGetErrorString((cudaError_t)error), cudaGetErrorName((cudaError_t)error));
+    cudaGetLastError(); /* else the next call takes it for an error of its own launch */
+    return sk_fail(error == cudaErrorMemoryAllocation ? SELFKD_ERROR_MEMORY : SELFKD_ERROR_CUDA,
+                   "%s: CUDA reports %s (%s)", what, cudaGetErrorString((cudaError_t)error),
+                   cudaGetErrorName((cudaError_t)error));
 }
 
 int sk_cuda_enter(int32_t device, int32_t *previous) {
@@ -48,8 +50,8 @@ void sk_cuda_leave(int32_t previous) {
 
 int sk_cuda_error(const sk_op *op, int error) { return check(error, op->name); }
 
-int sk_cuda_allocate(void **data, int64_t bytes, void *stream) {
-    return check(cudaMallocAsync(data, (size_t)bytes, (cudaStream_t)stream), "selfkd");
+int sk_cuda_allocate(const sk_op *op, void **data, int64_t bytes, void *stream) {
+    return check(cudaMallocAsync(data, (size_t)bytes, (cudaStream_t)stream), op->name);
 }
 
 void sk_cuda_free(void *data, void *stream) { cudaFreeAsync(data, (cudaStream_t)stream); }
@@ -83,7 +85,8 @@ int sk_cuda_error(const sk_op *op, int error) {
     (void)op;
     return error;
 }
-int sk_cuda_allocate(void **data, int64_t bytes, void *stream) {
+int sk_cuda_allocate(const sk_op *op, void **data, int64_t bytes, void *stream) {
+    (void)op;
     (void)data;
     (void)stream;
     (void)bytes;

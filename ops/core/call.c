@@ -48,7 +48,7 @@ static int run_cuda(sk_call *call, void *stream) {
     for (int i = 0; i < op->count && !status; i++) {
         sk_arg *const arg = (sk_arg *)(call->params.bytes + op->items[i].in_params);
         if (op->items[i].kind != SK_SCRATCH || arg->data) continue;
-        status = sk_cuda_allocate(&scratch, op->items[i].bytes, stream);
+        status = sk_cuda_allocate(op, &scratch, op->items[i].bytes, stream);
         arg->data = scratch;
     }
     if (!status) status = sk_cuda_error(op, op->cuda(call->params.bytes, stream));

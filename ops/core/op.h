@@ -93,5 +93,5 @@ enum sk_isa sk_current_isa(void);
 int sk_cuda_enter(int32_t device, int32_t *previous);
 void sk_cuda_leave(int32_t previous);
 int sk_cuda_error(const sk_op *op, int error);
-int sk_cuda_allocate(void **data, int64_t bytes, void *stream);
+int sk_cuda_allocate(const sk_op *op, void **data, int64_t bytes, void *stream);
 void sk_cuda_free(void *data, void *stream);

@@ -60,7 +60,9 @@ def report() -> None:
     replay = FOLDER / "tests" / "fuzz" / "replay"
     run(replay, CORPUS, LLVM_PROFILE_FILE="replay.profraw")
     run(f"llvm-profdata{version}", "merge", "replay.profraw", "-o", "replay.profdata")
-    run(f"llvm-cov{version}", "report", replay, "-instr-profile=replay.profdata", ROOT / "ops/core")
+    # the paths in the program are relative to ROOT (-ffile-prefix-map in CMakeLists.txt)
+    paths = (f"-compilation-dir={ROOT}", ROOT / "ops/core")
+    run(f"llvm-cov{version}", "report", replay, "-instr-profile=replay.profdata", *paths)
 
 
 def main(minutes: float) -> None:

@@ -19,7 +19,8 @@ typedef enum cudaError {
     cudaErrorInvalidValue = 1,
     cudaErrorMemoryAllocation = 2,
     cudaErrorInvalidConfiguration = 9,
-    cudaErrorInvalidDevice = 101
+    cudaErrorInvalidDevice = 101,
+    cudaErrorLaunchOutOfResources = 701
 } cudaError_t;
 typedef struct CUstream_st *cudaStream_t;
 enum cudaDeviceAttr {
@@ -44,6 +45,13 @@ cudaError_t cudaGetLastError(void);
 cudaError_t cudaPeekAtLastError(void);
 const char *cudaGetErrorName(cudaError_t error);
 const char *cudaGetErrorString(cudaError_t error);
+
+/* What tests may have refused: the n-th request of a kind from now on (1: the next one, 0: none).
+ * How many were made since then, and how many blocks were allocated and not freed. */
+enum simt_request { SIMT_ALLOCATION, SIMT_MEMSET, SIMT_LAUNCH, SIMT_REQUESTS };
+void simt_refuse(enum simt_request kind, long n);
+long simt_asked(enum simt_request kind);
+long simt_live_blocks(void);
 
 #ifdef __cplusplus
 } /* extern "C" */

@@ -10,6 +10,8 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
+#include <atomic>
+
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
 #else
@@ -267,6 +269,19 @@ void *simt_shared(const void *key, size_t bytes) {
 
 void *simt_shared_dynamic() { return simt_shared(&dynamic_bytes, dynamic_bytes); }
 
+/* ---- requests that a test has refused ---- */
+
+static std::atomic<long> asked[SIMT_REQUESTS], refused[SIMT_REQUESTS], live_blocks;
+
+void simt_refuse(simt_request kind, long n) {
+    asked[kind] = 0;
+    refused[kind] = n;
+}
+long simt_asked(simt_request kind) { return asked[kind]; }
+long simt_live_blocks() { return live_blocks; }
+
+static bool is_refused(simt_request kind) { return ++asked[kind] == refused[kind]; }
+
 /* ---- launch ---- */
 
 static uint64_t random_below(uint64_t n) {
@@ -303,6 +318,10 @@ void simt_run(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const voi
               const void *body) {
     const uint64_t blocks = (uint64_t)grid.x * grid.y * grid.z,
                    threads = (uint64_t)block.x * block.y * block.z;
+    if (is_refused(SIMT_LAUNCH)) {
+        last_error = cudaErrorLaunchOutOfResources;
+        return;
+    }
     if (blocks == 0 || threads == 0 || threads > MAX_THREADS || shared_bytes > MAX_SHARED) {
         last_error = cudaErrorInvalidConfiguration;
         return;
@@ -337,16 +356,20 @@ void simt_run(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const voi
 /* ---- the runtime functions: one device, an H100 by its numbers ---- */
 
 cudaError_t cudaMallocAsync(void **data, size_t bytes, cudaStream_t) {
-    *data = malloc(bytes);
-    if (!*data) return last_error = cudaErrorMemoryAllocation;
-    memset(*data, 0xff, bytes);
+    void *const block = is_refused(SIMT_ALLOCATION) ? NULL : malloc(bytes);
+    if (!block) return last_error = cudaErrorMemoryAllocation;
+    memset(block, 0xff, bytes);
+    live_blocks++;
+    *data = block;
     return cudaSuccess;
 }
 cudaError_t cudaFreeAsync(void *data, cudaStream_t) {
+    if (data) live_blocks--;
     free(data);
     return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void *data, int value, size_t bytes, cudaStream_t) {
+    if (is_refused(SIMT_MEMSET)) return last_error = cudaErrorInvalidValue;
     memset(data, value, bytes);
     return cudaSuccess;
 }
@@ -407,6 +430,8 @@ const char *cudaGetErrorName(cudaError_t error) {
         return "cudaErrorInvalidConfiguration";
     case cudaErrorInvalidDevice:
         return "cudaErrorInvalidDevice";
+    case cudaErrorLaunchOutOfResources:
+        return "cudaErrorLaunchOutOfResources";
     }
     return "unrecognized error code";
 }
