@@ -49,6 +49,22 @@ def bump(classes: int) -> Any:
     return make
 
 
+def lopsided(g: torch.Generator) -> dict[str, torch.Tensor]:
+    """Rows that agree but in a class that u all but excludes: KL(q||p) is far above KL(p||q)."""
+    u = 3 * torch.randn(9, 64, generator=g, dtype=torch.float64)
+    v = u.clone()
+    u[:, 5] = -450
+    return {"u": u, "v": v}
+
+
+def excluded(g: torch.Generator) -> dict[str, torch.Tensor]:
+    """Classes that neither side can have, in rows of whole vectors."""
+    tensors = pair(9, 64)(g)
+    for x in tensors.values():
+        x[:, [0, 13, 40, 41]] = -INF
+    return tensors
+
+
 def weighted(make: Any, boolean: bool = False) -> Any:
     """The same with weights, a third of them 0, and NaN logits where nothing may look."""
 
@@ -91,6 +107,8 @@ CASES = [
     Case("reverse_only", pair(9, 50), {"forward_weight": 0.0, "reverse_weight": 0.3}),
     Case("neither", pair(9, 50), {"forward_weight": 0.0, "reverse_weight": 0.0}),
     Case("detached", pair(9, 50), {"detach_target": True, "forward_weight": 0.7}),
+    Case("lopsided", lopsided, {"reverse_weight": 0.0}, exact=1e-10),
+    Case("excluded", excluded),
     Case("weighted", weighted(pair(33, 100))),
     Case("masked", weighted(pair(33, 100), boolean=True)),
     Case("divisor", divided(weighted(pair(33, 10)))),

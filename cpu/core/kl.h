@@ -156,8 +156,9 @@ static inline double sk_log_gap(double r, double log1p_r) {
 }
 
 /* log-ratio dl, KL(p||q) (if both are wanted) and KL(q||p); both KL are NaN where they lost too
- * many digits: to the subtraction of h(r), to the rounding of u - v (2^-25 of the gap, to be small
- * against the spread of y, which is sqrt(2 KL)), or to infinities. */
+ * many digits: to the subtraction of h(r), to that of gq from gp + gq, to the rounding of u - v
+ * (2^-25 of the gap, to be small against the spread of y, which is sqrt(2 KL)), or to infinities.
+ */
 typedef struct sk_concluded {
     double dl, forward, reverse;
 } sk_concluded;
@@ -182,7 +183,7 @@ static inline sk_concluded sk_conclude(enum sk_form form, bool both, const sk_co
     const double least = forward < reverse ? forward : reverse;
     const double most = forward < reverse ? reverse : forward;
     const bool good = (gp <= 6 * forward) & (gq <= 6 * reverse) & (most < SK_INFINITE) &
-                      ((form != SK_PLAIN) | (gap * gap <= 512 * least));
+                      (!both | (gq <= 16 * gp)) & ((form != SK_PLAIN) | (gap * gap <= 512 * least));
     return (sk_concluded){gap + (r - h), good ? forward : (double)NAN,
                           good ? reverse : (double)NAN};
 }
