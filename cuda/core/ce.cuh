@@ -114,7 +114,7 @@ SK_DEVICE void ce_gradients(const ce_slope<sk_real<T>> &k, const sk_real<T> (&z)
                             int64_t base, sk_real<T> (&grad)[sk_items<T>]) {
     SK_UNROLL for (int i = 0; i < sk_items<T>; i++) grad[i] =
         k.of_p * exponential(z[i] - k.h) - k.of_all;
-    /* few steps hold the target: its difference to their first class tells all the others */
+    /* one comparison a step, as few steps hold the target */
     if (k.target >= base && k.target < base + kGroup * sk_items<T>) {
         SK_UNROLL for (int i = 0; i < sk_items<T>; i++) grad[i] =
             sk_class<kGroup, kVec>(base, i) == k.target ? k.of_target : grad[i];
