@@ -119,7 +119,7 @@ SK_DEVICE double teach(const forward_params &p, const teacher &k, int j, int64_t
                        double h, double hu, double hv, double far, double (&sum)[TEACHER_SUMS]) {
     typedef sk_real<T> real;
     const bool rough = k.T != k.own || k.x.dtype != p.logits.dtype;
-    const bool is_far = sizeof(T) == 2 && far > kFar * k.T;
+    const bool is_far = sizeof(T) == 2 && k.T == k.own && far > kFar * k.T;
     teacher_row x = {0, 0, 0, false};
     SK_ROLLED for (bool again = false; k.weight != 0; again = true) {
         x = conclude(k, sum, hu, hv, rough, is_far);

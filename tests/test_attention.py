@@ -66,6 +66,7 @@ CASES = [
     *[Case(f"channels_{n}", pair(2, n, 2, 3, D=n + 1)) for n in (1023, 1024, 1025, 2049)],
     Case("one_sample", pair(1, 8, 24, 24, D=16)),
     Case("many_samples", pair(4100, 2, 8), big=True),
+    Case("samples_of_groups", pair(100, 3, 8)),
     Case("lines", pair(3, 8, 40, D=3)),
     Case("volumes", pair(2, 6, 3, 4, 5, D=3)),
     Case("cifar_level_1", pair(128, 64, 32, 32, D=128), big=True),

@@ -73,6 +73,15 @@ def bump(g: torch.Generator) -> dict[str, torch.Tensor]:
     return {"logits": logits, "teacher": teacher}
 
 
+def excluded(g: torch.Generator) -> dict[str, torch.Tensor]:
+    """The student excludes a class to which the teacher gives a third: a KL of thousands."""
+    logits = 3 * torch.randn(9, 64, generator=g, dtype=torch.float64)
+    teacher = logits.clone()
+    teacher[:, 5] = logits.logsumexp(1) - 0.7
+    logits[:, 5] = -20000
+    return {"logits": logits, "teacher": teacher}
+
+
 def logs(make: Any) -> Any:
     return lambda g: {**(x := make(g)), "teacher": x["teacher"].log_softmax(1)}
 
@@ -133,6 +142,7 @@ CASES = [
     Case(
         "one_class_stands_out", bump, {"temperature": 3.0, "teacher_temperature": 2.0}, exact=1e-10
     ),
+    Case("excluded", excluded, ONE, exact=1e-11),
     Case("weights", weighted(draw(33, 100, teachers=2)), BOTH),
     Case("mask", weighted(draw(33, 100), boolean=True), {"mask_teachers": True}),
     Case("masked_teachers", draw(33, 10), {"mask_teachers": True, "ce_weight": 0.0}),

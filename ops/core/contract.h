@@ -78,12 +78,14 @@ enum sk_resize { SK_RESIZE_NONE, SK_RESIZE_NEAREST, SK_RESIZE_BILINEAR, SK_RESIZ
 
 enum { SK_MAX_ITEMS = 40, SK_MAX_RANK = 8, SK_LETTERS = 26 };
 
-/* Scratch of a reduction inside a kernel: one ticket (16 bytes), then `sums` doubles for each of up
- * to 4096 blocks. */
+/* Scratch of a reduction inside a kernel: one ticket (16 bytes), then `sums` doubles for each block,
+ * of which a launch has at most so many. The emulator has few, so that small cases exceed it. */
+#ifndef SK_REDUCE_BLOCKS
 #define SK_REDUCE_BLOCKS 4096
+#endif
 #define SK_REDUCE_BYTES_OF(sums) (16 + (sums)*8 * SK_REDUCE_BLOCKS)
 #define SK_REDUCE_BYTES SK_REDUCE_BYTES_OF(2)
-/* Before it, tickets of up to 4096 groups of blocks. */
+/* Before it, tickets of groups of blocks, of which there are at most as many. */
 #define SK_TICKET_BYTES (4 * SK_REDUCE_BLOCKS)
 #define SK_CPU_SCRATCH 1536
 
