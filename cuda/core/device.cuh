@@ -12,14 +12,14 @@
 
 #include "core/contract.h"
 
-#define SK_DEVICE static __device__ __forceinline__
-
 enum { SK_WARP = 32, SK_BLOCK = 256 };
 
-/* ---- launch and shared memory: all that differs where g++ compiles the kernels for tests/simt
- * ---- */
+/* ---- launch and shared memory: all that differs where g++ compiles the kernels for tests/simt.
+ * nvcc names the shared variables of static functions after the folder it works in, and a build
+ * would not be reproducible ---- */
 
 #ifdef __CUDACC__
+#define SK_DEVICE __device__ __forceinline__
 #define SK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
     (kernel)<<<(grid), (block), (shared_bytes), (cudaStream_t)(stream)>>>(__VA_ARGS__)
 #define SK_UNROLL _Pragma("unroll")
@@ -27,6 +27,7 @@ enum { SK_WARP = 32, SK_BLOCK = 256 };
 #define SK_SHARED(type, name, count) __shared__ type name[count]
 #define SK_SHARED_DYNAMIC(type, name) extern __shared__ type name[]
 #else
+#define SK_DEVICE static inline
 #define SK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
     simt_launch((grid), (block), (shared_bytes), (stream), [=] { (kernel)(__VA_ARGS__); })
 #define SK_UNROLL

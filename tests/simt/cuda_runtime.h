@@ -61,7 +61,6 @@ long simt_live_blocks(void);
 #define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline
 #define __launch_bounds__(...)
 
 struct uint3 {
