@@ -18,7 +18,7 @@ def run(*command: object, cwd: Path | None = None) -> str:
         [str(word) for word in command],
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1500,  # under AddressSanitizer the longest takes ten minutes
         cwd=cwd,
         env=os.environ | {"COLUMNS": "120"},
     )

@@ -104,6 +104,7 @@ def test_exported(op: str) -> None:
 
 LOAD = """
 import sys, torch
+import torch._inductor.codecache  # PyTorch 2.10 needs it and does not load it
 package, data = sys.argv[1:]
 try:
     torch._inductor.aoti_load_package(package)

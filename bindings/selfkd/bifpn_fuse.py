@@ -171,7 +171,7 @@ def bifpn_fuse(
     """
     _check(inputs)
     ways = _ways(resize, len(inputs))
-    codes = [choice(way) for choice, way in zip(_resize, ways, strict=False)]
+    codes = [choice(way) for choice, way in zip(_resize[: len(ways)], ways, strict=True)]
     first = inputs[0]
     if torch.is_autocast_enabled(first.device.type):
         dtype = functools.reduce(torch.promote_types, [x.dtype for x in inputs])

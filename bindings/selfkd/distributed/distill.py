@@ -147,7 +147,8 @@ def _local_target(
 def _of_teachers(teachers: Sequence[_Teacher], logits: Sequence[torch.Tensor]) -> dict[str, Any]:
     """The contract's arguments of each teacher."""
     named: dict[str, Any] = {}
-    for prefix, teacher, x in zip(("", "second_"), teachers, logits, strict=False):
+    prefixes = ("", "second_")[: len(teachers)]
+    for prefix, teacher, x in zip(prefixes, teachers, logits, strict=True):
         named |= {f"{prefix}teacher": x, f"{prefix}teacher_weight": teacher.weight}
         named |= {f"{prefix}temperature": teacher.temperature}
         named |= {f"{prefix}teacher_temperature": teacher.own_temperature}
