@@ -78,8 +78,9 @@ enum sk_resize { SK_RESIZE_NONE, SK_RESIZE_NEAREST, SK_RESIZE_BILINEAR, SK_RESIZ
 
 enum { SK_MAX_ITEMS = 40, SK_MAX_RANK = 8, SK_LETTERS = 26 };
 
-/* Scratch of a reduction inside a kernel: one ticket (16 bytes), then `sums` doubles for each block,
- * of which a launch has at most so many. The emulator has few, so that small cases exceed it. */
+/* Scratch of a reduction inside a kernel: one ticket (16 bytes), then `sums` doubles for each
+ * block, of which a launch has at most so many. The emulator has few, so that small cases exceed
+ * it. */
 #ifndef SK_REDUCE_BLOCKS
 #define SK_REDUCE_BLOCKS 4096
 #endif
