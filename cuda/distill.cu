@@ -113,7 +113,8 @@ SK_DEVICE void visit_again(const forward_params &p, const teacher &k, int64_t n,
 }
 
 /* Leaves what is saved of a teacher; returns its part of kl_rows, without the row's weight. `far`:
- * how far apart anchors were. */
+ * how far apart anchors were, which costs digits where logits are compared with each other, at one
+ * temperature. */
 template <typename T, int kGroup>
 SK_DEVICE double teach(const forward_params &p, const teacher &k, int j, int64_t n, int64_t s,
                        double h, double hu, double hv, double far, double (&sum)[TEACHER_SUMS]) {
