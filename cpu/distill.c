@@ -398,34 +398,34 @@ static void forward_finish(const void *params) {
 enum { P_FACTOR, Q_FACTOR, SHIFT, GAP_HIGH, GAP_LOW, TEACHER_SCALARS };
 typedef real teacher_scalars[TEACHER_SCALARS][SK_PITCH];
 
-/* Adds a teacher's p - q. */
+/* Adds a teacher's p - q to base, which may be grad. */
 SK_SPECIAL void teacher_run(bool positions, bool apart, bool reuse, const teacher *k, sk_run run,
                             teacher_scalars m, const real *h, const real *z, const real *x,
-                            sk_ahead next, real *restrict e, real *restrict grad) {
+                            sk_ahead next, real *restrict e, const real *base, real *grad) {
     const sk_scale t = k->t, own = k->own;
     for (int64_t at = 0; at < run.n; at += SK_LANES) {
         sk_fetch(next, at / SK_LANES);
 #pragma omp simd
         for (int j = 0; j < SK_LANES; j++) {
             const int64_t i = positions ? run.row + at + j : run.row;
-            const real a = sk_logit(z[at + j]), b = sk_logit(x[at + j]);
+            const real a = sk_logit(z[at + j], &t), b = sk_logit(x[at + j], &t);
             const real y = reuse ? e[at + j] : sk_exp_of(a - h[i], &t);
             const real p = m[P_FACTOR][i] * y;
             const real q = m[Q_FACTOR][i] * sk_exp_of(b - m[SHIFT][i], &own);
             const sk_split gap = {m[GAP_HIGH][i], m[GAP_LOW][i]};
             const real d = sk_log_ratio(apart ? SK_APART : SK_EXACT, a, b, gap, &t, &own);
             e[at + j] = y;
-            grad[at + j] += d < (real)0.5 && d > (real)-0.5 ? q * sk_expm1(d) : p - q;
+            grad[at + j] = base[at + j] + (d * d < (real)0.25 ? q * sk_expm1(d) : p - q);
         }
     }
 }
 
 static void add_teacher(const sk_rows *r, const teacher *k, sk_run run, teacher_scalars m,
                         const real *h, const real *z, const real *x, sk_ahead next, real *e,
-                        real *grad) {
+                        const real *base, real *grad) {
     sk_to_power(e, run.n, k->power);
 #define RUN(positions, apart, reuse) \
-    teacher_run(positions, apart, reuse, k, run, m, h, z, x, next, e, grad)
+    teacher_run(positions, apart, reuse, k, run, m, h, z, x, next, e, base, grad)
     const int which = 4 * r->positions + 2 * (k->form == SK_APART) + (k->power != 0);
     switch (which) {
     case 0:
@@ -456,16 +456,16 @@ static void add_teacher(const sk_rows *r, const teacher *k, sk_run run, teacher_
 }
 
 static void add_ce(const sk_rows *r, sk_run run, int power, const int32_t *target, sk_ce_scalars m,
-                   const real *z, sk_ahead next, real *e, real *grad) {
+                   const real *z, sk_ahead next, real *e, const real *base, real *grad) {
     sk_to_power(e, run.n, power);
     if (r->positions && power != 0)
-        sk_ce_run(true, SK_REUSE, run, target, m, z, next, e, grad);
+        sk_ce_run(true, SK_REUSE, run, target, m, z, next, e, base, grad);
     else if (r->positions)
-        sk_ce_run(true, SK_FRESH, run, target, m, z, next, e, grad);
+        sk_ce_run(true, SK_FRESH, run, target, m, z, next, e, base, grad);
     else if (power != 0)
-        sk_ce_run(false, SK_REUSE, run, target, m, z, next, e, grad);
+        sk_ce_run(false, SK_REUSE, run, target, m, z, next, e, base, grad);
     else
-        sk_ce_run(false, SK_FRESH, run, target, m, z, next, e, grad);
+        sk_ce_run(false, SK_FRESH, run, target, m, z, next, e, base, grad);
 }
 
 /* What reaches a row: the factors of its cross-entropy and of each teacher; and its target's logit.
@@ -558,15 +558,19 @@ static void backward_task(const backward_params *p, const sk_rows *r) {
         const real *const z = sk_read_run(r, &p->logits, run, buffer[0]);
         const sk_ahead next = sk_next_read(r, &p->logits, run);
         real *const e = buffer[2], *const grad = sk_begin_run(r, &p->grad_logits, run, buffer[3]);
-        memset(grad, 0, (size_t)(sk_groups(run.n) * SK_LANES) * sizeof *grad);
+        const real *base = sk_zeros;
         for (int j = 0; j < TEACHERS; j++) {
             if (k[j].weight == 0) continue;
             const real *x = sk_read_run(r, k[j].x, run, buffer[1]);
             if (k[j].is_probs) x = to_logs(x, run.n, buffer[1]);
             add_teacher(r, &k[j], run, of[j], ce[SK_LARGEST], z, x, sk_next_read(r, k[j].x, run), e,
-                        grad);
+                        base, grad);
+            base = grad;
         }
-        if (has_ce) add_ce(r, run, ce_power, in.target, ce, z, next, e, grad);
+        if (has_ce)
+            add_ce(r, run, ce_power, in.target, ce, z, next, e, base, grad);
+        else if (base == sk_zeros)
+            memset(grad, 0, (size_t)run.n * sizeof *grad);
         if (!in.all_live) clear_dead(r, run, in.live, grad);
         sk_end_run(r, &p->grad_logits, run, grad);
     }

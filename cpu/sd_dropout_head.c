@@ -73,11 +73,12 @@ static void differentiate_z(const row_params *p, const sk_rows *r, const labels 
     for (sk_run run = {0}; sk_next_run(r, &run);) {
         const real *const z = sk_read_run(r, &p->z, run, buffer[0]);
         real *const grad = buffer[1];
-        memset(grad, 0, (size_t)(sk_groups(run.n) * SK_LANES) * sizeof *grad);
-        if (of->weight[run.row] != 0)
+        const bool used = of->weight[run.row] != 0;
+        if (used)
             sk_ce_run(false, SK_FRESH, run, of->target, ce, z, sk_next_read(r, &p->z, run), NULL,
-                      grad);
-        sk_put(&p->z, sk_run_at(r, &p->z, run), sk_run_stride(r, &p->z), run.n, grad);
+                      sk_zeros, grad);
+        sk_put(&p->z, sk_run_at(r, &p->z, run), sk_run_stride(r, &p->z), run.n,
+               used ? grad : sk_zeros);
     }
 }
 
@@ -93,7 +94,7 @@ static void differentiate_views(const row_params *p, const sk_rows *r, const sk_
         factor[i] = x->forward[i] == 0 && x->reverse[i] == 0
                         ? 0
                         : p->kl_weight * p->temperature * of->weight[i];
-    sk_set_pair(r, &pair->t, x, factor, m);
+    const bool all_close = sk_set_pair(r, &pair->t, w, x, factor, m);
     for (sk_run run = {0}; sk_next_run(r, &run);) {
         const sk_diverged_row row = {x->lse[run.row], x->dl[run.row], x->forward[run.row],
                                      x->reverse[run.row]};
@@ -104,7 +105,7 @@ static void differentiate_views(const row_params *p, const sk_rows *r, const sk_
         }
         const real *const u = sk_read_run(r, &p->u, run, buffer[0]);
         const real *const v = sk_read_run(r, &p->v, run, buffer[1]);
-        sk_pair_run(false, &pair->t, w, run, m, u, v, sk_next_read(r, &p->u, run),
+        sk_pair_run(r, all_close, &pair->t, w, run, m, u, v, sk_next_read(r, &p->u, run),
                     sk_next_read(r, &p->v, run), buffer[2], buffer[3]);
         sk_put(&p->u, sk_run_at(r, &p->u, run), sk_run_stride(r, &p->u), run.n, buffer[2]);
         sk_put(&p->v, sk_run_at(r, &p->v, run), sk_run_stride(r, &p->v), run.n, buffer[3]);

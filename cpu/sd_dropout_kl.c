@@ -69,17 +69,14 @@ static void backward_task(const backward_params *p, const sk_rows *r, const sk_p
     SK_ALIGNED double factor[SK_PITCH];
     sk_divergences x;
     load_results(p, r, &x, factor);
-    sk_set_pair(r, &pair->t, &x, factor, m);
+    const bool all_close = sk_set_pair(r, &pair->t, w, &x, factor, m);
     for (sk_run run = {0}; sk_next_run(r, &run);) {
         const real *u = sk_read_run(r, &p->u, run, buffer[0]);
         const real *v = sk_read_run(r, &p->v, run, buffer[1]);
         const sk_ahead next_u = sk_next_read(r, &p->u, run), next_v = sk_next_read(r, &p->v, run);
         real *grad_u = sk_begin_run(r, &p->grad_u, run, buffer[2]);
         real *grad_v = sk_begin_run(r, &p->grad_v, run, buffer[3]);
-        if (r->positions)
-            sk_pair_run(true, &pair->t, w, run, m, u, v, next_u, next_v, grad_u, grad_v);
-        else
-            sk_pair_run(false, &pair->t, w, run, m, u, v, next_u, next_v, grad_u, grad_v);
+        sk_pair_run(r, all_close, &pair->t, w, run, m, u, v, next_u, next_v, grad_u, grad_v);
         sk_end_run(r, &p->grad_u, run, grad_u);
         sk_end_run(r, &p->grad_v, run, grad_v);
     }

@@ -65,6 +65,18 @@ def excluded(g: torch.Generator) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def constant_apart(make: Any) -> Any:
+    """The same with a third of the rows a constant apart besides."""
+
+    def with_constant(g: torch.Generator) -> dict[str, torch.Tensor]:
+        tensors = make(g)
+        rows = tensors["v"].movedim(1, -1)
+        rows[torch.rand(rows.shape[:-1], generator=g) < 0.34] += 100
+        return tensors
+
+    return with_constant
+
+
 def weighted(make: Any, boolean: bool = False) -> Any:
     """The same with weights, a third of them 0, and NaN logits where nothing may look."""
 
@@ -100,6 +112,7 @@ CASES = [
     Case("rows_1e4_apart_long", pair(2, 3000, shift=-1e4), exact=1e-11),
     Case("rows_1e-3_apart", pair(9, 1000, apart=1e-3), close=True, exact=1e-9),
     Case("rows_1e-3_apart_long", pair(2, 3000, apart=1e-3), close=True, exact=1e-9),
+    Case("a_constant_apart", constant_apart(pair(9, 1000, apart=1e-3)), close=True, exact=1e-9),
     Case("one_class_stands_out", bump(100000), exact=1e-10, big=True),
     Case("cold", pair(9, 50), {"temperature": 0.5}),
     Case("hot", pair(9, 50), {"temperature": 20.0}),
@@ -126,6 +139,9 @@ IMAGES = [
     *[Case(f"{n}_positions", pair(1, 5, n)) for n in (15, 16, 511, 512, 513)],
     Case("rows_1e4_apart", pair(1, 40, 3, 50, shift=1e4), exact=1e-11),
     Case("rows_1e-3_apart", pair(1, 40, 3, 50, apart=1e-3), close=True, exact=1e-9),
+    Case(
+        "a_constant_apart", constant_apart(pair(1, 40, 3, 50, apart=1e-3)), close=True, exact=1e-9
+    ),
     Case("logits_1e4", pair(1, 40, 3, 50, scale=1e4), exact=1e-7, one_hot=True),
     Case("detached", pair(2, 9, 4, 4), {"detach_target": True, "temperature": 1.0}),
     Case("no_positions", pair(2, 9, 0, 4), {"reduction": "sum"}),
@@ -215,6 +231,24 @@ def test_non_finite_rows_stay_alone(
             harness.assert_gradient(grad, exact, f"gradient of {name} {options}")
         spoilt = [1, 2, 5, 6] + ([] if options else [4])
         assert not found.flatten()[spoilt].isfinite().any()
+
+
+@pytest.mark.parametrize("backend", harness.backends(), ids=str)
+@pytest.mark.parametrize("shape", [(40, 50), (1, 50, 40)], ids=str)
+def test_gradients_of_a_row_do_not_depend_on_others(
+    backend: harness.Backend, shape: tuple[int, ...], generator: torch.Generator
+) -> None:
+    """A row that needs the exact form is finished differently; its neighbours keep their bits."""
+    harness.prepare(backend)
+    tensors = harness.cast(pair(*shape)(generator), OP, torch.float32, backend.device)
+    alone = backend.call(OP, tensors, {"reduction": "sum"})[1]
+    tensors["v"].movedim(1, -1).reshape(40, -1)[13] += 1000  # of a view, as in all layouts here
+    found = backend.call(OP, tensors, {"reduction": "sum"})[1]
+    for name, grad in found.items():
+        rows, before = (x.movedim(1, -1).reshape(40, -1) for x in (grad, alone[name]))
+        same = (rows == before).all(1)
+        assert same[torch.arange(40) != 13].all()
+        assert not same[13]
 
 
 @pytest.mark.parametrize("backend", harness.backends(), ids=str)

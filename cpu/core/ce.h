@@ -25,7 +25,7 @@ SK_SPECIAL void sk_add_exponentials(enum sk_exps exps, const sk_rows *r, const r
         sk_fetch(next, i);
 #pragma omp simd
         for (int k = 0; k < SK_LANES; k++) {
-            const real x = sk_logit(z[i * pitch + k]) - h[k];
+            const real x = sk_logit(z[i * pitch + k], &t) - h[k];
             const real y = exps == SK_REUSE ? e[i * SK_LANES + k] : sk_exp_of(x, &t);
             const real tie = x == 0 ? 1 : 0; /* where y is exactly 1 */
             rest[k] += y - tie;
@@ -79,7 +79,7 @@ static inline void sk_load_target_logits(const sk_rows *r, const sk_arg *x, cons
     for (int64_t i = 0; i < r->width; i++)
         c[i] = target[i] < 0 || target[i] >= r->C ? 0 : target[i];
     sk_load_classes(r, x, c, to);
-    for (int64_t i = 0; i < r->width; i++) to[i] = sk_logit(to[i]);
+    for (int64_t i = 0; i < r->width; i++) to[i] = to[i] < SK_LEAST ? SK_LEAST : to[i];
 }
 
 /* Leaves log P and the loss of each row whose target has logit z: -sum y log p with y = (1 -
@@ -91,7 +91,7 @@ static inline void sk_conclude_ce(const sk_rows *r, const sk_softmax *m, const r
     for (int64_t i = 0; i < r->width; i++) {
         const real log_sum = sk_log_sum(m, i);
         const double below = m->h[i] - z[i], above = m->sum[SK_ABOVE][i]; /* 0 if not smooth */
-        const double hard = below > -SK_LOWEST / 2 ? (double)INFINITY : below + log_sum;
+        const double hard = below > -SK_LEAST / 2 ? (double)INFINITY : below + log_sum;
         const double soft = smooth != 0 ? smooth * (log_sum + above * per_class) : 0;
         level[i] = log_sum;
         ce[i] = (smooth != 1 ? (1 - smooth) * hard : 0) + soft;
@@ -120,11 +120,11 @@ static inline void sk_set_ce(const sk_rows *r, const double *factors, const real
     }
 }
 
-/* Adds the gradient of cross-entropy of a run, whose exponentials are found or, reused, lie in e.
- */
+/* Adds the gradient of cross-entropy of a run, whose exponentials are found or, reused, lie in e,
+ * to base, which may be grad. */
 SK_SPECIAL void sk_ce_run(bool positions, enum sk_exps exps, sk_run run, const int32_t *target,
                           sk_ce_scalars m, const real *z, sk_ahead next, const real *e,
-                          real *restrict grad) {
+                          const real *base, real *grad) {
     const sk_scale t = sk_scale_of(1);
     for (int64_t at = 0; at < run.n; at += SK_LANES) {
         const int32_t first = (int32_t)(positions ? run.c : run.c + at);
@@ -133,10 +133,11 @@ SK_SPECIAL void sk_ce_run(bool positions, enum sk_exps exps, sk_run run, const i
         for (int k = 0; k < SK_LANES; k++) {
             const int64_t i = positions ? run.row + at + k : run.row;
             const int32_t c = positions ? first : first + k;
-            const real y = exps == SK_REUSE ? e[at + k]
-                                            : sk_exp_of(sk_logit(z[at + k]) - m[SK_LARGEST][i], &t);
+            const real y = exps == SK_REUSE
+                               ? e[at + k]
+                               : sk_exp_of(sk_logit(z[at + k], &t) - m[SK_LARGEST][i], &t);
             const real of_target = m[SK_OF_TARGET][i], other = m[SK_FACTOR][i] * y + m[SK_OTHER][i];
-            grad[at + k] += c == target[i] ? of_target : other;
+            grad[at + k] = base[at + k] + (c == target[i] ? of_target : other);
         }
     }
 }

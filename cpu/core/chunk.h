@@ -387,6 +387,8 @@ typedef struct sk_run {
     int64_t row, c, n;
 } sk_run;
 
+static const real sk_zeros[SK_RUN];
+
 /* The run after this one, {0, 0, 0} being before the first; whole groups of lanes wherever there is
  * one. */
 static inline bool sk_next_run(const sk_rows *r, sk_run *run) {

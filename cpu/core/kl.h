@@ -17,26 +17,30 @@
 typedef struct sk_scale {
     double T, per_T;                 /* 1/T */
     real inverse_T, log2e_T, lowest; /* x log2e_T = -127 at x = lowest */
+    real least;                      /* SK_LEAST */
 } sk_scale;
+
+/* -inf is computed with as -2^100: 0 y stays 0, and a KL past SK_INFINITE can only come from it. */
+#define SK_LEAST ((real)-0x1p100)
+#define SK_INFINITE 1e13
 
 static inline sk_scale sk_scale_of(double T) {
     const real log2e_T = (real)(SK_LOG2E / T);
-    return (sk_scale){T, 1 / T, (real)(1 / T), log2e_T, -127 / log2e_T};
+    return (sk_scale){
+        T, 1 / T, (real)(1 / T), log2e_T, sk_opaque(-127 / log2e_T), sk_opaque(SK_LEAST)};
 }
+
+static inline real sk_logit(real x, const sk_scale *t) { return x < t->least ? t->least : x; }
 
 /* e^(x/T) */
 static inline real sk_exp_of(real x, const sk_scale *t) {
     return sk_exp2_scaled(x, t->log2e_T, t->lowest);
 }
 
-/* -inf is computed with as -2^100: 0 y stays 0, and a KL past SK_INFINITE can only come from it. */
-#define SK_LOWEST ((real)-0x1p100)
-#define SK_INFINITE 1e13
-
-static inline real sk_logit(real x) { return x < SK_LOWEST ? SK_LOWEST : x; }
-
 /* What the largest logit of a row makes its anchor: NaN where all are -inf, as softmax has it. */
-static inline real sk_anchor(real top) { return top == -INFINITY ? (real)NAN : sk_logit(top); }
+static inline real sk_anchor(real top) {
+    return top == -INFINITY ? (real)NAN : top < SK_LEAST ? SK_LEAST : top;
+}
 
 /* How y = u/T - v/T' - gap is found: PLAIN is right as long as y is not much smaller than the gap,
  * EXACT to the last digits however large the gap, APART (in double) where the temperatures differ.
@@ -48,7 +52,7 @@ static inline real sk_log_ratio(enum sk_form form, real u, real v, sk_split gap,
                                 const sk_scale *t_v) {
     if (form == SK_APART)
         return (real)((u * t->per_T - v * t_v->per_T) - ((double)gap.high + gap.low));
-    if (form == SK_EXACT) return sk_difference(u, v, gap) * t->inverse_T;
+    if (form == SK_EXACT) return sk_difference(u, v, gap, 1) * t->inverse_T;
     return ((u - v) - gap.high) * t->inverse_T;
 }
 
@@ -60,7 +64,7 @@ typedef struct sk_compared {
  * overflows. */
 static inline sk_compared sk_compare(real p, real q, real y) {
     const real qy = q * y, rest = qy * y * sk_exp_rest(y), far_diff = p - q;
-    const bool near = y < 1 && y > -1;
+    const bool near = y * y < 1;
     return (sk_compared){near ? qy + rest : far_diff, near ? rest : far_diff - qy};
 }
 
@@ -120,7 +124,7 @@ SK_SPECIAL void sk_compare_group(enum sk_form form, bool both, enum sk_exps exps
 #pragma omp simd
         for (int k = 0; k < SK_LANES; k++) {
             const sk_split gap = {high[k], low[k]};
-            const real a = sk_logit(u[at + k]), b = sk_logit(v[at + k]);
+            const real a = sk_logit(u[at + k], &t), b = sk_logit(v[at + k], &t);
             const real p = exps == SK_REUSE ? e[kept + k] : sk_exp_of(a - hu[k], &t);
             const real q = sk_exp_of(b - hv[k], &t_v);
             const real y = sk_log_ratio(form, a, b, gap, &t, &t_v);

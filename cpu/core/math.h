@@ -37,6 +37,13 @@ static inline uint64_t sk_double_bits(double x) {
     return bits;
 }
 
+/* x, not known to the compiler, which makes a comparison and a selection of a maximum with a
+ * constant, but one instruction of that with a variable. */
+static inline real sk_opaque(real x) {
+    __asm__("" : "+m"(x));
+    return x;
+}
+
 /* 2^(x k) for x k < 128, k > 0, to 2.3 ULP (and the rounding of k); exactly 0 for x below lowest =
  * -127/k (so that a class at -inf has probability 0); NaN stays NaN. x k = n + f, |f| <= 1/2; 2^f
  * by a minimax polynomial; 2^n is built in the exponent field and multiplied, because adding it to
@@ -175,11 +182,11 @@ static inline sk_split sk_split_of(double x) {
     return (sk_split){high, (real)(x - high)};
 }
 
-/* a - b - k, rounded about once however large a, b and k are (Knuth's two-sum); -k where a == b,
- * infinities included, so that equal logits give exactly 0 when k is 0. */
-static inline real sk_difference(real a, real b, sk_split k) {
+/* a - b - k of finite numbers, rounded about once however large they are (Knuth's two-sum), if
+ * exact is 1, and (a - b) - k.high if it is 0; exactly -k.high where a == b, so that equal logits
+ * give exactly 0 when k is 0. */
+static inline real sk_difference(real a, real b, sk_split k, real exact) {
     const real sum = a - b, minus_b = sum - a;
     const real error = (a - (sum - minus_b)) - (b + minus_b);
-    const real x = (sum - k.high) + (error - k.low);
-    return a == b ? -k.high : x;
+    return (sum - k.high) + exact * (error - k.low);
 }

@@ -196,7 +196,8 @@ static inline void sk_diverge(const sk_rows *r, const sk_pair *x, const real *we
 /* ---- Backward ---- */
 
 /* What the gradients of a row need: p = SK_U_FACTOR e^((u - SK_U_SHIFT)/T) and q likewise, both
- * times the row's factor (0: no gradient); d = (u - v - gap)/T; both KL. */
+ * times the row's factor (0: no gradient); d = (u - v - gap)/T, EXACTLY (1) or, in a row that is
+ * close (0), well enough without the low parts; both KL, times what their first terms weigh. */
 enum {
     SK_U_SHIFT,
     SK_U_FACTOR,
@@ -204,6 +205,7 @@ enum {
     SK_V_FACTOR,
     SK_GAP_HIGH,
     SK_GAP_LOW,
+    SK_EXACTLY,
     SK_KL_FORWARD,
     SK_KL_REVERSE,
     SK_PAIR_SCALARS
@@ -215,10 +217,10 @@ typedef struct sk_term_weights {
     real forward, reverse, target_forward, target_reverse;
 } sk_term_weights;
 
-/* Leaves the gradients of a run. */
-SK_SPECIAL void sk_pair_run(bool positions, const sk_scale *scale, sk_term_weights w, sk_run run,
-                            sk_pair_scalars m, const real *u, const real *v, sk_ahead next_u,
-                            sk_ahead next_v, real *restrict grad_u, real *restrict grad_v) {
+SK_SPECIAL void sk_pair_run_of(bool positions, bool close, const sk_scale *scale, sk_term_weights w,
+                               sk_run run, sk_pair_scalars m, const real *u, const real *v,
+                               sk_ahead next_u, sk_ahead next_v, real *restrict grad_u,
+                               real *restrict grad_v) {
     const sk_scale t = *scale;
     for (int64_t at = 0; at < run.n; at += SK_LANES) {
         sk_fetch(next_u, at / SK_LANES);
@@ -226,18 +228,38 @@ SK_SPECIAL void sk_pair_run(bool positions, const sk_scale *scale, sk_term_weigh
 #pragma omp simd
         for (int k = 0; k < SK_LANES; k++) {
             const int64_t i = positions ? run.row + at + k : run.row;
-            const real a = sk_logit(u[at + k]), b = sk_logit(v[at + k]);
+            const real a = sk_logit(u[at + k], &t), b = sk_logit(v[at + k], &t);
             const real p = m[SK_U_FACTOR][i] * sk_exp_of(a - m[SK_U_SHIFT][i], &t);
             const real q = m[SK_V_FACTOR][i] * sk_exp_of(b - m[SK_V_SHIFT][i], &t);
             const sk_split gap = {m[SK_GAP_HIGH][i], m[SK_GAP_LOW][i]};
-            const real d = sk_difference(a, b, gap) * t.inverse_T;
-            const real p_q = d < (real)0.5 && d > (real)-0.5 ? q * sk_expm1(d) : p - q;
-            const real to_u = w.target_forward * (p * (d - m[SK_KL_FORWARD][i])) + w.reverse * p_q;
-            const real to_v = -w.target_reverse * (q * (d + m[SK_KL_REVERSE][i])) - w.forward * p_q;
+            const real d = close ? sk_log_ratio(SK_PLAIN, a, b, gap, &t, &t)
+                                 : sk_difference(a, b, gap, m[SK_EXACTLY][i]) * t.inverse_T;
+            const real p_q = d * d < (real)0.25 ? q * sk_expm1(d) : p - q;
+            const real to_u = p * (w.target_forward * d - m[SK_KL_FORWARD][i]) + w.reverse * p_q;
+            const real to_v = -q * (w.target_reverse * d + m[SK_KL_REVERSE][i]) - w.forward * p_q;
             grad_u[at + k] = m[SK_U_FACTOR][i] != 0 ? to_u : 0;
             grad_v[at + k] = m[SK_U_FACTOR][i] != 0 ? to_v : 0;
         }
     }
+}
+
+/* Leaves the gradients of a run. Where all of its rows are close, less work leaves the same. */
+static inline void sk_pair_run(const sk_rows *r, bool all_close, const sk_scale *t,
+                               sk_term_weights w, sk_run run, sk_pair_scalars m, const real *u,
+                               const real *v, sk_ahead next_u, sk_ahead next_v, real *grad_u,
+                               real *grad_v) {
+    const bool close = r->positions ? all_close : m[SK_EXACTLY][run.row] == 0;
+#define RUN(positions, close) \
+    sk_pair_run_of(positions, close, t, w, run, m, u, v, next_u, next_v, grad_u, grad_v)
+    if (r->positions && close)
+        RUN(true, true);
+    else if (r->positions)
+        RUN(true, false);
+    else if (close)
+        RUN(false, true);
+    else
+        RUN(false, false);
+#undef RUN
 }
 
 /* The gradient of a row that is far or holds infinities or NaN: terms of weight 0 are left out, 0
@@ -259,11 +281,16 @@ static inline void sk_careful_gradient(const sk_rows *r, const sk_pair *x, int64
     }
 }
 
-static inline void sk_set_pair(const sk_rows *r, const sk_scale *t, const sk_divergences *x,
-                               const double *factor, sk_pair_scalars m) {
-#pragma omp simd
+/* A row is close if its gap is small against the spread of d, sqrt(2 KL). Returns whether all are.
+ */
+static inline bool sk_set_pair(const sk_rows *r, const sk_scale *t, sk_term_weights w,
+                               const sk_divergences *x, const double *factor, sk_pair_scalars m) {
+    real apart = 0;
+#pragma omp simd reduction(+ : apart)
     for (int64_t i = 0; i < sk_scalars(r); i++) {
         const double u = x->lse[i] * t->T, v = (x->lse[i] - x->dl[i]) * t->T;
+        const double least = x->forward[i] < x->reverse[i] ? x->forward[i] : x->reverse[i];
+        const real exactly = x->dl[i] * x->dl[i] <= 8 * least ? 0 : 1;
         const sk_split gap = sk_split_of(x->dl[i] * t->T);
         m[SK_U_SHIFT][i] = (real)u;
         m[SK_V_SHIFT][i] = (real)v;
@@ -271,7 +298,10 @@ static inline void sk_set_pair(const sk_rows *r, const sk_scale *t, const sk_div
         m[SK_V_FACTOR][i] = (real)factor[i] * sk_exp_of((real)((real)v - v), t);
         m[SK_GAP_HIGH][i] = gap.high;
         m[SK_GAP_LOW][i] = gap.low;
-        m[SK_KL_FORWARD][i] = (real)x->forward[i];
-        m[SK_KL_REVERSE][i] = (real)x->reverse[i];
+        m[SK_EXACTLY][i] = exactly;
+        m[SK_KL_FORWARD][i] = w.target_forward * (real)x->forward[i];
+        m[SK_KL_REVERSE][i] = w.target_reverse * (real)x->reverse[i];
+        apart += exactly;
     }
+    return apart == 0;
 }
