@@ -292,12 +292,11 @@ static void save(const forward_params *p, const sk_rows *r, bool has_ce, const t
     if (!m) return;
 #pragma omp simd
     for (int64_t i = 0; i < r->width; i++) {
-        const bool used = weight[i] != 0;
-        const double ce =
-            has_ce & used & (target[i] >= 0) ? p->ce_weight * weight[i] * x->ce[i] : 0;
-        const real to_kl = used ? (real)(weight[i] * kl[i]) : 0;
-        levels[LARGEST * plane + i] = used ? x->h[i] : 0;
-        levels[LEVEL * plane + i] = has_ce & used ? (real)x->level[i] : 0;
+        const double w = weight[i], class = target[i], to_ce = p->ce_weight * w * x->ce[i];
+        const double ce = has_ce & (w != 0) & (class >= 0) ? to_ce : 0;
+        const real to_kl = w != 0 ? (real)(w * kl[i]) : 0;
+        levels[LARGEST * plane + i] = w != 0 ? x->h[i] : 0;
+        levels[LEVEL * plane + i] = has_ce & (w != 0) ? (real)x->level[i] : 0;
         ce_rows[i] = (real)ce;
         kl_rows[i] = to_kl;
         rows[i] = (real)ce + to_kl;
@@ -472,8 +471,8 @@ static void add_ce(const sk_rows *r, sk_run run, int power, const int32_t *targe
  */
 typedef struct incoming {
     SK_ALIGNED double ce[SK_PITCH], kl[TEACHERS][SK_PITCH];
-    SK_ALIGNED real of_target[SK_PITCH];
-    SK_ALIGNED int32_t target[SK_PITCH], live[SK_PITCH]; /* live 0: the gradient is 0 in any case */
+    SK_ALIGNED real of_target[SK_PITCH], live[SK_PITCH]; /* live 0: the gradient is 0 in any case */
+    SK_ALIGNED int32_t target[SK_PITCH];
     bool all_live;
 } incoming;
 
@@ -483,7 +482,7 @@ static void load_incoming(const backward_params *p, const sk_rows *r, bool has_c
     const real *const denominator = (const real *)p->denominators.data;
     const double per_ce = has_ce ? p->ce_weight / denominator[0] : 0;
     const double per_kl = 1 / (double)denominator[p->denominators.stride[0]];
-    const bool all_taught = !p->mask_teachers || !p->target.data;
+    const double taught = p->mask_teachers && p->target.data ? 0 : -1; /* the least class that is */
     double per_teacher[TEACHERS];
     for (int j = 0; j < TEACHERS; j++)
         per_teacher[j] = k[j].weight != 0 ? per_kl * k[j].weight * k[j].t.T : 0;
@@ -492,17 +491,21 @@ static void load_incoming(const backward_params *p, const sk_rows *r, bool has_c
     sk_load_targets(r, &p->target, p->ignore_index, in->target);
     memset(in->of_target, 0, sizeof in->of_target);
     if (has_ce) sk_load_target_logits(r, &p->logits, in->target, in->of_target);
-    int dead = 0;
+    double dead = 0;
 #pragma omp simd reduction(+ : dead)
     for (int64_t i = 0; i < sk_scalars(r); i++) {
-        const double factor = (double)grad[i] * weight[i];
-        const bool used = factor != 0, labelled = used & (in->target[i] >= 0);
-        const bool taught = used & (labelled | all_taught);
-        in->ce[i] = labelled ? per_ce * factor : 0;
-        in->kl[0][i] = taught ? per_teacher[0] * factor : 0;
-        in->kl[1][i] = taught ? per_teacher[1] * factor : 0;
-        in->live[i] = (in->ce[i] != 0) | (in->kl[0][i] != 0) | (in->kl[1][i] != 0);
-        dead += !in->live[i];
+        const double factor = (double)grad[i] * weight[i], target = in->target[i];
+        const double ce = per_ce * factor, first = per_teacher[0] * factor,
+                     second = per_teacher[1] * factor;
+        const double to_ce = (factor != 0) & (target >= 0) ? ce : 0;
+        const double to_first = (factor != 0) & (target >= taught) ? first : 0;
+        const double to_second = (factor != 0) & (target >= taught) ? second : 0;
+        const double live = (to_ce != 0) | (to_first != 0) | (to_second != 0) ? 1 : 0;
+        in->ce[i] = to_ce;
+        in->kl[0][i] = to_first;
+        in->kl[1][i] = to_second;
+        in->live[i] = (real)live;
+        dead += 1 - live;
     }
     in->all_live = dead == 0;
 }
@@ -535,9 +538,12 @@ static void set_teacher_scalars(const backward_params *p, const sk_rows *r, cons
     }
 }
 
-static void clear_dead(const sk_rows *r, sk_run run, const int32_t *live, real *grad) {
-    for (int64_t at = 0; at < run.n; at++)
-        if (!live[r->positions ? run.row + at : run.row]) grad[at] = 0;
+static void clear_dead(const sk_rows *r, sk_run run, const real *live, real *grad) {
+    const real *const of = live + run.row;
+    if (!r->positions && of[0] == 0) memset(grad, 0, (size_t)run.n * sizeof *grad);
+    if (!r->positions) return;
+#pragma omp simd
+    for (int64_t i = 0; i < run.n; i++) grad[i] = of[i] != 0 ? grad[i] : 0;
 }
 
 static void backward_task(const backward_params *p, const sk_rows *r) {

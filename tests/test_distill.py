@@ -308,6 +308,17 @@ def test_all_targets_ignored(reduction: str, generator: torch.Generator) -> None
 
 
 @needs_torch_backend
+def test_without_parts_the_gradient_is_zero_whatever_comes_in(generator: torch.Generator) -> None:
+    logits = torch.randn(5, 40, generator=generator, requires_grad=True)
+    loss = selfkd.distill(logits, torch.arange(5), ce_weight=0.0)
+    freed = [torch.full_like(logits, NAN) for _ in range(8)]  # what the gradient may be made of
+    del freed
+    (loss * torch.inf).backward()
+    assert logits.grad is not None
+    assert (logits.grad == 0).all()
+
+
+@needs_torch_backend
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_parts_sum_to_the_loss_and_have_no_gradient(
     reduction: str, generator: torch.Generator

@@ -387,7 +387,8 @@ typedef struct sk_run {
     int64_t row, c, n;
 } sk_run;
 
-static const real sk_zeros[SK_RUN];
+/* What gradients are added to that there are none of yet. */
+SK_ALIGNED static const real sk_zeros[SK_RUN];
 
 /* The run after this one, {0, 0, 0} being before the first; whole groups of lanes wherever there is
  * one. */
