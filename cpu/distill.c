@@ -407,7 +407,7 @@ SK_SPECIAL void teacher_run(bool positions, bool apart, bool reuse, const teache
 #pragma omp simd
         for (int j = 0; j < SK_LANES; j++) {
             const int64_t i = positions ? run.row + at + j : run.row;
-            const real a = sk_logit(z[at + j], &t), b = sk_logit(x[at + j], &t);
+            const real a = sk_logit(z[at + j], t.least), b = sk_logit(x[at + j], t.least);
             const real y = reuse ? e[at + j] : sk_exp_of(a - h[i], &t);
             const real p = m[P_FACTOR][i] * y;
             const real q = m[Q_FACTOR][i] * sk_exp_of(b - m[SHIFT][i], &own);
@@ -540,8 +540,10 @@ static void set_teacher_scalars(const backward_params *p, const sk_rows *r, cons
 
 static void clear_dead(const sk_rows *r, sk_run run, const real *live, real *grad) {
     const real *const of = live + run.row;
-    if (!r->positions && of[0] == 0) memset(grad, 0, (size_t)run.n * sizeof *grad);
-    if (!r->positions) return;
+    if (!r->positions) {
+        if (of[0] == 0) memset(grad, 0, (size_t)run.n * sizeof *grad);
+        return;
+    }
 #pragma omp simd
     for (int64_t i = 0; i < run.n; i++) grad[i] = of[i] != 0 ? grad[i] : 0;
 }

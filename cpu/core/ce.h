@@ -25,7 +25,7 @@ SK_SPECIAL void sk_add_exponentials(enum sk_exps exps, const sk_rows *r, const r
         sk_fetch(next, i);
 #pragma omp simd
         for (int k = 0; k < SK_LANES; k++) {
-            const real x = sk_logit(z[i * pitch + k], &t) - h[k];
+            const real x = sk_logit(z[i * pitch + k], t.least) - h[k];
             const real y = exps == SK_REUSE ? e[i * SK_LANES + k] : sk_exp_of(x, &t);
             const real tie = x == 0 ? 1 : 0; /* where y is exactly 1 */
             rest[k] += y - tie;
@@ -79,7 +79,7 @@ static inline void sk_load_target_logits(const sk_rows *r, const sk_arg *x, cons
     for (int64_t i = 0; i < r->width; i++)
         c[i] = target[i] < 0 || target[i] >= r->C ? 0 : target[i];
     sk_load_classes(r, x, c, to);
-    for (int64_t i = 0; i < r->width; i++) to[i] = to[i] < SK_LEAST ? SK_LEAST : to[i];
+    for (int64_t i = 0; i < r->width; i++) to[i] = sk_logit(to[i], SK_LEAST);
 }
 
 /* Leaves log P and the loss of each row whose target has logit z: -sum y log p with y = (1 -
@@ -135,7 +135,7 @@ SK_SPECIAL void sk_ce_run(bool positions, enum sk_exps exps, sk_run run, const i
             const int32_t c = positions ? first : first + k;
             const real y = exps == SK_REUSE
                                ? e[at + k]
-                               : sk_exp_of(sk_logit(z[at + k], &t) - m[SK_LARGEST][i], &t);
+                               : sk_exp_of(sk_logit(z[at + k], t.least) - m[SK_LARGEST][i], &t);
             const real of_target = m[SK_OF_TARGET][i], other = m[SK_FACTOR][i] * y + m[SK_OTHER][i];
             grad[at + k] = base[at + k] + (c == target[i] ? of_target : other);
         }

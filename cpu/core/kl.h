@@ -30,7 +30,8 @@ static inline sk_scale sk_scale_of(double T) {
         T, 1 / T, (real)(1 / T), log2e_T, sk_opaque(-127 / log2e_T), sk_opaque(SK_LEAST)};
 }
 
-static inline real sk_logit(real x, const sk_scale *t) { return x < t->least ? t->least : x; }
+/* least is SK_LEAST; in loops over classes, that of a scale. */
+static inline real sk_logit(real x, real least) { return x < least ? least : x; }
 
 /* e^(x/T) */
 static inline real sk_exp_of(real x, const sk_scale *t) {
@@ -39,7 +40,7 @@ static inline real sk_exp_of(real x, const sk_scale *t) {
 
 /* What the largest logit of a row makes its anchor: NaN where all are -inf, as softmax has it. */
 static inline real sk_anchor(real top) {
-    return top == -INFINITY ? (real)NAN : top < SK_LEAST ? SK_LEAST : top;
+    return top == -INFINITY ? (real)NAN : sk_logit(top, SK_LEAST);
 }
 
 /* How y = u/T - v/T' - gap is found: PLAIN is right as long as y is not much smaller than the gap,
@@ -124,7 +125,7 @@ SK_SPECIAL void sk_compare_group(enum sk_form form, bool both, enum sk_exps exps
 #pragma omp simd
         for (int k = 0; k < SK_LANES; k++) {
             const sk_split gap = {high[k], low[k]};
-            const real a = sk_logit(u[at + k], &t), b = sk_logit(v[at + k], &t);
+            const real a = sk_logit(u[at + k], t.least), b = sk_logit(v[at + k], t.least);
             const real p = exps == SK_REUSE ? e[kept + k] : sk_exp_of(a - hu[k], &t);
             const real q = sk_exp_of(b - hv[k], &t_v);
             const real y = sk_log_ratio(form, a, b, gap, &t, &t_v);

@@ -228,7 +228,7 @@ SK_SPECIAL void sk_pair_run_of(bool positions, bool close, const sk_scale *scale
 #pragma omp simd
         for (int k = 0; k < SK_LANES; k++) {
             const int64_t i = positions ? run.row + at + k : run.row;
-            const real a = sk_logit(u[at + k], &t), b = sk_logit(v[at + k], &t);
+            const real a = sk_logit(u[at + k], t.least), b = sk_logit(v[at + k], t.least);
             const real p = m[SK_U_FACTOR][i] * sk_exp_of(a - m[SK_U_SHIFT][i], &t);
             const real q = m[SK_V_FACTOR][i] * sk_exp_of(b - m[SK_V_SHIFT][i], &t);
             const sk_split gap = {m[SK_GAP_HIGH][i], m[SK_GAP_LOW][i]};

@@ -43,7 +43,7 @@ static inline sk_bad sk_bad_sum(const sk_arg *x, bool logs, int64_t N, int64_t C
                     const real *const a = lanes[g] + i * sk_pitch(&r);
 #pragma omp simd
                     for (int j = 0; j < SK_LANES; j++)
-                        part[j] += logs                ? sk_exp_of(sk_logit(a[j], &unit), &unit)
+                        part[j] += logs ? sk_exp_of(sk_logit(a[j], unit.least), &unit)
                                    : a[j] == -INFINITY ? 0
                                                        : a[j];
                 }
