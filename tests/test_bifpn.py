@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import harness
@@ -13,7 +13,7 @@ import selfkd
 import torch
 import torch.nn.functional as F
 from selfkd.bench import authors
-from selfkd.nn import BiFPN, PlainBiFPN
+from selfkd.nn import BiFPN, BiFPNSeg
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.skipif(
@@ -62,14 +62,17 @@ def make_maps(
 
 
 def run(
-    module: nn.Module, maps: Sequence[Tensor], probe: Sequence[Tensor] = ()
+    module: Callable[..., Any], maps: Sequence[Tensor], of: nn.Module | None = None
 ) -> dict[str, Tensor]:
-    """Results and all gradients, of a random projection of all results, by names."""
+    """Results and all gradients, of a random projection of all results, by names.
+
+    `of` has the parameters where `module` is a function.
+    """
     refined, logits = module(maps)
     outputs = [*refined, logits]
     torch.manual_seed(1)
     value = sum((x * torch.randn(x.shape, dtype=x.dtype)).sum() for x in outputs)
-    named = dict(module.named_parameters())
+    named = dict((of or module).named_parameters())
     grads = torch.autograd.grad(value, [*maps, *named.values()])
     found = {f"output {i}": x for i, x in enumerate(outputs)}
     found |= {f"input {i}": x for i, x in enumerate(grads[: len(maps)])}
@@ -164,7 +167,7 @@ def test_two_forward_passes_before_backward() -> None:
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("make", [BiFPN, PlainBiFPN])
+@pytest.mark.parametrize("make", [BiFPN, BiFPNSeg])
 def test_another_fusion(make: type[nn.Module]) -> None:
     """Each of them is given by `fuse`."""
     calls = 0
@@ -175,14 +178,14 @@ def test_another_fusion(make: type[nn.Module]) -> None:
         return selfkd.reference.bifpn_fuse(*maps, **arguments)
 
     channels, found = (4, 4, 4), []
-    arguments = ((4, 3), {"repeat": 2}) if make is PlainBiFPN else ((channels, CLASSES), {})
+    arguments = ((4, 3), {"repeat": 2}) if make is BiFPNSeg else ((channels, CLASSES), {})
     maps = make_maps(channels)
     for given in ({"fuse": fuse}, {}):
         torch.manual_seed(0)
         outputs = make(*arguments[0], **arguments[1], **given).double()(maps)
-        found.append(outputs if make is PlainBiFPN else [*outputs[0], outputs[1]])
+        found.append(outputs if make is BiFPNSeg else [*outputs[0], outputs[1]])
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
-    assert calls == (8 if make is PlainBiFPN else 4)
+    assert calls == (8 if make is BiFPNSeg else 4)
 
 
 @pytest.mark.parametrize("options", [{}, {"uniform_channels": 6}])
@@ -267,53 +270,131 @@ def test_what_does_not_fit() -> None:
             BiFPN.convert_authors_state_dict({key: maps[0]})
 
 
-# ---- plain sums, for segmentation ----
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_maps_before_activation(variant: str) -> None:
+    """As the authors' modules return them with preact=True; the logits are the same."""
+    ours, theirs = make_both(CHANNELS[3], **VARIANTS[variant])
+    maps = make_maps(CHANNELS[3])
+    before, plain = (
+        run(lambda x, preact=preact: ours(x, preact), maps, ours) for preact in (True, False)
+    )
+    assert_same(before, run(lambda x: theirs(x, preact=True), maps, theirs))
+    assert any((before[f"output {k}"] < 0).any() for k in range(3))
+    torch.testing.assert_close(before["output 3"], plain["output 3"])
+    for k in range(3):
+        torch.testing.assert_close(F.relu(before[f"output {k}"]), plain[f"output {k}"])
 
 
-def plain_layer(layer: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
-    """A layer as four sums of four maps, written out."""
+# ---- the segmentation neck ----
 
-    def node(block: nn.Sequential, *operands: Tensor) -> Tensor:
-        conv, norm, _ = block
-        x = sum(operands) * conv.weight.view(-1, 1, 1) + conv.bias.view(-1, 1, 1)
-        mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
-        x = (x - mean) / (var + norm.eps).sqrt()
-        return F.relu(x * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1))
-
-    def to(like: Tensor, x: Tensor, mode: str) -> Tensor:
-        return F.interpolate(x, like.shape[2:], mode=mode)
-
-    a, b, c, d = maps
-    down = list(layer.top_down)
-    c1 = node(down[2], c, to(c, d, "bilinear"))
-    b1 = node(down[1], b, to(b, c1, "bilinear"))
-    a1 = node(down[0], a, to(a, b1, "bilinear"))
-    if not len(layer.bottom_up):
-        return [a1, b1, c1, d]
-    b2 = node(layer.bottom_up[0], b, b1, to(b, a1, "nearest"))
-    c2 = node(layer.bottom_up[1], c, c1, to(c, b2, "nearest"))
-    return [a1, b2, c2, node(layer.bottom_up[2], d, to(d, c2, "nearest"))]
+SIZES: dict[str, list[tuple[int, int]]] = {  # of P2 to P7
+    "powers of two": [(32, 32), (16, 16), (8, 8), (4, 4), (2, 2), (1, 1)],
+    "odd": [(33, 33), (17, 17), (9, 9), (5, 5), (3, 3), (2, 2)],
+    "wide": [(16, 48), (8, 24), (4, 12), (2, 6), (1, 3), (1, 3)],
+    "odd, heights of another ratio": [(65, 129), (33, 65), (17, 33), (9, 17), (5, 9), (3, 5)],
+}
+NECKS = {"classifier": (3, True), "self-teacher": (2, False)}
 
 
-@pytest.mark.parametrize("bottom_up", [True, False])
-def test_plain_sums(bottom_up: bool) -> None:
-    """Two layers on four maps of which some are not twice as large as the next."""
-    module = PlainBiFPN(3, 4, repeat=2, bottom_up=bottom_up).double()
-    maps = [torch.randn(2, 3, *size).double() for size in ((13, 16), (7, 8), (4, 4), (2, 2))]
-    maps = [x.requires_grad_() for x in maps]
-    for parameter in module.parameters():
-        parameter.data.uniform_(0.5, 1.5)
-    expected: Sequence[Tensor] = maps
-    for layer in module.layers:
-        expected = plain_layer(layer, expected)
-    found = module(maps)
-    inputs = [*maps, *module.layers[0].parameters(), *module.layers[1].parameters()]
-    grads = [
-        torch.autograd.grad(sum((x * x.detach().cos()).sum() for x in outputs), inputs)
-        for outputs in (found, expected)
-    ]
-    for x, y in zip((*found, *grads[0]), (*expected, *grads[1]), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
-    assert [len(layer.bottom_up) for layer in module.layers] == [3, 3 * bottom_up]
-    with pytest.raises(ValueError, match="PlainBiFPN: levels is 1, expected 2 or more"):
-        PlainBiFPN(3, 1)
+def make_necks(neck: str) -> tuple[BiFPNSeg, nn.Sequential]:
+    """Both in float64, with parameters and statistics as after some steps."""
+    layers, bottom_up = NECKS[neck]
+    ours = BiFPNSeg(8, repeat=layers, bottom_up=bottom_up).double()
+    theirs = authors.seg_neck(8, layers, is_last=not bottom_up).double()
+    for name, x in theirs.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            x.uniform_(0.5, 1.5) if "running_var" in name else x.uniform_(-0.7, 1)
+    ours.load_state_dict(BiFPNSeg.convert_authors_state_dict(theirs.state_dict()))
+    return ours, theirs
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("neck", NECKS)
+def test_is_the_authors_neck(neck: str, sizes: str, training: bool) -> None:
+    """Results, gradients of maps and parameters, running statistics, over two passes."""
+    maps = [torch.randn(2, 8, *size).double().requires_grad_() for size in SIZES[sizes]]
+    both = make_necks(neck)
+    for _ in range(2):
+        found = []
+        for module in both:
+            outputs = module.train(training)(maps)
+            value = sum((x * x.detach().cos()).sum() for x in outputs)
+            grads = torch.autograd.grad(value, [*maps, *module.parameters()])
+            named = dict(zip((k for k, _ in module.named_parameters()), grads[6:], strict=True))
+            found.append([outputs, grads[:6], named | dict(module.named_buffers())])
+        expected = [*found[1][:2], BiFPNSeg.convert_authors_state_dict(found[1][2])]
+        for x, y in zip(found[0][:2], expected[:2], strict=True):
+            torch.testing.assert_close(tuple(x), tuple(y), rtol=1e-9, atol=1e-9)
+        assert found[0][2].keys() == expected[2].keys()
+        for name, x in found[0][2].items():
+            torch.testing.assert_close(x, expected[2][name], rtol=1e-9, atol=1e-9)
+
+
+def test_parameters_of_the_neck() -> None:
+    """8 channels, two layers of which the second is the last: 11 and 6 nodes of 32 parameters."""
+    both = BiFPNSeg(8, repeat=2, bottom_up=False), authors.seg_neck(8, 2, is_last=True)
+    assert [sum(x.numel() for x in module.parameters()) for module in both] == [544, 544]
+
+
+def test_a_neck_of_maps_that_the_authors_cannot_add() -> None:
+    """Of 7 x 8 positions above 13 x 16 theirs makes 14 x 16; here the map is brought to size."""
+    module = BiFPNSeg(3, 2, repeat=1, bottom_up=False).double()
+    maps = [torch.randn(2, 3, *size).double() for size in ((13, 16), (7, 8))]
+    fine, coarse = module.layers[0].top_down
+    above = coarse(maps[1])
+    expected = [fine(maps[0] + F.interpolate(above, (13, 16), mode="bilinear")), above]
+    torch.testing.assert_close(module(maps), expected)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_checkpoints_of_authors(prefix: str) -> None:
+    """Of DataParallel too; of a whole segmentation model one neck is taken."""
+    ours, theirs = make_necks("self-teacher")
+    state = theirs.state_dict()
+    whole = {f"{prefix}BiFPN2.{key}": x for key, x in state.items()}
+    whole |= {f"{prefix}BiFPN1.0.conv2up.0.bias": torch.ones(8), f"{prefix}head.weight": x0(state)}
+    for given in (
+        BiFPNSeg.convert_authors_state_dict({prefix + key: x for key, x in state.items()}),
+        BiFPNSeg.convert_authors_state_dict(whole, neck="BiFPN2"),
+    ):
+        twin = BiFPNSeg(8, repeat=2, bottom_up=False).double()
+        twin.load_state_dict(given)
+        for name, x in ours.state_dict().items():
+            assert torch.equal(twin.state_dict()[name], x)
+    _, bifpnc = make_both((3, 4, 6))
+    given = {prefix + key: x for key, x in bifpnc.state_dict().items()}
+    BiFPN((3, 4, 6), CLASSES).load_state_dict(BiFPN.convert_authors_state_dict(given))
+    with pytest.raises(ValueError, match="BiFPNSeg: state_dict has no key of BiFPN3"):
+        BiFPNSeg.convert_authors_state_dict(whole, neck="BiFPN3")
+    for key in (
+        "0.conv8up.0.weight",
+        "0.conv2dx.0.weight",
+        "BiFPN2.0.conv2up.0.bias",
+        "head.weight",
+    ):
+        with pytest.raises(ValueError, match=f"BiFPNSeg: state_dict has the key '{key}', expected"):
+            BiFPNSeg.convert_authors_state_dict({prefix + key: torch.ones(8)})
+
+
+def x0(state: dict[str, Tensor]) -> Tensor:
+    return next(iter(state.values()))
+
+
+def test_what_a_neck_refuses() -> None:
+    for arguments, sentence in (
+        ({"levels": 1}, "levels is 1, expected 2 or more"),
+        ({"repeat": 0}, "repeat is 0, expected 1 or more"),
+        ({"channels": 0}, "channels is 0, expected 1 or more"),
+    ):
+        with pytest.raises(ValueError, match=f"BiFPNSeg: {sentence}"):
+            BiFPNSeg(**{"channels": 3, "levels": 3} | arguments)
+    maps = [torch.randn(1, 3, 4, 4), torch.randn(1, 3, 2, 2)]
+    with pytest.raises(ValueError, match="BiFPNSeg: maps has length 2, expected 3"):
+        BiFPNSeg(3, 3)(maps)
+    with pytest.raises(TypeError, match=r"BiFPNSeg: maps\[1\] is None, expected a tensor"):
+        BiFPNSeg(3, 2)([maps[0], None])
+    with pytest.raises(
+        TypeError, match=r"BiFPNSeg: maps is a tensor of shape .*, expected a list of"
+    ):
+        BiFPNSeg(3, 2)(torch.randn(2, 3, 4, 4))

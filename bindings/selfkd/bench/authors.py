@@ -1,8 +1,9 @@
 """FRSKD's self-teachers in the structure of their authors' code, written from its description.
 
-What :class:`selfkd.nn.BiFPN` is compared with, in value by the tests and in time by the bench.
-Source: Ji et al., "Refine Myself by Teaching Myself", arXiv 2103.08273, and MingiJi/FRSKD,
-classification/models/bifpnc.py and bifpn.py. Names of parameters are those of its checkpoints.
+What :class:`selfkd.nn.BiFPN` and :class:`selfkd.nn.BiFPNSeg` are compared with, in value by the tests and
+in time by the bench. Source: Ji et al., "Refine Myself by Teaching Myself", arXiv 2103.08273, and
+MingiJi/FRSKD, classification/models/bifpnc.py and bifpn.py, segmentation/utils/BiFPN.py. Names of
+parameters are those of its checkpoints.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class Layer(nn.Module):
         terms: Iterator[Tensor] = (w * F.relu(x) for w, x in zip(weight, maps, strict=True))
         return functools.reduce(torch.add, terms)  # sum() would add the first to 0
 
-    def forward(self, feats: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, feats: Sequence[Tensor], preact: bool = False) -> list[Tensor]:
         feats = [F.relu(x) for x in feats]
         laterals = [lat(x) for lat, x in zip(self.lat_conv, feats, strict=False)] or feats
         skips = [lat(x) for lat, x in zip(self.lat_conv2, feats[1:], strict=True)]
@@ -100,7 +101,7 @@ class Layer(nn.Module):
             middle = path[i + 1 : -1][:1]
             fused = self.fuse(self.down_weight[i], skip, *middle, down)
             refined.append(self.down_conv[i](fused))
-        return [F.relu(x) for x in refined]
+        return refined if preact else [F.relu(x) for x in refined]
 
 
 class BiFPNc(nn.Module):
@@ -121,9 +122,9 @@ class BiFPNc(nn.Module):
         )
         self.fc = nn.Linear(widths[-1], classes)
 
-    def forward(self, feats: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    def forward(self, feats: Sequence[Tensor], preact: bool = False) -> tuple[list[Tensor], Tensor]:
         for layer in self.layers:
-            feats = layer(feats)
+            feats = layer(feats, preact and layer is self.layers[-1])
         return list(feats), self.fc(F.adaptive_avg_pool2d(F.relu(feats[-1]), 1).flatten(1))
 
 
@@ -146,7 +147,40 @@ class BiFPN(nn.Module):
         )
         self.linear = nn.Linear(width, classes)
 
-    def forward(self, feats: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    def forward(self, feats: Sequence[Tensor], preact: bool = False) -> tuple[list[Tensor], Tensor]:
         for layer in self.layers:
-            feats = layer(feats)
+            feats = layer(feats, preact and layer is self.layers[-1])
         return list(feats), self.linear(F.adaptive_avg_pool2d(F.relu(feats[-1]), 1).flatten(1))
+
+
+class SegLayer(nn.Module):
+    """A layer of the segmentation neck on the maps P2 to P7; the last has no bottom-up half."""
+
+    def __init__(self, channels: int, is_last: bool = False) -> None:
+        super().__init__()
+        self.is_last = is_last
+        nodes = [f"conv{level}up" for level in (7, 6, 5, 4, 3, 2)]
+        for name in nodes + [f"conv{level}dw" for level in (3, 4, 5, 6, 7)] * (not is_last):
+            conv = nn.Conv2d(channels, channels, 1, groups=channels)
+            self.add_module(name, nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU()))
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        given = dict(zip(range(2, 8), maps, strict=True))
+        up = {7: self.get_submodule("conv7up")(given[7])}
+        for level in (6, 5, 4, 3, 2):
+            x, above = given[level], up[level + 1]
+            resize = nn.Upsample(scale_factor=x.shape[3] / above.shape[3], mode="bilinear")
+            up[level] = self.get_submodule(f"conv{level}up")(x + resize(above))
+        if self.is_last:
+            return [up[level] for level in range(2, 8)]
+        out = {2: up[2]}
+        for level in (3, 4, 5, 6, 7):
+            below = F.interpolate(out[level - 1], given[level].shape[2:])
+            node = self.get_submodule(f"conv{level}dw")
+            out[level] = node(given[level] + up[level] + below)
+        return [out[level] for level in range(2, 8)]
+
+
+def seg_neck(channels: int, layers: int, is_last: bool) -> nn.Sequential:
+    """``BiFPN1`` (3 layers) or ``BiFPN2`` (2, the second of which is the last) of the segmentation model."""
+    return nn.Sequential(*(SegLayer(channels, is_last and r == layers - 1) for r in range(layers)))

@@ -2,8 +2,8 @@
 
 from .aikd import AIKDLoss, AIKDParts, Discriminator, PreviousEpoch
 from .bifpn import BiFPN
+from .bifpn_seg import BiFPNSeg
 from .frskd import FRSKDLoss, FRSKDParts
-from .plain_bifpn import PlainBiFPN
 from .schedules import frskd_rampup, sigmoid_rampup
 from .sd_dropout import SDDropout
 from .simreg import SimRegHead, SimRegLoss
@@ -12,10 +12,10 @@ __all__ = [
     "AIKDLoss",
     "AIKDParts",
     "BiFPN",
+    "BiFPNSeg",
     "Discriminator",
     "FRSKDLoss",
     "FRSKDParts",
-    "PlainBiFPN",
     "PreviousEpoch",
     "SDDropout",
     "SimRegHead",

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .. import arguments
 from ..bifpn_fuse import bifpn_fuse
 
 Fusion = Callable[..., torch.Tensor]
@@ -85,10 +86,13 @@ class _Node(nn.Module):
         self.conv = nn.ModuleList(_separable(channels) for _ in range(depth))
 
     def forward(self, maps: Sequence[torch.Tensor], resize: Sequence[str | None]) -> torch.Tensor:
+        """The last convolution's result, not rectified."""
         x = self.fuse(*maps, weight=self.weight, resize=resize)
-        for block in self.conv:
+        *first, last = self.conv
+        for block in first:
             x = F.relu_(block(x))  # batch norm does not keep what it returns
-        return x
+        found: torch.Tensor = last(x)
+        return found
 
 
 class _Layer(nn.Module):
@@ -115,17 +119,19 @@ class _Layer(nn.Module):
             _Node(k, width, depth[1], fuse) for k, width in zip(inputs, widths[1:], strict=True)
         )
 
-    def forward(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Refine maps that are rectified; so are the results."""
+    def forward(self, maps: Sequence[torch.Tensor], preact: bool = False) -> list[torch.Tensor]:
+        """Refine maps that are rectified; so are the results, unless `preact` wants them as they were."""
         laterals = list(maps)
         if self.lateral:
             laterals = [lateral(x) for lateral, x in zip(self.lateral, maps, strict=True)]
-        path = [F.relu(laterals[-1])]
+        rectified = F.relu if preact else F.relu_
+        path, before = [F.relu(laterals[-1])], laterals[-1]
         for i in reversed(range(len(maps) - 1)):
             # Convolution, norm and ReLU of each pixel alone come before the pixels are repeated.
             above = self.up[i](path[0]) if self.up else path[0]
-            path.insert(0, self.top_down[i]([laterals[i], above], (None, "nearest")))
-        refined = [path[0]]
+            before = self.top_down[i]([laterals[i], above], (None, "nearest"))
+            path.insert(0, rectified(before))
+        refined, results = [path[0]], [before]
         for i, node in enumerate(self.bottom_up, start=1):
             between = path[i:-1][:1]  # none at the top, where it would be the lateral
             operands = [self.skip[i - 1](maps[i]), *between, refined[-1]]
@@ -133,8 +139,9 @@ class _Layer(nn.Module):
             if self.down:  # these sizes are even, so that ceil_mode pads as TensorFlow does
                 pooled = F.max_pool2d(refined[-1], 3, 2, ceil_mode=True)
                 operands[-1], resize[-1] = self.down[i - 1](pooled), None
-            refined.append(node(operands, resize))
-        return refined
+            results.append(node(operands, resize))
+            refined.append(rectified(results[-1]))
+        return results if preact else refined
 
 
 class BiFPN(nn.Module):
@@ -219,7 +226,10 @@ class BiFPN(nn.Module):
         )
         self.head = nn.Linear(widths[-1], num_classes)
 
-    def forward(self, features: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    @arguments.public("BiFPN")
+    def forward(
+        self, features: Sequence[torch.Tensor], preact: bool = False
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Refined maps and logits.
 
         Parameters
@@ -227,12 +237,15 @@ class BiFPN(nn.Module):
         features
             Maps (N, C_i, H_i, W_i) of the classifier's stages, finest first, each twice as high and wide as
             the next. They get gradients; negative values count as 0.
+        preact
+            Return the maps as they are before the last ReLU, as the authors' module does for distillation
+            of features before activation (Heo et al., arXiv 1904.01866).
 
         Returns
         -------
         tuple
-            Maps (N, C'_i, H_i, W_i) that are not negative, to be distilled into `features`, with C'_i =
-            `width` * C_i or `uniform_channels`; and logits (N, K).
+            Maps (N, C'_i, H_i, W_i), not negative unless `preact`, to be distilled into `features`, with
+            C'_i = `width` * C_i or `uniform_channels`; and logits (N, K).
 
         Raises
         ------
@@ -243,9 +256,11 @@ class BiFPN(nn.Module):
         if features[0].device.type == "cpu":  # there convolutions work on channels_last
             features = [x.contiguous(memory_format=torch.channels_last) for x in features]
         maps = [F.relu(x) for x in features]
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             maps = layer(maps)
-        logits: torch.Tensor = self.head(maps[-1].mean((2, 3)))
+        maps = self.layers[-1](maps, preact)
+        last = F.relu(maps[-1]) if preact else maps[-1]
+        logits: torch.Tensor = self.head(last.mean((2, 3)))
         return maps, logits
 
     def _check(self, features: Sequence[torch.Tensor]) -> None:
@@ -270,7 +285,7 @@ class BiFPN(nn.Module):
         Parameters
         ----------
         state_dict
-            State dict of their self-teacher.
+            State dict of their self-teacher. A prefix ``module.``, which DataParallel leaves, is taken off.
 
         Returns
         -------
@@ -282,7 +297,12 @@ class BiFPN(nn.Module):
         ValueError
             A key that their modules do not have.
         """
-        return {_our_key(key): value for key, value in state_dict.items()}
+        return {_our_key(key): value for key, value in without_module(state_dict).items()}
+
+
+def without_module(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict without the prefix that DataParallel leaves."""
+    return {key.removeprefix("module."): value for key, value in state_dict.items()}
 
 
 def _our_key(key: str) -> str:
