@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import pickle
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -115,7 +116,8 @@ def hooked(kind: str) -> nn.Module:
     elif kind == "backward":
         head.register_full_backward_hook(lambda module, into, out: (2 * into[0],))
     else:
-        head.forward = lambda x: F.linear(x.sin(), head.weight)  # type: ignore[method-assign]
+        own = types.MethodType(lambda self, x: F.linear(x.sin(), self.weight), head)
+        head.forward = own  # type: ignore[method-assign]
     return head
 
 
