@@ -307,9 +307,15 @@ def divisor_tensor(op: str, divisor: Any, reduction: str, like: torch.Tensor) ->
     return torch.full((), divisor, dtype=dtype, device=like.device)
 
 
+def under_autocast(x: torch.Tensor) -> bool:
+    """Whether autocast is on for the device of `x`; the meta device has none."""
+    device = x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def same_dtype(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Under autocast two live inputs may differ: the narrower is cast to the wider."""
-    if u.dtype != v.dtype and torch.is_autocast_enabled(u.device.type):
+    if u.dtype != v.dtype and under_autocast(u):
         dtype = torch.promote_types(u.dtype, v.dtype)
         return u.to(dtype), v.to(dtype)
     return u, v

@@ -92,7 +92,7 @@ def describe(op: str, name: str, array: Any, written: bool = False) -> tuple[Ten
     A capsule of DLPack is never renamed, so its producer's destructor frees it: the array is only
     looked at.
     """
-    dtype = getattr(array, "dtype", None)
+    dtype: Any = getattr(array, "dtype", None)
     if hasattr(array, "__array_interface__") and dtype.kind in _CODES and dtype.isnative:
         return _of_numpy(op, name, array, written)
     try:

@@ -28,7 +28,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 def _in_dtype_of(judge: nn.Module, logits: torch.Tensor) -> torch.Tensor:
     """Logits in the dtype that a discriminator computes in; autocast sees to it itself."""
-    if torch.is_autocast_enabled(logits.device.type):
+    if arguments.under_autocast(logits):
         return logits
     floating = (x.dtype for x in judge.parameters() if x.is_floating_point())
     return logits.to(next(floating, logits.dtype))
