@@ -149,7 +149,7 @@ MODULES = {
             classes(n),
         ],
     ),
-    "PlainBiFPN": Module(lambda: nn.PlainBiFPN(3, 3, repeat=1), lambda n: [maps(n, 3, 3, 3)]),
+    "BiFPNSeg": Module(lambda: nn.BiFPNSeg(3, 3, repeat=1), lambda n: [maps(n, 3, 3, 3)]),
     "PreviousEpoch": Module(
         lambda: nn.PreviousEpoch(9, 5),
         lambda n: [torch.randperm(9), torch.randn(9, 5)],

@@ -13,7 +13,7 @@ import selfkd
 import torch
 import torch.nn.functional as F
 from selfkd.bench import authors
-from selfkd.nn import BiFPN, PlainBiFPN
+from selfkd.nn import BiFPN, BiFPNSeg
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.skipif(
@@ -61,11 +61,9 @@ def make_maps(
     return [torch.randn(batch, c, *s, dtype=torch.float64).requires_grad_() for c, s in pairs]
 
 
-def run(
-    module: nn.Module, maps: Sequence[Tensor], probe: Sequence[Tensor] = ()
-) -> dict[str, Tensor]:
+def run(module: nn.Module, maps: Sequence[Tensor], *, preact: bool = False) -> dict[str, Tensor]:
     """Results and all gradients, of a random projection of all results, by names."""
-    refined, logits = module(maps)
+    refined, logits = module(maps, preact)
     outputs = [*refined, logits]
     torch.manual_seed(1)
     value = sum((x * torch.randn(x.shape, dtype=x.dtype)).sum() for x in outputs)
@@ -104,6 +102,20 @@ def test_is_the_authors_module(variant: str, levels: int, training: bool) -> Non
         assert_same(run(ours.train(training), maps), run(theirs.train(training), maps))
     theirs_state = {k: x.double() for k, x in theirs.state_dict().items()}
     assert_same({k: x.double() for k, x in ours.state_dict().items()}, theirs_state)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_maps_before_their_last_relu(variant: str, training: bool) -> None:
+    """As the authors' bifpn(feats, preact=True): the same logits, maps without their last ReLU."""
+    ours, theirs = (x.train(training) for x in make_both(CHANNELS[4], **VARIANTS[variant]))
+    maps = make_maps(CHANNELS[4])
+    assert_same(run(ours, maps, preact=True), run(theirs, maps, preact=True))
+    raw, logits = ours.eval()(maps, preact=True)
+    refined, same = ours(maps, preact=False)
+    assert all((x < 0).any() for x in raw)
+    for x, y in zip((*(F.relu(x) for x in raw), logits), (*refined, same), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
 
 def test_an_odd_last_level_and_two_levels() -> None:
@@ -164,7 +176,7 @@ def test_two_forward_passes_before_backward() -> None:
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("make", [BiFPN, PlainBiFPN])
+@pytest.mark.parametrize("make", [BiFPN, BiFPNSeg])
 def test_another_fusion(make: type[nn.Module]) -> None:
     """Each of them is given by `fuse`."""
     calls = 0
@@ -175,14 +187,14 @@ def test_another_fusion(make: type[nn.Module]) -> None:
         return selfkd.reference.bifpn_fuse(*maps, **arguments)
 
     channels, found = (4, 4, 4), []
-    arguments = ((4, 3), {"repeat": 2}) if make is PlainBiFPN else ((channels, CLASSES), {})
+    arguments = ((4, 3), {"repeat": 2}) if make is BiFPNSeg else ((channels, CLASSES), {})
     maps = make_maps(channels)
     for given in ({"fuse": fuse}, {}):
         torch.manual_seed(0)
         outputs = make(*arguments[0], **arguments[1], **given).double()(maps)
-        found.append(outputs if make is PlainBiFPN else [*outputs[0], outputs[1]])
+        found.append(outputs if make is BiFPNSeg else [*outputs[0], outputs[1]])
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
-    assert calls == (8 if make is PlainBiFPN else 4)
+    assert calls == (8 if make is BiFPNSeg else 4)
 
 
 @pytest.mark.parametrize("options", [{}, {"uniform_channels": 6}])
@@ -262,58 +274,88 @@ def test_what_does_not_fit() -> None:
     sentence = r"BiFPN: features\[1\] has shape \(2, 4, 5, 4\), expected \(2, 4, 6, 4\)"
     with pytest.raises(ValueError, match=sentence):
         module([maps[0], maps[1][:, :, :5], maps[2]])
-    for key in ("layers.0.lat_conv.0.conv.0.2.bias", "layers.0.middle.0", "backbone.fc.weight"):
-        with pytest.raises(ValueError, match=f"BiFPN: state_dict has the key '{key}', expected"):
-            BiFPN.convert_authors_state_dict({key: maps[0]})
+    with pytest.raises(ValueError, match=r"features has length 4, expected 3 \(features\[-3:\]\)"):
+        module([maps[0], *maps])
+    sentence = r"BiFPN: features\[2\] has shape \(6, 3, 2\), expected 4 dimensions \(N, C, H, W\)"
+    with pytest.raises(ValueError, match=sentence):
+        module([*maps[:2], maps[2][0]])
+    for wrong, sentence in (
+        ([*maps[:2], maps[2].long()], r"features\[2\] has dtype int64, expected a floating dtype"),
+        ([x.detach().numpy() for x in maps], r"features\[0\] is a NumPy array, expected a tensor"),
+        (dict(enumerate(maps)), "features is a dict, expected a list of tensors"),
+        (maps[2], "features is a tensor of shape .*, expected a list of tensors"),
+        (None, "features is None, expected a list of tensors"),
+    ):
+        with pytest.raises(TypeError, match=f"^BiFPN: {sentence}"):
+            module(wrong)
+    with pytest.raises(
+        TypeError, match='BiFPN: preact is the string "yes", expected True or False'
+    ):
+        module(maps, "yes")
+    with pytest.raises(
+        TypeError, match="BiFPN: channels is the number 64, expected a list of whole"
+    ):
+        BiFPN(64, CLASSES)
+    with pytest.raises(ValueError, match="BiFPN: num_classes is 0, expected 1 or more"):
+        BiFPN((3, 4), 0)
 
 
-# ---- plain sums, for segmentation ----
+# ---- checkpoints ----
 
 
-def plain_layer(layer: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
-    """A layer as four sums of four maps, written out."""
-
-    def node(block: nn.Sequential, *operands: Tensor) -> Tensor:
-        conv, norm, _ = block
-        x = sum(operands) * conv.weight.view(-1, 1, 1) + conv.bias.view(-1, 1, 1)
-        mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
-        x = (x - mean) / (var + norm.eps).sqrt()
-        return F.relu(x * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1))
-
-    def to(like: Tensor, x: Tensor, mode: str) -> Tensor:
-        return F.interpolate(x, like.shape[2:], mode=mode)
-
-    a, b, c, d = maps
-    down = list(layer.top_down)
-    c1 = node(down[2], c, to(c, d, "bilinear"))
-    b1 = node(down[1], b, to(b, c1, "bilinear"))
-    a1 = node(down[0], a, to(a, b1, "bilinear"))
-    if not len(layer.bottom_up):
-        return [a1, b1, c1, d]
-    b2 = node(layer.bottom_up[0], b, b1, to(b, a1, "nearest"))
-    c2 = node(layer.bottom_up[1], c, c1, to(c, b2, "nearest"))
-    return [a1, b2, c2, node(layer.bottom_up[2], d, to(d, c2, "nearest"))]
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("prefix", ["", "module.", "3.", "module.net.module."])
+def test_authors_checkpoints(variant: str, prefix: str) -> None:
+    """Alone or within a larger one, wrapped by DataParallel or not: equal results after a strict load."""
+    _, theirs = make_both(CHANNELS[4], **VARIANTS[variant])
+    state = {prefix + key: x for key, x in theirs.state_dict().items()}
+    part = {"3.": "3", "module.net.module.": "net"}.get(prefix)
+    if part:
+        state |= {"0.conv1.weight": torch.ones(1), "33.fc.weight": torch.ones(1)}
+    ours = BiFPN(CHANNELS[4], CLASSES, **VARIANTS[variant]).double()
+    ours.load_state_dict(BiFPN.convert_authors_state_dict(state, part), strict=True)
+    maps = make_maps(CHANNELS[4])
+    assert_same(run(ours.eval(), maps), run(theirs.eval(), maps))
 
 
-@pytest.mark.parametrize("bottom_up", [True, False])
-def test_plain_sums(bottom_up: bool) -> None:
-    """Two layers on four maps of which some are not twice as large as the next."""
-    module = PlainBiFPN(3, 4, repeat=2, bottom_up=bottom_up).double()
-    maps = [torch.randn(2, 3, *size).double() for size in ((13, 16), (7, 8), (4, 4), (2, 2))]
-    maps = [x.requires_grad_() for x in maps]
-    for parameter in module.parameters():
-        parameter.data.uniform_(0.5, 1.5)
-    expected: Sequence[Tensor] = maps
-    for layer in module.layers:
-        expected = plain_layer(layer, expected)
-    found = module(maps)
-    inputs = [*maps, *module.layers[0].parameters(), *module.layers[1].parameters()]
-    grads = [
-        torch.autograd.grad(sum((x * x.detach().cos()).sum() for x in outputs), inputs)
-        for outputs in (found, expected)
-    ]
-    for x, y in zip((*found, *grads[0]), (*expected, *grads[1]), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
-    assert [len(layer.bottom_up) for layer in module.layers] == [3, 3 * bottom_up]
-    with pytest.raises(ValueError, match="PlainBiFPN: levels is 1, expected 2 or more"):
-        PlainBiFPN(3, 1)
+UNKNOWN = [
+    "backbone.fc.weight",
+    "fc.running_mean",
+    "layers.0.middle.0",
+    "layers.x.up_weight.0",
+    "layers.0.up_weight.0.weight",
+    "layers.0.lat_conv.0",
+    "layers.0.lat_conv.0.conv.0.0.bias",
+    "layers.0.lat_conv.0.conv.0.2.bias",
+    "layers.0.lat_conv.0.conv.1.0.weight",
+    "layers.0.lat_conv.0.1.conv.0.0.weight",
+    "layers.0.up_sample.0.conv.0.0.weight",
+    "layers.0.up_conv.0.conv.0.3.weight",
+    "layers.0.up_conv.0.conv.0.2.scale",
+    "layers.0.up_conv.0.conv.1.0.weight",
+    "layers.0.down_conv.0.conv.1.4.weight",
+    "layers.0.down_conv.0.conv.a.1.weight",
+    "layers.0.down_conv.0.conv.0.-1.weight",
+]
+
+
+@pytest.mark.parametrize("key", UNKNOWN)
+def test_a_key_that_the_authors_do_not_have(key: str) -> None:
+    sentence = f"^BiFPN: state_dict has the key '{key}', expected those of FRSKD's BiFPNc or BiFPN"
+    with pytest.raises(ValueError, match=sentence):
+        BiFPN.convert_authors_state_dict({key: torch.ones(1)})
+
+
+def test_state_dicts_that_cannot_be_converted() -> None:
+    module = BiFPN((3, 4), CLASSES)
+    with pytest.raises(
+        TypeError, match=r"state_dict is a module \(BiFPN\), expected a dict of tensors"
+    ):
+        BiFPN.convert_authors_state_dict(module)
+    twice = {"fc.weight": torch.ones(1), "module.fc.weight": torch.ones(1)}
+    with pytest.raises(ValueError, match=r"has 'module\.fc\.weight' twice, expected one"):
+        BiFPN.convert_authors_state_dict(twice)
+    with pytest.raises(ValueError, match=r'BiFPN: part is "teacher", expected one of bifpn, net$'):
+        BiFPN.convert_authors_state_dict(
+            {"module.net.fc.weight": 1, "bifpn.fc.weight": 1}, "teacher"
+        )

@@ -1,8 +1,9 @@
-"""FRSKD's self-teachers in the structure of their authors' code, written from its description.
+"""FRSKD's self-teachers and necks in the structure of their authors' code, written from its description.
 
-What :class:`selfkd.nn.BiFPN` is compared with, in value by the tests and in time by the bench.
-Source: Ji et al., "Refine Myself by Teaching Myself", arXiv 2103.08273, and MingiJi/FRSKD,
-classification/models/bifpnc.py and bifpn.py. Names of parameters are those of its checkpoints.
+What :class:`selfkd.nn.BiFPN` and :class:`selfkd.nn.BiFPNSeg` are compared with by the tests, the former
+by the bench too. Source: Ji et al., "Refine Myself by Teaching Myself", arXiv 2103.08273, and
+MingiJi/FRSKD, classification/models/bifpnc.py and bifpn.py, segmentation/utils/BiFPN.py. Names of
+parameters are those of its checkpoints.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class Layer(nn.Module):
         terms: Iterator[Tensor] = (w * F.relu(x) for w, x in zip(weight, maps, strict=True))
         return functools.reduce(torch.add, terms)  # sum() would add the first to 0
 
-    def forward(self, feats: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, feats: Sequence[Tensor], preact: bool = False) -> list[Tensor]:
         feats = [F.relu(x) for x in feats]
         laterals = [lat(x) for lat, x in zip(self.lat_conv, feats, strict=False)] or feats
         skips = [lat(x) for lat, x in zip(self.lat_conv2, feats[1:], strict=True)]
@@ -100,7 +101,16 @@ class Layer(nn.Module):
             middle = path[i + 1 : -1][:1]
             fused = self.fuse(self.down_weight[i], skip, *middle, down)
             refined.append(self.down_conv[i](fused))
-        return [F.relu(x) for x in refined]
+        return refined if preact else [F.relu(x) for x in refined]
+
+
+def through(
+    layers: nn.ModuleList, feats: Sequence[Tensor], preact: bool
+) -> tuple[list[Tensor], Tensor]:
+    """Maps of the last layer, not rectified if `preact`, and its pooled top, which always is."""
+    for r, layer in enumerate(layers):
+        feats = layer(feats, preact and r == len(layers) - 1)
+    return list(feats), F.adaptive_avg_pool2d(F.relu(feats[-1]), 1).flatten(1)
 
 
 class BiFPNc(nn.Module):
@@ -121,10 +131,9 @@ class BiFPNc(nn.Module):
         )
         self.fc = nn.Linear(widths[-1], classes)
 
-    def forward(self, feats: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        for layer in self.layers:
-            feats = layer(feats)
-        return list(feats), self.fc(F.adaptive_avg_pool2d(F.relu(feats[-1]), 1).flatten(1))
+    def forward(self, feats: Sequence[Tensor], preact: bool = False) -> tuple[list[Tensor], Tensor]:
+        feats, pooled = through(self.layers, feats, preact)
+        return feats, self.fc(pooled)
 
 
 class BiFPN(nn.Module):
@@ -146,7 +155,38 @@ class BiFPN(nn.Module):
         )
         self.linear = nn.Linear(width, classes)
 
-    def forward(self, feats: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        for layer in self.layers:
-            feats = layer(feats)
-        return list(feats), self.linear(F.adaptive_avg_pool2d(F.relu(feats[-1]), 1).flatten(1))
+    def forward(self, feats: Sequence[Tensor], preact: bool = False) -> tuple[list[Tensor], Tensor]:
+        feats, pooled = through(self.layers, feats, preact)
+        return feats, self.linear(pooled)
+
+
+class BiFPNSeg(nn.Module):
+    """One layer of the necks for segmentation, on maps P2 (the finest) to P7.
+
+    Bilinearly up by the ratio of the widths, by nearest neighbours down to the size; `is_last`: up alone.
+    """
+
+    def __init__(self, channels: int, is_last: bool = False) -> None:
+        super().__init__()
+        self.is_last = is_last
+        names = [f"conv{k}up" for k in range(7, 1, -1)]
+        if not is_last:
+            names += [f"conv{k}dw" for k in range(3, 8)]
+        for name in names:
+            conv = nn.Conv2d(channels, channels, 1, groups=channels)
+            self.add_module(name, nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU()))
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        given = dict(zip(range(2, 8), maps, strict=True))
+        up = {7: self.get_submodule("conv7up")(given[7])}
+        for k in range(6, 1, -1):
+            scale = given[k].shape[3] / up[k + 1].shape[3]
+            enlarged = F.interpolate(up[k + 1], scale_factor=scale, mode="bilinear")
+            up[k] = self.get_submodule(f"conv{k}up")(given[k] + enlarged)
+        if self.is_last:
+            return tuple(up[k] for k in given)
+        out = {2: up[2]}
+        for k in range(3, 8):
+            reduced = F.interpolate(out[k - 1], up[k].shape[2:])
+            out[k] = self.get_submodule(f"conv{k}dw")(given[k] + up[k] + reduced)
+        return tuple(out[k] for k in given)
