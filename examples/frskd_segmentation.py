@@ -1,6 +1,6 @@
 """FRSKD for segmentation: every pixel learns from a self-teacher on the network's own pyramid.
 
-Maps F leave a neck of plain sums (selfkd.nn.PlainBiFPN); the self-teacher is two more such layers, with
+Maps F leave a neck of plain sums (selfkd.nn.BiFPNSeg); the self-teacher is two more such layers, with
 maps G, and a head of its own, t. In the first two thirds of training only the cross-entropies count,
 which skip pixels of unknown label; then the weight of the rest rises.
 

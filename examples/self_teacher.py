@@ -11,7 +11,7 @@ import common
 import torch
 import torch.nn.functional as F
 from common import convolution
-from selfkd.nn import PlainBiFPN, sigmoid_rampup
+from selfkd.nn import BiFPNSeg, sigmoid_rampup
 from torch import Tensor, nn
 
 IGNORED = 255  # label of pixels that do not count
@@ -123,7 +123,7 @@ class Segmenter(nn.Module):
             for k, (a, b) in enumerate(pairwise(widths))
         )
         self.laterals = nn.ModuleList(nn.Conv2d(b, self.width, 1) for b in widths[1:])
-        self.neck = PlainBiFPN(self.width, self.levels, fuse=fuse)
+        self.neck = BiFPNSeg(self.width, self.levels, fuse=fuse)
         self.head = pixel_head(self.width, classes)
 
     def maps(self, images: Tensor) -> list[Tensor]:
@@ -147,7 +147,7 @@ class SegmenterTeacher(nn.Module):
     def __init__(self, classes: int, fuse: Callable[..., Tensor]) -> None:
         super().__init__()
         width, levels = Segmenter.width, Segmenter.levels
-        self.neck = PlainBiFPN(width, levels, repeat=2, bottom_up=False, fuse=fuse)
+        self.neck = BiFPNSeg(width, levels, repeat=2, bottom_up=False, fuse=fuse)
         self.head = pixel_head(width, classes)
 
     def forward(self, maps: list[Tensor]) -> tuple[list[Tensor], Tensor]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from selfkd.bench import authors
 from selfkd.nn import BiFPN, BiFPNSeg
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 pytestmark = pytest.mark.skipif(
     bool(harness.SIMT_LIBRARY), reason="the emulator has no PyTorch binding"
@@ -237,8 +238,10 @@ def test_compiled(options: dict[str, Any]) -> None:
         torch.testing.assert_close(twin.state_dict()[name], x)
 
 
-def test_autocast() -> None:
-    """Maps are bfloat16, gradients float32, and no further from the exact ones than the authors' are."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", ["autocast", "cast"])
+def test_narrow(way: str, dtype: torch.dtype) -> None:
+    """Gradients in the parameters' dtype are no further from the exact ones than the authors' are."""
     target = torch.arange(16) % CLASSES
     maps = [x.detach().float() for x in make_maps((6, 8, 12), batch=16)]
     errors = []
@@ -251,11 +254,77 @@ def test_autocast() -> None:
             return torch.cat([x.flatten().double() for x in grads])
 
         exact = gradient(module([x.double() for x in maps])[1])
-        with torch.autocast("cpu", torch.bfloat16):
-            refined, logits = module.float()(maps)
-        assert {x.dtype for x in (*refined, logits)} == {torch.bfloat16}
+        if way == "cast":
+            refined, logits = module.to(dtype)([x.to(dtype) for x in maps])
+        else:
+            with torch.autocast("cpu", dtype):
+                refined, logits = module.float()(maps)
+        assert {x.dtype for x in (*refined, logits)} == {dtype}
         errors.append(((gradient(logits) - exact).norm() / exact.norm()).item())
     assert errors[0] < 1.2 * errors[1] < 0.3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_narrow_running_statistics(momentum: float | None, dtype: torch.dtype) -> None:
+    """In half too those of the norms before the upsampling are the authors', which follow it."""
+    ours, theirs = (x.to(dtype) for x in make_both((3, 4, 6)))
+    for norm in (*ours.modules(), *theirs.modules()):
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.reset_running_stats()
+            norm.momentum = momentum
+    for _ in range(3):
+        maps = [x.detach().to(dtype) for x in make_maps((3, 4, 6), top=(1, 2))]
+        ours(maps), theirs(maps)
+    expected = BiFPN.convert_authors_state_dict(theirs.state_dict())
+    found = ours.state_dict()
+    for name in found:
+        if ".up." in name and "running" in name:
+            assert found[name].dtype == dtype
+            scale = expected[name].float().abs().max().item()
+            rounding = 8 * torch.finfo(dtype).eps * scale
+            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=rounding)
+
+
+class Net(nn.Module):
+    """A self-teacher on maps of an image, as within a network."""
+
+    def __init__(self, teacher: nn.Module) -> None:
+        super().__init__()
+        self.teacher = teacher
+
+    def forward(self, x: Tensor) -> Any:
+        maps = [x.narrow(1, 0, c) for c in (3, 4, 6)]
+        return self.teacher([F.avg_pool2d(y, 2**k) if k else y for k, y in enumerate(maps)])
+
+
+def test_weight_averaging() -> None:
+    """AveragedModel and update_bn, which starts the statistics again and takes the mean over all batches."""
+    images = [torch.randn(n, 6, 12, 8, dtype=torch.float64) for n in (4, 4, 2)]
+    states = []
+    for module in make_both((3, 4, 6)):
+        averaged = AveragedModel(Net(module))
+        averaged.update_parameters(Net(module))
+        update_bn(images, averaged)
+        states.append(averaged.module.teacher.state_dict())
+    expected = BiFPN.convert_authors_state_dict(states[1])
+    assert states[0].keys() == expected.keys()
+    for name, x in states[0].items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-12, atol=1e-12)
+
+
+def test_sync_batch_norm() -> None:
+    """All norms are replaced; names, parameters and results (without a GPU: in eval) stay."""
+    ours, _ = make_both((3, 4, 6))
+    maps = make_maps((3, 4, 6))
+    expected = run(ours.eval(), maps)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(ours))
+    norms = [x for x in synchronised.modules() if isinstance(x, nn.modules.batchnorm._BatchNorm)]
+    assert {type(x) for x in norms} == {nn.SyncBatchNorm}
+    assert synchronised.state_dict().keys() == ours.state_dict().keys()
+    found = run(synchronised.eval(), maps)
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name], x, rtol=1e-12, atol=1e-12)
 
 
 def test_what_does_not_fit() -> None:

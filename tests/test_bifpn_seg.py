@@ -63,7 +63,7 @@ def run(module: nn.Module, maps: Sequence[Tensor]) -> tuple[list[Tensor], dict[s
     """Results and gradients of the maps, in order; gradients of parameters, by name."""
     outputs = module(maps)
     torch.manual_seed(1)
-    value = sum((x * torch.randn(x.shape, dtype=x.dtype)).sum() for x in outputs)
+    value = sum((x.double() * torch.randn(x.shape, dtype=torch.float64)).sum() for x in outputs)
     named = dict(module.named_parameters())
     grads = torch.autograd.grad(value, [*maps, *named.values()])
     return [*outputs, *grads[: len(maps)]], dict(zip(named, grads[len(maps) :], strict=True))
@@ -143,6 +143,31 @@ def test_two_levels_of_sizes_that_do_not_fit(size: tuple[int, int]) -> None:
         assert_close(x, y)
     with pytest.raises(RuntimeError, match="must match the size"):
         authors.BiFPNSeg(3).double()([fine, *[coarse] * 5])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", ["autocast", "cast"])
+def test_narrow(way: str, dtype: torch.dtype) -> None:
+    """Results and gradients are no further from the exact ones than those of the authors' module are."""
+    ours, theirs = make_ours("BiFPN2"), make_theirs("BiFPN2")
+    ours.load_state_dict(BiFPNSeg.convert_authors_state_dict(theirs.state_dict()))
+    maps = make_maps(SIZES["odd"], batch=8)
+    errors = []
+    for module in (ours, theirs):
+        module.load_state_dict({name: x.float() for name, x in module.state_dict().items()})
+        exact, exact_grads = run(module, maps)
+        given = [x.detach().float().requires_grad_() for x in maps]
+        if way == "cast":
+            given = [x.detach().to(dtype).requires_grad_() for x in maps]
+            found, grads = run(module.to(dtype), given)
+        else:
+            with torch.autocast("cpu", dtype):
+                found, grads = run(module.float(), given)
+        pairs = [*zip(found, exact, strict=True)]
+        pairs += [(grads[name], exact_grads[name]) for name in grads]
+        distance = torch.stack([(x.double() - y).norm() for x, y in pairs]).norm()
+        errors.append((distance / torch.stack([y.norm() for _, y in pairs]).norm()).item())
+    assert errors[0] < 1.2 * errors[1] < 0.3
 
 
 def test_inputs_are_not_written() -> None:
