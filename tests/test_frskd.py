@@ -290,8 +290,11 @@ def test_numbers(name: str, generator: torch.Generator) -> None:
         FRSKDLoss(**{name: True})
     del criterion.__dict__[name]  # a module keeps a parameter elsewhere
     setattr(criterion, name, learned)
-    with pytest.raises(ValueError, match=sentence):
+    op = "FRSKDLoss" if name in ("alpha", "beta") else "distill"
+    with pytest.raises(ValueError, match=f"^{op}: {name} requires grad, expected one without"):
         criterion(*given)
+    with pytest.raises(ValueError, match=f": {name} requires grad, expected one without"):
+        criterion(*given[:4], given[0].detach().softmax(1))
 
 
 def test_ramp_and_lam(generator: torch.Generator) -> None:

@@ -53,7 +53,8 @@ def _accumulator(first: torch.Tensor) -> torch.dtype:
 
 def _as_read(weight: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
     """The weight as it is read; a gradient comes back in its own dtype, as of a module in half."""
-    return weight.to(_accumulator(first)) if weight.is_floating_point() else weight
+    dtype = _accumulator(first)
+    return weight if weight.dtype == dtype or not weight.is_floating_point() else weight.to(dtype)
 
 
 @arguments.public(_OP, learns=True)

@@ -404,10 +404,8 @@ def _our_key(key: str) -> str | None:
         case "up_sample" | "down_sample", ["1", "conv", "0", k, name]:
             entry = _entry(_CONV_NORM, k, name)
         case "up_conv" | "down_conv", ["conv", j, k, name] if j.isdigit():
-            members = (
-                _SEPARABLE if j == "0" else ("", *_SEPARABLE)
-            )  # all but the first: after a ReLU
-            entry = _entry(members, k, name)
+            relu = [] if j == "0" else [""]  # begins all but the first
+            entry = _entry([*relu, *_SEPARABLE], k, name)
             entry = entry and f"conv.{j}.{entry}"
     return entry and f"layers.{r}.{part}.{i}.{entry}"
 

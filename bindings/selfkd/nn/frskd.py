@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,24 +16,17 @@ from ..attention import attention
 from ..distill import distill
 
 _OP = "FRSKDLoss"
-_RULES = {
-    "alpha": "NONNEGATIVE",
-    "beta": "NONNEGATIVE",
-    "temperature": "POSITIVE",
-    "ramp": "NONNEGATIVE",
-    "label_smoothing": "FRACTION",
-    "lam": "FRACTION",
-}
 _REFERENCES = (
     "compose the loss of selfkd.reference.distill and selfkd.reference.attention, which give it one"
 )
 _Target = torch.Tensor | tuple[torch.Tensor, torch.Tensor, float]
 
 
-def _number(name: str, value: Any) -> Any:
-    """`value` as a Python number of its range."""
+def _number(name: str, value: Any, rule: str = "NONNEGATIVE") -> Any:
+    """`value` as a Python number within the range of a rule of the contracts."""
     found = arguments.number(_OP, name, value, _REFERENCES)
-    contract.number_rule(_OP, name, found, _RULES[name])
+    if rule != "NONNEGATIVE" or not 0 <= found < math.inf:
+        contract.number_rule(_OP, name, found, rule)
     return found
 
 
@@ -101,8 +95,8 @@ class FRSKDLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.alpha, self.beta = _number("alpha", alpha), _number("beta", beta)
-        self.temperature = _number("temperature", temperature)
-        self.label_smoothing = _number("label_smoothing", label_smoothing)
+        self.temperature = _number("temperature", temperature, "POSITIVE")
+        self.label_smoothing = _number("label_smoothing", label_smoothing, "FRACTION")
         self.ignore_index = arguments.integer(_OP, "ignore_index", ignore_index)
 
     @arguments.public(_OP)
@@ -139,14 +133,10 @@ class FRSKDLoss(nn.Module):
         TypeError, ValueError
             An argument, or an attribute that was set, that is not accepted.
         """
-        alpha, beta, temperature = (
-            _number(name, getattr(self, name)) for name in ("alpha", "beta", "temperature")
-        )
+        # Those that are multiplied here; of the others distill says what is wrong.
         ramp = _number("ramp", ramp)
-        options = {
-            "label_smoothing": _number("label_smoothing", self.label_smoothing),
-            "ignore_index": arguments.integer(_OP, "ignore_index", self.ignore_index),
-        }
+        alpha, beta = ramp * _number("alpha", self.alpha), ramp * _number("beta", self.beta)
+        options = {"label_smoothing": self.label_smoothing, "ignore_index": self.ignore_index}
         labels = _labels(target)
         # What of the classifier's cross-entropy goes with the soft labels in one pass, and the rest.
         (share, y), *rest = labels
@@ -158,8 +148,8 @@ class FRSKDLoss(nn.Module):
             fused,
             teacher_logits.detach(),
             ce_weight=share,
-            teacher_weights=ramp * alpha,
-            temperature=temperature,
+            teacher_weights=alpha,
+            temperature=self.temperature,
             return_parts=True,
             **options,
         )
@@ -169,9 +159,9 @@ class FRSKDLoss(nn.Module):
         terms = [_cross_entropy(teacher_logits, *label, options) for label in labels]
         teacher_ce = functools.reduce(torch.add, terms)
         loss = loss + teacher_ce
-        if ramp * beta == 0:
+        if beta == 0:
             return loss, FRSKDParts(ce, teacher_ce.detach(), kl, torch.zeros_like(kl))
-        transfer = ramp * beta * _transfer(_levels(features), _levels(teacher_features))
+        transfer = beta * _transfer(_levels(features), _levels(teacher_features))
         return loss + transfer, FRSKDParts(ce, teacher_ce.detach(), kl, transfer.detach())
 
     def extra_repr(self) -> str:
@@ -191,7 +181,7 @@ def _labels(target: Any) -> list[tuple[float, torch.Tensor]]:
         )
     for name, y in zip(("y_a", "y_b"), target[:2], strict=True):
         arguments.tensor(_OP, name, y)
-    lam = _number("lam", target[2])
+    lam = _number("lam", target[2], "FRACTION")
     return [(lam, target[0]), (1 - lam, target[1])]
 
 
@@ -206,7 +196,8 @@ def _cross_entropy(
             f"{_OP}: ignore_index is {options['ignore_index']}, expected -100 with a target of probabilities"
         )
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return share * F.cross_entropy(logits.to(dtype), y.to(dtype), **options)
+    smoothing = _number("label_smoothing", options["label_smoothing"], "FRACTION")
+    return share * F.cross_entropy(logits.to(dtype), y.to(dtype), label_smoothing=smoothing)
 
 
 def _levels(maps: Any) -> Any:
@@ -232,4 +223,4 @@ def _transfer(
         attention(student, teacher.detach())
         for student, teacher in zip(features, teacher_features, strict=True)
     ]
-    return torch.stack(levels).sum()
+    return functools.reduce(torch.add, levels)
