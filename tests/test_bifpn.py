@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import harness
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from selfkd.bench import authors
 from selfkd.nn import BiFPN, BiFPNSeg
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 pytestmark = pytest.mark.skipif(
     bool(harness.SIMT_LIBRARY), reason="the emulator has no PyTorch binding"
@@ -61,18 +62,13 @@ def make_maps(
     return [torch.randn(batch, c, *s, dtype=torch.float64).requires_grad_() for c, s in pairs]
 
 
-def run(
-    module: Callable[..., Any], maps: Sequence[Tensor], of: nn.Module | None = None
-) -> dict[str, Tensor]:
-    """Results and all gradients, of a random projection of all results, by names.
-
-    `of` has the parameters where `module` is a function.
-    """
-    refined, logits = module(maps)
+def run(module: nn.Module, maps: Sequence[Tensor], *, preact: bool = False) -> dict[str, Tensor]:
+    """Results and all gradients, of a random projection of all results, by names."""
+    refined, logits = module(maps, preact)
     outputs = [*refined, logits]
     torch.manual_seed(1)
     value = sum((x * torch.randn(x.shape, dtype=x.dtype)).sum() for x in outputs)
-    named = dict((of or module).named_parameters())
+    named = dict(module.named_parameters())
     grads = torch.autograd.grad(value, [*maps, *named.values()])
     found = {f"output {i}": x for i, x in enumerate(outputs)}
     found |= {f"input {i}": x for i, x in enumerate(grads[: len(maps)])}
@@ -107,6 +103,20 @@ def test_is_the_authors_module(variant: str, levels: int, training: bool) -> Non
         assert_same(run(ours.train(training), maps), run(theirs.train(training), maps))
     theirs_state = {k: x.double() for k, x in theirs.state_dict().items()}
     assert_same({k: x.double() for k, x in ours.state_dict().items()}, theirs_state)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_maps_before_their_last_relu(variant: str, training: bool) -> None:
+    """As the authors' bifpn(feats, preact=True): the same logits, maps without their last ReLU."""
+    ours, theirs = (x.train(training) for x in make_both(CHANNELS[4], **VARIANTS[variant]))
+    maps = make_maps(CHANNELS[4])
+    assert_same(run(ours, maps, preact=True), run(theirs, maps, preact=True))
+    raw, logits = ours.eval()(maps, preact=True)
+    refined, same = ours(maps, preact=False)
+    assert all((x < 0).any() for x in raw)
+    for x, y in zip((*(F.relu(x) for x in raw), logits), (*refined, same), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
 
 def test_an_odd_last_level_and_two_levels() -> None:
@@ -228,8 +238,10 @@ def test_compiled(options: dict[str, Any]) -> None:
         torch.testing.assert_close(twin.state_dict()[name], x)
 
 
-def test_autocast() -> None:
-    """Maps are bfloat16, gradients float32, and no further from the exact ones than the authors' are."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", ["autocast", "cast"])
+def test_narrow(way: str, dtype: torch.dtype) -> None:
+    """Gradients in the parameters' dtype are no further from the exact ones than the authors' are."""
     target = torch.arange(16) % CLASSES
     maps = [x.detach().float() for x in make_maps((6, 8, 12), batch=16)]
     errors = []
@@ -242,11 +254,77 @@ def test_autocast() -> None:
             return torch.cat([x.flatten().double() for x in grads])
 
         exact = gradient(module([x.double() for x in maps])[1])
-        with torch.autocast("cpu", torch.bfloat16):
-            refined, logits = module.float()(maps)
-        assert {x.dtype for x in (*refined, logits)} == {torch.bfloat16}
+        if way == "cast":
+            refined, logits = module.to(dtype)([x.to(dtype) for x in maps])
+        else:
+            with torch.autocast("cpu", dtype):
+                refined, logits = module.float()(maps)
+        assert {x.dtype for x in (*refined, logits)} == {dtype}
         errors.append(((gradient(logits) - exact).norm() / exact.norm()).item())
     assert errors[0] < 1.2 * errors[1] < 0.3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_narrow_running_statistics(momentum: float | None, dtype: torch.dtype) -> None:
+    """In half too those of the norms before the upsampling are the authors', which follow it."""
+    ours, theirs = (x.to(dtype) for x in make_both((3, 4, 6)))
+    for norm in (*ours.modules(), *theirs.modules()):
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.reset_running_stats()
+            norm.momentum = momentum
+    for _ in range(3):
+        maps = [x.detach().to(dtype) for x in make_maps((3, 4, 6), top=(1, 2))]
+        ours(maps), theirs(maps)
+    expected = BiFPN.convert_authors_state_dict(theirs.state_dict())
+    found = ours.state_dict()
+    for name in found:
+        if ".up." in name and "running" in name:
+            assert found[name].dtype == dtype
+            scale = expected[name].float().abs().max().item()
+            rounding = 8 * torch.finfo(dtype).eps * scale
+            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=rounding)
+
+
+class Net(nn.Module):
+    """A self-teacher on maps of an image, as within a network."""
+
+    def __init__(self, teacher: nn.Module) -> None:
+        super().__init__()
+        self.teacher = teacher
+
+    def forward(self, x: Tensor) -> Any:
+        maps = [x.narrow(1, 0, c) for c in (3, 4, 6)]
+        return self.teacher([F.avg_pool2d(y, 2**k) if k else y for k, y in enumerate(maps)])
+
+
+def test_weight_averaging() -> None:
+    """AveragedModel and update_bn, which starts the statistics again and takes the mean over all batches."""
+    images = [torch.randn(n, 6, 12, 8, dtype=torch.float64) for n in (4, 4, 2)]
+    states = []
+    for module in make_both((3, 4, 6)):
+        averaged = AveragedModel(Net(module))
+        averaged.update_parameters(Net(module))
+        update_bn(images, averaged)
+        states.append(averaged.module.teacher.state_dict())
+    expected = BiFPN.convert_authors_state_dict(states[1])
+    assert states[0].keys() == expected.keys()
+    for name, x in states[0].items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-12, atol=1e-12)
+
+
+def test_sync_batch_norm() -> None:
+    """All norms are replaced; names, parameters and results (without a GPU: in eval) stay."""
+    ours, _ = make_both((3, 4, 6))
+    maps = make_maps((3, 4, 6))
+    expected = run(ours.eval(), maps)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(ours))
+    norms = [x for x in synchronised.modules() if isinstance(x, nn.modules.batchnorm._BatchNorm)]
+    assert {type(x) for x in norms} == {nn.SyncBatchNorm}
+    assert synchronised.state_dict().keys() == ours.state_dict().keys()
+    found = run(synchronised.eval(), maps)
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name], x, rtol=1e-12, atol=1e-12)
 
 
 def test_what_does_not_fit() -> None:
@@ -265,136 +343,88 @@ def test_what_does_not_fit() -> None:
     sentence = r"BiFPN: features\[1\] has shape \(2, 4, 5, 4\), expected \(2, 4, 6, 4\)"
     with pytest.raises(ValueError, match=sentence):
         module([maps[0], maps[1][:, :, :5], maps[2]])
-    for key in ("layers.0.lat_conv.0.conv.0.2.bias", "layers.0.middle.0", "backbone.fc.weight"):
-        with pytest.raises(ValueError, match=f"BiFPN: state_dict has the key '{key}', expected"):
-            BiFPN.convert_authors_state_dict({key: maps[0]})
+    with pytest.raises(ValueError, match=r"features has length 4, expected 3 \(features\[-3:\]\)"):
+        module([maps[0], *maps])
+    sentence = r"BiFPN: features\[2\] has shape \(6, 3, 2\), expected 4 dimensions \(N, C, H, W\)"
+    with pytest.raises(ValueError, match=sentence):
+        module([*maps[:2], maps[2][0]])
+    for wrong, sentence in (
+        ([*maps[:2], maps[2].long()], r"features\[2\] has dtype int64, expected a floating dtype"),
+        ([x.detach().numpy() for x in maps], r"features\[0\] is a NumPy array, expected a tensor"),
+        (dict(enumerate(maps)), "features is a dict, expected a list of tensors"),
+        (maps[2], "features is a tensor of shape .*, expected a list of tensors"),
+        (None, "features is None, expected a list of tensors"),
+    ):
+        with pytest.raises(TypeError, match=f"^BiFPN: {sentence}"):
+            module(wrong)
+    with pytest.raises(
+        TypeError, match='BiFPN: preact is the string "yes", expected True or False'
+    ):
+        module(maps, "yes")
+    with pytest.raises(
+        TypeError, match="BiFPN: channels is the number 64, expected a list of whole"
+    ):
+        BiFPN(64, CLASSES)
+    with pytest.raises(ValueError, match="BiFPN: num_classes is 0, expected 1 or more"):
+        BiFPN((3, 4), 0)
+
+
+# ---- checkpoints ----
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_maps_before_activation(variant: str) -> None:
-    """As the authors' modules return them with preact=True; the logits are the same."""
-    ours, theirs = make_both(CHANNELS[3], **VARIANTS[variant])
-    maps = make_maps(CHANNELS[3])
-    before, plain = (
-        run(lambda x, preact=preact: ours(x, preact), maps, ours) for preact in (True, False)
-    )
-    assert_same(before, run(lambda x: theirs(x, preact=True), maps, theirs))
-    assert any((before[f"output {k}"] < 0).any() for k in range(3))
-    torch.testing.assert_close(before["output 3"], plain["output 3"])
-    for k in range(3):
-        torch.testing.assert_close(F.relu(before[f"output {k}"]), plain[f"output {k}"])
+@pytest.mark.parametrize("prefix", ["", "module.", "3.", "module.net.module."])
+def test_authors_checkpoints(variant: str, prefix: str) -> None:
+    """Alone or within a larger one, wrapped by DataParallel or not: equal results after a strict load."""
+    _, theirs = make_both(CHANNELS[4], **VARIANTS[variant])
+    state = {prefix + key: x for key, x in theirs.state_dict().items()}
+    part = {"3.": "3", "module.net.module.": "net"}.get(prefix)
+    if part:
+        state |= {"0.conv1.weight": torch.ones(1), "33.fc.weight": torch.ones(1)}
+    ours = BiFPN(CHANNELS[4], CLASSES, **VARIANTS[variant]).double()
+    ours.load_state_dict(BiFPN.convert_authors_state_dict(state, part), strict=True)
+    maps = make_maps(CHANNELS[4])
+    assert_same(run(ours.eval(), maps), run(theirs.eval(), maps))
 
 
-# ---- the segmentation neck ----
-
-SIZES: dict[str, list[tuple[int, int]]] = {  # of P2 to P7
-    "powers of two": [(32, 32), (16, 16), (8, 8), (4, 4), (2, 2), (1, 1)],
-    "odd": [(33, 33), (17, 17), (9, 9), (5, 5), (3, 3), (2, 2)],
-    "wide": [(16, 48), (8, 24), (4, 12), (2, 6), (1, 3), (1, 3)],
-    "odd, heights of another ratio": [(65, 129), (33, 65), (17, 33), (9, 17), (5, 9), (3, 5)],
-}
-NECKS = {"classifier": (3, True), "self-teacher": (2, False)}
-
-
-def make_necks(neck: str) -> tuple[BiFPNSeg, nn.Sequential]:
-    """Both in float64, with parameters and statistics as after some steps."""
-    layers, bottom_up = NECKS[neck]
-    ours = BiFPNSeg(8, repeat=layers, bottom_up=bottom_up).double()
-    theirs = authors.seg_neck(8, layers, is_last=not bottom_up).double()
-    for name, x in theirs.state_dict().items():
-        if not name.endswith("num_batches_tracked"):
-            x.uniform_(0.5, 1.5) if "running_var" in name else x.uniform_(-0.7, 1)
-    ours.load_state_dict(BiFPNSeg.convert_authors_state_dict(theirs.state_dict()))
-    return ours, theirs
+UNKNOWN = [
+    "backbone.fc.weight",
+    "fc.running_mean",
+    "layers.0.middle.0",
+    "layers.x.up_weight.0",
+    "layers.0.up_weight.0.weight",
+    "layers.0.lat_conv.0",
+    "layers.0.lat_conv.0.conv.0.0.bias",
+    "layers.0.lat_conv.0.conv.0.2.bias",
+    "layers.0.lat_conv.0.conv.1.0.weight",
+    "layers.0.lat_conv.0.1.conv.0.0.weight",
+    "layers.0.up_sample.0.conv.0.0.weight",
+    "layers.0.up_conv.0.conv.0.3.weight",
+    "layers.0.up_conv.0.conv.0.2.scale",
+    "layers.0.up_conv.0.conv.1.0.weight",
+    "layers.0.down_conv.0.conv.1.4.weight",
+    "layers.0.down_conv.0.conv.a.1.weight",
+    "layers.0.down_conv.0.conv.0.-1.weight",
+]
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("neck", NECKS)
-def test_is_the_authors_neck(neck: str, sizes: str, training: bool) -> None:
-    """Results, gradients of maps and parameters, running statistics, over two passes."""
-    maps = [torch.randn(2, 8, *size).double().requires_grad_() for size in SIZES[sizes]]
-    both = make_necks(neck)
-    for _ in range(2):
-        found = []
-        for module in both:
-            outputs = module.train(training)(maps)
-            value = sum((x * x.detach().cos()).sum() for x in outputs)
-            grads = torch.autograd.grad(value, [*maps, *module.parameters()])
-            named = dict(zip((k for k, _ in module.named_parameters()), grads[6:], strict=True))
-            found.append([outputs, grads[:6], named | dict(module.named_buffers())])
-        expected = [*found[1][:2], BiFPNSeg.convert_authors_state_dict(found[1][2])]
-        for x, y in zip(found[0][:2], expected[:2], strict=True):
-            torch.testing.assert_close(tuple(x), tuple(y), rtol=1e-9, atol=1e-9)
-        assert found[0][2].keys() == expected[2].keys()
-        for name, x in found[0][2].items():
-            torch.testing.assert_close(x, expected[2][name], rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize("key", UNKNOWN)
+def test_a_key_that_the_authors_do_not_have(key: str) -> None:
+    sentence = f"^BiFPN: state_dict has the key '{key}', expected those of FRSKD's BiFPNc or BiFPN"
+    with pytest.raises(ValueError, match=sentence):
+        BiFPN.convert_authors_state_dict({key: torch.ones(1)})
 
 
-def test_parameters_of_the_neck() -> None:
-    """8 channels, two layers of which the second is the last: 11 and 6 nodes of 32 parameters."""
-    both = BiFPNSeg(8, repeat=2, bottom_up=False), authors.seg_neck(8, 2, is_last=True)
-    assert [sum(x.numel() for x in module.parameters()) for module in both] == [544, 544]
-
-
-def test_a_neck_of_maps_that_the_authors_cannot_add() -> None:
-    """Of 7 x 8 positions above 13 x 16 theirs makes 14 x 16; here the map is brought to size."""
-    module = BiFPNSeg(3, 2, repeat=1, bottom_up=False).double()
-    maps = [torch.randn(2, 3, *size).double() for size in ((13, 16), (7, 8))]
-    fine, coarse = module.layers[0].top_down
-    above = coarse(maps[1])
-    expected = [fine(maps[0] + F.interpolate(above, (13, 16), mode="bilinear")), above]
-    torch.testing.assert_close(module(maps), expected)
-
-
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_checkpoints_of_authors(prefix: str) -> None:
-    """Of DataParallel too; of a whole segmentation model one neck is taken."""
-    ours, theirs = make_necks("self-teacher")
-    state = theirs.state_dict()
-    whole = {f"{prefix}BiFPN2.{key}": x for key, x in state.items()}
-    whole |= {f"{prefix}BiFPN1.0.conv2up.0.bias": torch.ones(8), f"{prefix}head.weight": x0(state)}
-    for given in (
-        BiFPNSeg.convert_authors_state_dict({prefix + key: x for key, x in state.items()}),
-        BiFPNSeg.convert_authors_state_dict(whole, neck="BiFPN2"),
-    ):
-        twin = BiFPNSeg(8, repeat=2, bottom_up=False).double()
-        twin.load_state_dict(given)
-        for name, x in ours.state_dict().items():
-            assert torch.equal(twin.state_dict()[name], x)
-    _, bifpnc = make_both((3, 4, 6))
-    given = {prefix + key: x for key, x in bifpnc.state_dict().items()}
-    BiFPN((3, 4, 6), CLASSES).load_state_dict(BiFPN.convert_authors_state_dict(given))
-    with pytest.raises(ValueError, match="BiFPNSeg: state_dict has no key of BiFPN3"):
-        BiFPNSeg.convert_authors_state_dict(whole, neck="BiFPN3")
-    for key in (
-        "0.conv8up.0.weight",
-        "0.conv2dx.0.weight",
-        "BiFPN2.0.conv2up.0.bias",
-        "head.weight",
-    ):
-        with pytest.raises(ValueError, match=f"BiFPNSeg: state_dict has the key '{key}', expected"):
-            BiFPNSeg.convert_authors_state_dict({prefix + key: torch.ones(8)})
-
-
-def x0(state: dict[str, Tensor]) -> Tensor:
-    return next(iter(state.values()))
-
-
-def test_what_a_neck_refuses() -> None:
-    for arguments, sentence in (
-        ({"levels": 1}, "levels is 1, expected 2 or more"),
-        ({"repeat": 0}, "repeat is 0, expected 1 or more"),
-        ({"channels": 0}, "channels is 0, expected 1 or more"),
-    ):
-        with pytest.raises(ValueError, match=f"BiFPNSeg: {sentence}"):
-            BiFPNSeg(**{"channels": 3, "levels": 3} | arguments)
-    maps = [torch.randn(1, 3, 4, 4), torch.randn(1, 3, 2, 2)]
-    with pytest.raises(ValueError, match="BiFPNSeg: maps has length 2, expected 3"):
-        BiFPNSeg(3, 3)(maps)
-    with pytest.raises(TypeError, match=r"BiFPNSeg: maps\[1\] is None, expected a tensor"):
-        BiFPNSeg(3, 2)([maps[0], None])
+def test_state_dicts_that_cannot_be_converted() -> None:
+    module = BiFPN((3, 4), CLASSES)
     with pytest.raises(
-        TypeError, match=r"BiFPNSeg: maps is a tensor of shape .*, expected a list of"
+        TypeError, match=r"state_dict is a module \(BiFPN\), expected a dict of tensors"
     ):
-        BiFPNSeg(3, 2)(torch.randn(2, 3, 4, 4))
+        BiFPN.convert_authors_state_dict(module)
+    twice = {"fc.weight": torch.ones(1), "module.fc.weight": torch.ones(1)}
+    with pytest.raises(ValueError, match=r"has 'module\.fc\.weight' twice, expected one"):
+        BiFPN.convert_authors_state_dict(twice)
+    with pytest.raises(ValueError, match=r'BiFPN: part is "teacher", expected one of bifpn, net$'):
+        BiFPN.convert_authors_state_dict(
+            {"module.net.fc.weight": 1, "bifpn.fc.weight": 1}, "teacher"
+        )

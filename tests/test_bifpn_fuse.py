@@ -373,6 +373,27 @@ def test_autocast_takes_the_widest(generator: torch.Generator) -> None:
 
 
 @needs_torch_backend
+@pytest.mark.parametrize("function", [selfkd.bifpn_fuse, selfkd.reference.bifpn_fuse])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, F32, torch.float64])
+@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16, F32])
+def test_weight_of_any_dtype(
+    function: Any, narrow: torch.dtype, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """Read in float32, as if cast; its gradient comes back in its own dtype, as in a module in half."""
+    maps = [torch.randn(2, 3, 4, 5, generator=generator).to(narrow) for _ in range(3)]
+    given = torch.tensor([0.3, 1.7, 0.9], dtype=dtype, requires_grad=True)
+    wide = given.detach().float().requires_grad_()
+    results = [function(*maps, weight=w) for w in (given, wide)]
+    assert torch.equal(*results)
+    found, expected = (
+        torch.autograd.grad(x.float().square().sum(), w)[0]
+        for x, w in zip(results, (given, wide), strict=True)
+    )
+    assert found.dtype == dtype
+    assert torch.equal(found, expected.to(dtype))
+
+
+@needs_torch_backend
 def test_the_authors_fusion(generator: torch.Generator) -> None:
     """Of the FRSKD code: F.pad with zeros before the pooling, for the maps are not negative."""
     x, y, z = (torch.randn(2, 3, n, n, generator=generator) for n in (5, 5, 10))
@@ -421,10 +442,10 @@ SENTENCES: dict[str, tuple[type[Exception], tuple[torch.Tensor, ...], dict[str, 
         (A, A),
         {"weight": torch.ones(3)},
     ),
-    "bifpn_fuse: weight has dtype float64, expected float32": (
+    "bifpn_fuse: weight has dtype int64, expected float32": (
         TypeError,
         (A, A),
-        {"weight": torch.ones(2).double()},
+        {"weight": torch.ones(2).long()},
     ),
     "bifpn_fuse: resize has 2 entries, expected 3 entries, one for each input": (
         ValueError,

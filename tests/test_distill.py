@@ -407,10 +407,12 @@ def test_frskd_segmentation(generator: torch.Generator) -> None:
     z, t = (torch.randn(2, 21, 6, 8, generator=generator, dtype=torch.float64) for _ in range(2))
     y = torch.randint(0, 21, (2, 6, 8), generator=generator)
     y[:, :2] = 255
+    z.requires_grad_()
     per_pixel = F.kl_div(F.log_softmax(z, 1), F.softmax(t, 1), reduction="sum") / y.numel()
     expected = F.cross_entropy(z, y, ignore_index=255) + 0.5 * per_pixel
     found = selfkd.distill(z, y, t, teacher_weights=0.5, temperature=1.0, ignore_index=255)
     torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x, z)[0] for x in (found, expected)))
 
 
 # ---- sentences ----

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import harness
 import pytest
+import selfkd
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
@@ -47,7 +48,7 @@ def assert_equal(found: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
 
 
 def test_rotations(generator: torch.Generator) -> None:
-    """FRSKD + SLA, with its concatenations written out."""
+    """FRSKD + SLA, with its concatenations written out; the four turns of an image follow each other."""
 
     def randn(*shape: int) -> Tensor:
         return (2 * torch.randn(shape, generator=generator, dtype=torch.float64)).requires_grad_()
@@ -70,14 +71,12 @@ def test_rotations(generator: torch.Generator) -> None:
     names |= {"torch": torch, "distill": distill, "attention": attention}
     documented("## FRSKD with rotated images (SLA)")(names)
 
-    rows = torch.arange(B)
-    mean_a, mean_c = (
-        torch.stack(
-            [sum(x[r * B + rows, 4 * k + r] for r in range(4)) / 4 for k in range(K)], dim=1
-        )
-        for x in (a, c)
-    )
-    joint = torch.cat([4 * y + r for r in range(4)])
+    images = torch.randn(B, 3, 5, 5, generator=generator)
+    turned = [torch.rot90(images[b], r, (1, 2)) for b in range(B) for r in range(4)]
+    assert torch.equal(names["rotation"](images), torch.stack(turned))
+    # Row 4b + r is image b, turned r times; its class and turn are column 4k + r.
+    joint = torch.tensor([4 * int(y[b]) + r for b in range(B) for r in range(4)])
+    mean_a, mean_c = (torch.stack([x[r::4, r::4] for r in range(4)], dim=1).mean(1) for x in (a, c))
     loss = F.cross_entropy(z, y) + F.cross_entropy(t, y)
     loss = loss + F.cross_entropy(a, joint) + F.cross_entropy(c, joint)
     loss = loss + AUX * (kd(z, mean_a) + kd(t, mean_c))
@@ -91,10 +90,14 @@ def test_mixed_images(generator: torch.Generator) -> None:
     """FRSKD with mixup or CutMix: cross-entropies of two labels, the rest as it is."""
     z, t = (torch.randn(B, K, generator=generator, dtype=torch.float64) for _ in range(2))
     z, t = z.requires_grad_(), t.requires_grad_()
+    f, g = (
+        [torch.randn(B, w, s, s, generator=generator).double().requires_grad_() for w, s in sizes]
+        for sizes in (((3, 4), (5, 2)), ((6, 4), (10, 2)))
+    )
     ya, yb = (torch.randint(K, (B,), generator=generator) for _ in range(2))
-    names = {"z": z, "t": t, "y_a": ya, "y_b": yb, "lam": 0.3, "alpha": ALPHA, "distill": distill}
+    names = {"z": z, "t": t, "F": f, "G": g, "y_a": ya, "y_b": yb, "lam": 0.3, "selfkd": selfkd}
     documented("## FRSKD with mixed images (mixup, CutMix)")(names)
-    loss = ALPHA * kd(z, t)
+    loss = ALPHA * kd(z, t) + BETA * sum(transfer(*pair) for pair in zip(f, g, strict=True))
     for x in (z, t):
         loss = loss + 0.3 * F.cross_entropy(x, ya) + 0.7 * F.cross_entropy(x, yb)
-    assert_equal(names["loss"], loss, [z, t])
+    assert_equal(names["loss"], loss, [z, t, *f])

@@ -226,8 +226,6 @@ def public(op: str, learns: bool = False) -> Callable[[Callable[_P, _R]], Callab
     """
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
-        signature = inspect.signature(function)
-
         @functools.wraps(function)
         def call(*args: _P.args, **named: _P.kwargs) -> _R:
             if learns:
@@ -239,7 +237,7 @@ def public(op: str, learns: bool = False) -> Callable[[Callable[_P, _R]], Callab
                 if re.match(f"{op}: .* expected ", str(error)):
                     raise
                 with torch.set_grad_enabled(torch.is_grad_enabled() and not learns):
-                    mistake = _mistake(op, signature, args, named)
+                    mistake = _mistake(op, inspect.signature(function), args, named)
                 if mistake:
                     raise mistake from None
                 raise

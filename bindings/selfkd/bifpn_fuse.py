@@ -47,6 +47,16 @@ def _resized(x: torch.Tensor, way: str, size: torch.Size) -> torch.Tensor:
     return x
 
 
+def _accumulator(first: torch.Tensor) -> torch.dtype:
+    return torch.float64 if first.dtype == torch.float64 else torch.float32
+
+
+def _as_read(weight: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """The weight as it is read; a gradient comes back in its own dtype, as of a module in half."""
+    dtype = _accumulator(first)
+    return weight if weight.dtype == dtype or not weight.is_floating_point() else weight.to(dtype)
+
+
 @arguments.public(_OP, learns=True)
 def reference(
     *inputs: torch.Tensor,
@@ -68,9 +78,10 @@ def reference(
         "silu": F.silu,
     }[activation]
     first = inputs[0]
-    acc = torch.float64 if first.dtype == torch.float64 else torch.float32
+    acc = _accumulator(first)
     factors: Sequence[Any] = [1] * len(inputs)
     if weight is not None:
+        weight = _as_read(weight, first)
         factors = (F.relu(weight) / (F.relu(weight).sum() + eps)).unbind()
     fused: Any = 0
     for x, factor, way in zip(inputs, factors, ["none", *_ways(resize, len(inputs))], strict=True):
@@ -127,8 +138,8 @@ def bifpn_fuse(
         and C agree; H and W of the first are those of the result. Any strides: NCHW and
         channels_last are both read and written in place.
     weight
-        Weights w, one for each input, shape (2,) or (3,), float32 (float64 with float64 maps).
-        None: a plain sum, all factors 1.
+        Weights w, one for each input, shape (2,) or (3,), of any of these dtypes; read in float32
+        (float64 with float64 maps). None: a plain sum, all factors 1.
     resize
         How each input comes to the first one's size; None: all have it already. One entry for each
         input, the first None:
@@ -191,7 +202,7 @@ def bifpn_fuse(
         inputs[1],
         inputs[2] if three else first,
         three,
-        first if weight is None else weight,
+        first if weight is None else _as_read(weight, first),
         weight is not None,
         codes[0],
         codes[1] if three else 0,

@@ -1,5 +1,7 @@
 """Losses as modules, the heads and self-teachers that go with them, schedules of their weights."""
 
+from typing import Any
+
 from .aikd import AIKDLoss, AIKDParts, Discriminator, PreviousEpoch
 from .bifpn import BiFPN
 from .bifpn_seg import BiFPNSeg
@@ -23,3 +25,12 @@ __all__ = [
     "frskd_rampup",
     "sigmoid_rampup",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "PlainBiFPN":
+        # Not an AttributeError, whose words "from selfkd.nn import PlainBiFPN" would not show.
+        raise ImportError(
+            "selfkd.nn: PlainBiFPN is gone, expected BiFPNSeg, which has the top node that it left out"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,13 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import arguments
+from .. import arguments, contract
 from ..bifpn_fuse import bifpn_fuse
 
 Fusion = Callable[..., torch.Tensor]
 
-# Members of a separable block; and the authors' names of what a layer has.
+_OP = "BiFPN"
+
+# Members of a separable block and of a pointwise one; and the authors' names of what a layer has.
 _SEPARABLE = ("depthwise", "pointwise", "norm")
+_CONV_NORM = ("conv", "norm")
 _POINTWISE = {
     "lat_conv": "lateral",
     "lat_conv2": "skip",
@@ -30,6 +33,7 @@ _NODES = {
     "down_conv": "bottom_up",
     "down_weight": "bottom_up",
 }
+NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 class _NormOfRepeated(nn.BatchNorm2d):
@@ -46,11 +50,11 @@ class _NormOfRepeated(nn.BatchNorm2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.running_var is None:
             return super().forward(x)
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        momentum = self.momentum
-        if momentum is None:
-            momentum = 1 / float(self.num_batches_tracked)
+        momentum = self.momentum or 0.0
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1 / float(self.num_batches_tracked)
         n = x.numel() // x.shape[1]
         ratio = self.repeats * (n - 1) / (self.repeats * n - 1)
         # The update is linear: scaled before and scaled back, only what this batch adds is corrected.
@@ -77,7 +81,10 @@ def _separable(channels: int) -> nn.Sequential:
 
 
 class _Node(nn.Module):
-    """Weighted sum of rectified maps, then `depth` separable convolutions, each rectified."""
+    """Weighted sum of rectified maps, then `depth` separable convolutions, each rectified.
+
+    Not `rectify`: but for the last of them.
+    """
 
     def __init__(self, inputs: int, channels: int, depth: int, fuse: Fusion) -> None:
         super().__init__()
@@ -85,14 +92,15 @@ class _Node(nn.Module):
         self.weight = nn.Parameter(torch.ones(inputs))
         self.conv = nn.ModuleList(_separable(channels) for _ in range(depth))
 
-    def forward(self, maps: Sequence[torch.Tensor], resize: Sequence[str | None]) -> torch.Tensor:
-        """The last convolution's result, not rectified."""
+    def forward(
+        self, maps: Sequence[torch.Tensor], resize: Sequence[str | None], rectify: bool = True
+    ) -> torch.Tensor:
         x = self.fuse(*maps, weight=self.weight, resize=resize)
-        *first, last = self.conv
-        for block in first:
-            x = F.relu_(block(x))  # batch norm does not keep what it returns
-        found: torch.Tensor = last(x)
-        return found
+        for left, block in zip(reversed(range(len(self.conv))), self.conv, strict=True):
+            x = block(x)
+            if left or rectify:
+                x = F.relu_(x)  # batch norm does not keep what it returns
+        return x
 
 
 class _Layer(nn.Module):
@@ -120,28 +128,27 @@ class _Layer(nn.Module):
         )
 
     def forward(self, maps: Sequence[torch.Tensor], preact: bool = False) -> list[torch.Tensor]:
-        """Refine maps that are rectified; so are the results, unless `preact` wants them as they were."""
+        """Refine maps that are rectified; so are the results unless `preact`."""
         laterals = list(maps)
         if self.lateral:
             laterals = [lateral(x) for lateral, x in zip(self.lateral, maps, strict=True)]
-        rectified = F.relu if preact else F.relu_
-        path, before = [F.relu(laterals[-1])], laterals[-1]
+        path = [F.relu(laterals[-1])]
         for i in reversed(range(len(maps) - 1)):
             # Convolution, norm and ReLU of each pixel alone come before the pixels are repeated.
             above = self.up[i](path[0]) if self.up else path[0]
-            before = self.top_down[i]([laterals[i], above], (None, "nearest"))
-            path.insert(0, rectified(before))
-        refined, results = [path[0]], [before]
+            rectify = not (preact and i == 0)  # the finest is a result, the others are fused
+            path.insert(0, self.top_down[i]([laterals[i], above], (None, "nearest"), rectify))
+        refined = [path[0]]
         for i, node in enumerate(self.bottom_up, start=1):
+            below = F.relu(refined[-1]) if preact else refined[-1]
             between = path[i:-1][:1]  # none at the top, where it would be the lateral
-            operands = [self.skip[i - 1](maps[i]), *between, refined[-1]]
+            operands = [self.skip[i - 1](maps[i]), *between, below]
             resize: list[str | None] = [None] * (len(operands) - 1) + ["maxpool"]
             if self.down:  # these sizes are even, so that ceil_mode pads as TensorFlow does
-                pooled = F.max_pool2d(refined[-1], 3, 2, ceil_mode=True)
+                pooled = F.max_pool2d(below, 3, 2, ceil_mode=True)
                 operands[-1], resize[-1] = self.down[i - 1](pooled), None
-            results.append(node(operands, resize))
-            refined.append(rectified(results[-1]))
-        return results if preact else refined
+            refined.append(node(operands, resize, not preact))
+        return refined
 
 
 class BiFPN(nn.Module):
@@ -205,28 +212,35 @@ class BiFPN(nn.Module):
         fuse: Fusion = bifpn_fuse,
     ) -> None:
         super().__init__()
-        self.channels = tuple(channels)
+        arguments.require(_OP, "channels", channels, "Sequence[int]")
+        self.channels = tuple(arguments.integer(_OP, "channels", c) for c in channels)
         if len(self.channels) < 2:
             raise ValueError(
-                f"BiFPN: channels has length {len(self.channels)}, expected 2 levels or more"
+                f"{_OP}: channels has length {len(self.channels)}, expected 2 levels or more"
             )
+        num_classes = at_least(_OP, "num_classes", num_classes, 1)
+        width = at_least(_OP, "width", width, 1)
+        repeat = at_least(_OP, "repeat", repeat, 1)
         scaled = uniform_channels is None
-        if repeat < 1 or (repeat > 1 and scaled and width != 1):
-            expected = "1 (or uniform_channels, or width 1)" if repeat > 1 else "1 or more"
-            raise ValueError(f"BiFPN: repeat is {repeat}, expected {expected}")
-        depths = (depth, depth) if isinstance(depth, int) else tuple(depth[1:])
-        if len(depths) != 2 or min(depths) < 1:
+        if uniform_channels is not None:
+            uniform_channels = at_least(_OP, "uniform_channels", uniform_channels, 1)
+        if repeat > 1 and scaled and width != 1:
             raise ValueError(
-                f"BiFPN: depth is {depth}, expected a number >= 1 or (lateral, up, down)"
+                f"{_OP}: repeat is {repeat}, expected 1 (or uniform_channels, or width 1)"
             )
-        widths = [width * c if uniform_channels is None else uniform_channels for c in channels]
+        depths = tuple(depth[1:]) if isinstance(depth, (tuple, list)) else (depth, depth)
+        if len(depths) != 2 or min(arguments.integer(_OP, "depth", x) for x in depths) < 1:
+            raise ValueError(
+                f"{_OP}: depth is {depth}, expected a number >= 1 or (lateral, up, down)"
+            )
+        widths = [uniform_channels or width * c for c in self.channels]
         self.layers = nn.ModuleList(
             _Layer(widths if r else self.channels, widths, depths, r == 0, scaled, fuse)
             for r in range(repeat)
         )
         self.head = nn.Linear(widths[-1], num_classes)
 
-    @arguments.public("BiFPN")
+    @arguments.public(_OP)
     def forward(
         self, features: Sequence[torch.Tensor], preact: bool = False
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -238,54 +252,59 @@ class BiFPN(nn.Module):
             Maps (N, C_i, H_i, W_i) of the classifier's stages, finest first, each twice as high and wide as
             the next. They get gradients; negative values count as 0.
         preact
-            Return the maps as they are before the last ReLU, as the authors' module does for distillation
-            of features before activation (Heo et al., arXiv 1904.01866).
+            As the authors' argument: return the maps as they are before their last ReLU, for losses
+            that look there (Overhaul distillation). The logits stay the same.
 
         Returns
         -------
         tuple
-            Maps (N, C'_i, H_i, W_i), not negative unless `preact`, to be distilled into `features`, with
-            C'_i = `width` * C_i or `uniform_channels`; and logits (N, K).
+            Maps (N, C'_i, H_i, W_i) that are not negative unless `preact`, to be distilled into
+            `features`, with C'_i = `width` * C_i or `uniform_channels`; and logits (N, K).
 
         Raises
         ------
+        TypeError
+            What is no list of maps of floating dtype.
         ValueError
             A shape that does not fit.
         """
+        preact = arguments.flag(_OP, "preact", preact)
         self._check(features)
         if features[0].device.type == "cpu":  # there convolutions work on channels_last
             features = [x.contiguous(memory_format=torch.channels_last) for x in features]
         maps = [F.relu(x) for x in features]
-        for layer in self.layers[:-1]:
-            maps = layer(maps)
-        maps = self.layers[-1](maps, preact)
+        for left, layer in zip(reversed(range(len(self.layers))), self.layers, strict=True):
+            maps = layer(maps, preact and left == 0)
         last = F.relu(maps[-1]) if preact else maps[-1]
         logits: torch.Tensor = self.head(last.mean((2, 3)))
         return maps, logits
 
     def _check(self, features: Sequence[torch.Tensor]) -> None:
         """Raise unless there is a map for each level, of the size that upsampling makes."""
-        if len(features) != len(self.channels):
-            raise ValueError(
-                f"BiFPN: features has length {len(features)}, expected {len(self.channels)}"
-            )
+        levels = len(self.channels)
+        check_maps(_OP, "features", features, levels)
         batch, _, height, width = features[-1].shape
         for i, (x, channels) in enumerate(zip(features, self.channels, strict=True)):
-            scale = 2 ** (len(features) - 1 - i)
+            scale = 2 ** (levels - 1 - i)
             expected = (batch, channels, scale * height, scale * width)
             if x.shape != expected:
                 raise ValueError(
-                    f"BiFPN: features[{i}] has shape {tuple(x.shape)}, expected {expected}"
+                    f"{_OP}: features[{i}] has shape {tuple(x.shape)}, expected {expected}"
                 )
 
     @staticmethod
-    def convert_authors_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    def convert_authors_state_dict(
+        state_dict: Mapping[str, Any], part: str | None = None
+    ) -> dict[str, Any]:
         """Rename the entries of a checkpoint of the authors' modules, BiFPNc or BiFPN, to ours.
 
         Parameters
         ----------
         state_dict
-            State dict of their self-teacher. A prefix ``module.``, which DataParallel leaves, is taken off.
+            State dict of their self-teacher, with or without the ``module.`` of DataParallel.
+        part
+            Of a larger checkpoint, what the self-teacher is called there; entries of other names are
+            left out. Theirs holds classifier, losses and self-teacher as ``"0"`` to ``"3"``.
 
         Returns
         -------
@@ -294,29 +313,105 @@ class BiFPN(nn.Module):
 
         Raises
         ------
+        TypeError
+            What is no mapping.
         ValueError
-            A key that their modules do not have.
+            A key that their modules do not have, or two of one entry; a `part` that is not there.
         """
-        return {_our_key(key): value for key, value in without_module(state_dict).items()}
+        return converted(_OP, "BiFPNc or BiFPN", state_dict, part, _our_key)
 
 
-def without_module(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict without the prefix that DataParallel leaves."""
-    return {key.removeprefix("module."): value for key, value in state_dict.items()}
+def at_least(op: str, name: str, value: Any, least: int) -> int:
+    """`value` as an int."""
+    found: int = arguments.integer(op, name, value)
+    if found < least:
+        raise ValueError(f"{op}: {name} is {found}, expected {least} or more")
+    return found
 
 
-def _our_key(key: str) -> str:
-    """The name here of an entry of the authors' state dict."""
+def check_maps(op: str, name: str, maps: Sequence[torch.Tensor], levels: int) -> None:
+    """Raise unless this is a list of so many maps of shape (N, C, H, W) and floating dtype."""
+    if not isinstance(maps, (list, tuple)):
+        arguments.require(op, name, maps, "Sequence[torch.Tensor]")  # raises
+    if len(maps) != levels:
+        last = f" ({name}[-{levels}:])" if len(maps) > levels else ""
+        raise ValueError(f"{op}: {name} has length {len(maps)}, expected {levels}{last}")
+    for i, x in enumerate(maps):
+        if x.ndim != 4:
+            raise ValueError(
+                f"{op}: {name}[{i}] has shape {tuple(x.shape)}, expected 4 dimensions (N, C, H, W)"
+            )
+        if not x.is_floating_point():
+            found = str(x.dtype).removeprefix("torch.")
+            raise TypeError(f"{op}: {name}[{i}] has dtype {found}, expected a floating dtype")
+
+
+def converted(
+    op: str,
+    theirs: str,
+    state_dict: Mapping[str, Any],
+    part: str | None,
+    rename: Callable[[str], str | None],
+) -> dict[str, Any]:
+    """The entries of a module of the authors, or of `part` of a larger one, under our names."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"{op}: state_dict is {contract.described(state_dict)}, expected a dict of tensors"
+            " (module.state_dict())"
+        )
+    found: dict[str, Any] = {}
+    for key, value in state_dict.items():
+        name = _unwrapped(str(key))
+        if part is not None:
+            if not name.startswith(f"{part}."):
+                continue
+            name = _unwrapped(name.removeprefix(f"{part}."))
+        ours = rename(name)
+        if ours is None:
+            raise ValueError(
+                f"{op}: state_dict has the key {key!r}, expected those of FRSKD's {theirs}"
+                " (part=... picks one module's from a larger checkpoint)"
+            )
+        if ours in found:
+            raise ValueError(f"{op}: state_dict has {key!r} twice, expected one prefix for all")
+        found[ours] = value
+    if part is not None and not found:
+        names = sorted({_unwrapped(str(key)).split(".")[0] for key in state_dict})
+        raise ValueError(f'{op}: part is "{part}", expected one of {", ".join(names)}')
+    return found
+
+
+def _unwrapped(key: str) -> str:
+    """The name without what DataParallel puts before it."""
+    return key.removeprefix("module.")
+
+
+def _our_key(key: str) -> str | None:
+    """The name here of an entry of the authors' state dict; None: they have no such entry."""
     match key.split("."):
         case ["fc" | "linear", name]:
-            return f"head.{name}"
-        case ["layers", r, "up_weight" | "down_weight" as stem, i]:
-            return f"layers.{r}.{_NODES[stem]}.{i}.weight"
-        case ["layers", r, stem, i, *_, "conv", "0", "0" | "1" as k, name] if stem in _POINTWISE:
-            return f"layers.{r}.{_POINTWISE[stem]}.{i}.{('conv', 'norm')[int(k)]}.{name}"
-        case ["layers", r, "up_conv" | "down_conv" as stem, i, "conv", j, k, name]:
-            member = _SEPARABLE[int(k) - (j != "0")]  # all but the first begin with a ReLU
-            return f"layers.{r}.{_NODES[stem]}.{i}.conv.{j}.{member}.{name}"
-    raise ValueError(
-        f"BiFPN: state_dict has the key {key!r}, expected those of FRSKD's BiFPNc or BiFPN"
-    )
+            return f"head.{name}" if name in ("weight", "bias") else None
+        case ["layers", r, stem, i, *rest] if r.isdigit() and i.isdigit():
+            part = {**_NODES, **_POINTWISE}.get(stem)
+        case _:
+            return None
+    entry = None
+    match stem, rest:
+        case "up_weight" | "down_weight", []:
+            entry = "weight"
+        case "lat_conv" | "lat_conv2", ["conv", "0", k, name]:
+            entry = _entry(_CONV_NORM, k, name)
+        case "up_sample" | "down_sample", ["1", "conv", "0", k, name]:
+            entry = _entry(_CONV_NORM, k, name)
+        case "up_conv" | "down_conv", ["conv", j, k, name] if j.isdigit():
+            relu = [] if j == "0" else [""]  # begins all but the first
+            entry = _entry([*relu, *_SEPARABLE], k, name)
+            entry = entry and f"conv.{j}.{entry}"
+    return entry and f"layers.{r}.{part}.{i}.{entry}"
+
+
+def _entry(members: Sequence[str], k: str, name: str) -> str | None:
+    """Entry `name` of the k-th member of a block, of which only the norm has more than a weight."""
+    member = members[int(k)] if k.isdigit() and int(k) < len(members) else ""
+    known = name in NORM if member == "norm" else member and name == "weight"
+    return f"{member}.{name}" if known else None

@@ -1,9 +1,7 @@
-"""FRSKD's neck for segmentation: a bidirectional feature pyramid of plain sums."""
+"""FRSKD's neck for segmentation: layers of a bidirectional feature pyramid of plain sums."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,9 +11,12 @@ from torch import nn
 
 from .. import arguments
 from ..bifpn_fuse import bifpn_fuse
-from .bifpn import Fusion, without_module
+from .bifpn import NORM, Fusion, at_least, check_maps, converted
 
-_FINEST = 2  # the authors' number of the finest map: P2
+_OP = "BiFPNSeg"
+# By the authors' names, which count the levels from 2.
+_NODES = {f"conv{i + 2}up": f"top_down.{i}" for i in range(6)}
+_NODES |= {f"conv{i + 3}dw": f"bottom_up.{i}" for i in range(5)}
 
 
 def _node(channels: int) -> nn.Sequential:
@@ -33,66 +34,66 @@ class _Layer(nn.Module):
         self.top_down = nn.ModuleList(_node(channels) for _ in range(levels))
         self.bottom_up = nn.ModuleList(_node(channels) for _ in range((levels - 1) * bottom_up))
 
-    def add(self, *maps: torch.Tensor, way: str | None) -> torch.Tensor:
-        """The sum of maps, the last of which is brought to the size of the others."""
-        resize = [*[None] * (len(maps) - 1), way]
-        return self.fuse(*maps, resize=resize, activation="none")
-
-    def add_upsampled(self, x: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
-        """`x` and the coarser map above it, upsampled.
-
-        By the ratio of their widths, as the authors' code has it, which is that of their heights too for
-        most sizes. Where it is not and their code cannot add the maps, to the size of `x`.
-        """
-        (height, width), (rows, columns) = x.shape[2:], above.shape[2:]
-        scale = width / columns
-        if height * columns != width * rows and math.floor(rows * scale) == height:
-            above = F.interpolate(above, scale_factor=scale, mode="bilinear")
-            return self.add(x, above, way=None)
-        return self.add(x, above, way="bilinear")
-
     def forward(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        *nodes, top = self.top_down
-        path = [top(maps[-1])]
-        for x, node in zip(maps[-2::-1], reversed(nodes), strict=True):
-            path.insert(0, node(self.add_upsampled(x, path[0])))
+        path: list[torch.Tensor] = []
+        for x, node in zip(reversed(maps), reversed(self.top_down), strict=True):
+            path.insert(0, node(self._risen(x, path[0]) if path else x))
         if not self.bottom_up:
             return path
         refined = [path[0]]
-        for i, node in enumerate(self.bottom_up, start=1):
-            refined.append(node(self.add(maps[i], path[i], refined[-1], way="nearest")))
+        for x, up, node in zip(maps[1:], path[1:], self.bottom_up, strict=True):
+            resize = (None, None, "nearest")
+            refined.append(node(self.fuse(x, up, refined[-1], resize=resize, activation="none")))
         return refined
+
+    def _risen(self, x: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
+        """The sum of a map and the one above it, brought to its size."""
+        way: str | None = "bilinear"
+        (height, width), (rows, columns) = x.shape[2:], above.shape[2:]
+        if height * columns != rows * width:
+            # The authors enlarge both sides by the ratio of the widths, of the rows what fits into it. Where
+            # that makes this height, a row's place is not what the ratio of the heights says.
+            ratio = width / columns
+            if (int(rows * ratio), int(columns * ratio)) == (height, width):
+                above, way = F.interpolate(above, scale_factor=ratio, mode="bilinear"), None
+        found: torch.Tensor = self.fuse(x, above, resize=(None, way), activation="none")
+        return found
 
 
 class BiFPNSeg(nn.Module):
     """FRSKD's neck for segmentation: layers of a feature pyramid that add maps with equal weights.
 
-    Each sum is followed by a 1x1 convolution of each channel, batch norm and ReLU; the coarsest map has
-    such a node of its own on the way down. Sums go up by bilinear and down by nearest-neighbour sampling.
+    A layer goes from the coarsest map to the finest, then back. At each map stands a node: a 1x1
+    convolution of each channel with bias, batch norm and ReLU. Going up it sees the map and, enlarged
+    bilinearly, what the node above made (the top sees its map alone); going down the map, what the first
+    half made of it, and, by nearest-neighbour sampling, what the node below made.
 
     Parameters
     ----------
     channels
         Channels of all maps.
     levels
-        How many maps, at least 2; the authors' neck has the 6 maps P2 to P7.
+        How many maps, at least 2; the authors have 6.
     repeat
         Layers: 3 for the classifier's neck, 2 for the self-teacher's on top of it.
     bottom_up
-        Whether the last layer has its second half; that of the self-teacher has not.
+        Whether the last layer has its second half; that of the self-teacher has not (the authors'
+        ``is_last``).
     fuse
         What fuses maps: :func:`selfkd.bifpn_fuse`, or to compare with,
         :func:`selfkd.reference.bifpn_fuse`.
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         A number that is not accepted.
 
     Notes
     -----
-    Source: FRSKD (arXiv 2103.08273) and its authors' code, MingiJi/FRSKD, segmentation/utils/BiFPN.py.
-    Parameters, results, gradients and running statistics are those of their module.
+    Source: FRSKD (arXiv 2103.08273) and its authors' code, class BiFPNSeg (MingiJi/FRSKD,
+    segmentation/utils/BiFPN.py). Parameters, results, gradients and running statistics are those of
+    their modules. Maps may have any sizes: where theirs raises, because a height is not that of the map
+    above times the ratio of the widths, rounded down, here each side is enlarged by a ratio of its own.
 
     Examples
     --------
@@ -112,67 +113,81 @@ class BiFPNSeg(nn.Module):
         fuse: Fusion = bifpn_fuse,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("channels", channels, 1),
-            ("levels", levels, 2),
-            ("repeat", repeat, 1),
-        ):
-            if arguments.integer("BiFPNSeg", name, value) < least:
-                raise ValueError(f"BiFPNSeg: {name} is {value}, expected {least} or more")
-        self.levels = levels
+        self.channels = at_least(_OP, "channels", channels, 1)
+        self.levels = at_least(_OP, "levels", levels, 2)
+        repeat = at_least(_OP, "repeat", repeat, 1)
+        bottom_up = arguments.flag(_OP, "bottom_up", bottom_up)
         self.layers = nn.Sequential(
-            *(_Layer(channels, levels, bottom_up or r < repeat - 1, fuse) for r in range(repeat))
+            *(
+                _Layer(self.channels, self.levels, bottom_up or r < repeat - 1, fuse)
+                for r in range(repeat)
+            )
         )
 
-    @arguments.public("BiFPNSeg")
+    @arguments.public(_OP)
     def forward(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Refine maps (N, C, H_i, W_i), finest first, of any sizes; their shapes stay."""
-        if len(maps) != self.levels:
-            raise ValueError(f"BiFPNSeg: maps has length {len(maps)}, expected {self.levels}")
-        refined: list[torch.Tensor] = self.layers(maps)
+        """Refine maps (N, C, H_i, W_i), finest first, of any sizes; their shapes stay.
+
+        Raises
+        ------
+        TypeError
+            What is no list of maps of floating dtype.
+        ValueError
+            Another number of maps, a shape that does not fit.
+        """
+        check_maps(_OP, "maps", maps, self.levels)
+        for i, x in enumerate(maps):
+            expected = (maps[0].shape[0], self.channels, *x.shape[2:])
+            if x.shape != expected:
+                raise ValueError(
+                    f"{_OP}: maps[{i}] has shape {tuple(x.shape)}, expected {expected}"
+                )
+        refined: list[torch.Tensor] = self.layers(list(maps))
         return refined
 
     @staticmethod
-    def convert_authors_state_dict(state_dict: Mapping[str, Any], neck: str = "") -> dict[str, Any]:
-        """Rename the entries of a checkpoint of the authors' neck to ours.
+    def convert_authors_state_dict(
+        state_dict: Mapping[str, Any], part: str | None = None
+    ) -> dict[str, Any]:
+        """Rename the entries of a checkpoint of the authors' necks to ours.
 
         Parameters
         ----------
         state_dict
-            State dict of their nn.Sequential of layers (keys ``0.conv7up.0.weight``), or with `neck` of
-            the whole model. A prefix ``module.``, which DataParallel leaves, is taken off.
-        neck
-            Which part of a whole model: ``"BiFPN1"``, the classifier's, or ``"BiFPN2"``, the
-            self-teacher's. Entries of other parts are left out.
+            State dict of one of their layers (``conv7up.0.weight``, ...) or of an nn.Sequential of them
+            (``0.conv7up.0.weight``, ...), with or without the ``module.`` of DataParallel.
+        part
+            Of a larger checkpoint, what the neck is called there; entries of other names are left out.
+            In that of their network ``"BiFPN1"`` is the classifier's neck, ``"BiFPN2"`` the self-teacher's.
 
         Returns
         -------
         dict
-            For ``load_state_dict`` of a :class:`BiFPNSeg` of as many layers and 6 levels.
+            For ``load_state_dict`` of a :class:`BiFPNSeg` of 6 levels with as many layers.
 
         Raises
         ------
+        TypeError
+            What is no mapping.
         ValueError
-            A key that their neck does not have, or no key of that neck.
+            A key that their layers do not have, or two of one entry; a `part` that is not there.
+
+        Examples
+        --------
+        >>> theirs = torch.load("efficientdet.pth")
+        >>> neck.load_state_dict(BiFPNSeg.convert_authors_state_dict(theirs, "BiFPN1"))
         """
-        prefix = f"{neck}." if neck else ""
-        items = without_module(state_dict).items()
-        found = {
-            _our_key(key.removeprefix(prefix)): x for key, x in items if key.startswith(prefix)
-        }
-        if not found:
-            raise ValueError(f"BiFPNSeg: state_dict has no key of {neck or 'a neck'}")
-        return found
+        return converted(_OP, "BiFPNSeg", state_dict, part, _our_key)
 
 
-def _our_key(key: str) -> str:
-    """The name here of an entry of the authors' state dict."""
-    match = re.fullmatch(r"(\d+)\.conv([2-7])(up|dw)\.([01])\.(\w+)", key)
-    if not match:
-        raise ValueError(
-            f"BiFPNSeg: state_dict has the key {key!r}, expected those of FRSKD's BiFPNSeg, such as"
-            " '0.conv7up.0.weight' (of a whole model: neck=\"BiFPN1\")"
-        )
-    r, level, way, member, name = match.groups()
-    half, first = ("top_down", _FINEST) if way == "up" else ("bottom_up", _FINEST + 1)
-    return f"layers.{r}.{half}.{int(level) - first}.{member}.{name}"
+def _our_key(key: str) -> str | None:
+    """The name here of an entry of the authors' state dict; None: they have no such entry."""
+    match key.split("."):
+        case [node, k, name]:
+            r = "0"
+        case [r, node, k, name] if r.isdigit():
+            pass
+        case _:
+            return None
+    entries = {"0": ("weight", "bias"), "1": NORM}.get(k, ())
+    return f"layers.{r}.{_NODES[node]}.{k}.{name}" if node in _NODES and name in entries else None
