@@ -9,6 +9,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import harness
 import numpy as np
 import pytest
 import selfkd
@@ -381,6 +382,34 @@ def test_torchdistill_kd_learns_numbers(generator: torch.Generator) -> None:
     )
 
 
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+def test_the_teachers_gradient_is_finite(reduction: str, generator: torch.Generator) -> None:
+    """Where a probability underflows F.kl_div gives the teacher nan."""
+    student, teacher = (x.detach().mul(300).requires_grad_() for x in draw(generator, 6, 10))
+    kl(student, teacher, 1.0, reduction).sum().backward()
+    assert teacher.grad is not None
+    assert teacher.grad.isnan().any()
+    loss = mmrazor.KLDivergence(1.0, reduction, teacher_detach=False)
+    for grad in torch.autograd.grad(loss(student, teacher).sum(), (student, teacher)):
+        assert grad.isfinite().all()
+
+
+@harness.needs_operators
+def test_compiles_in_one_graph(generator: torch.Generator) -> None:
+    """Whether the teacher learns or not, with torchdistill's dictionaries."""
+    kd, at = torchdistill.KDLoss(*LOGITS, 4.0, 0.3), torchdistill.ATLoss(at_pairs())
+    target = kd_target((3, 7, 4, 5), generator)
+
+    def loss(z: Tensor, t: Tensor) -> Tensor:
+        of_logits = kd(io(fc=z), io(fc=t), target) + mdistiller.kd_loss(z, t, 2.0, logit_stand=True)
+        return of_logits + at(io(a=z), io(a=t)) + mmrazor.ChannelWiseDivergence(2.0)(z, t)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    student, teacher = draw(generator, 3, 7, 4, 5)
+    for t in (teacher, teacher.detach()):
+        assert_equal(compiled(student, t), loss(student, t), (student, teacher))
+
+
 def names_of_nodes(loss: Tensor) -> str:
     """The operators in a loss's graph."""
     nodes, seen = [loss.grad_fn], set()
@@ -743,12 +772,24 @@ def test_transformers_models(generator: torch.Generator) -> None:
 
 Call = Callable[[Any, Any], Tensor]
 SEEN = ('student_io_dict["fc"]["output"]', 'teacher_io_dict["fc"]["output"]')
+
+
+def classes(logits: Any) -> Tensor:
+    """A target that suits the logits, if anything does."""
+    shape = logits.shape if isinstance(logits, Tensor) else (3, 5, 4, 4)
+    return torch.zeros((*shape[:1], *shape[2:]), dtype=torch.int64)
+
+
 OF_LOGITS: dict[str, tuple[Call, str, str]] = {
     "kd_loss": (lambda s, t: mdistiller.kd_loss(s, t, 4.0), "logits_student", "logits_teacher"),
     "KLDivergence": (mmrazor.KLDivergence(), "preds_S", "preds_T"),
     "ChannelWiseDivergence": (mmrazor.ChannelWiseDivergence(), "preds_S", "preds_T"),
     "DistillKL": (self_kd_lib.DistillKL(4.0), "y_s", "y_t"),
     "KDLoss": (lambda s, t: torchdistill.KDLoss(*LOGITS, 4.0)(io(fc=s), io(fc=t)), *SEEN),
+    "KDLoss ": (
+        lambda s, t: torchdistill.KDLoss(*LOGITS, 4.0, 0.3)(io(fc=s), io(fc=t), classes(s)),
+        *SEEN,
+    ),
     "LogitStdKDLoss": (
         lambda s, t: torchdistill.LogitStdKDLoss(*LOGITS, 4.0)(io(fc=s), io(fc=t)),
         *SEEN,
@@ -903,31 +944,22 @@ def test_wrong_numbers_get_a_sentence(name: str) -> None:
         call(right)
 
 
-@pytest.mark.parametrize(
-    ("call", "sentence"),
-    [
-        (lambda: mdistiller.kd_loss(*ones(), 4.0, reduce="no"), "kd_loss: reduce is the string"),
-        (
-            lambda: mdistiller.kd_loss(*ones(), 4.0, logit_stand=None),
-            "kd_loss: logit_stand is None",
-        ),
-        (lambda: mmrazor.KLDivergence(teacher_detach=None), "KLDivergence: teacher_detach is None"),
-        (
-            lambda: mmrazor.KLDivergence(reduction="rows"),
-            'KLDivergence: reduction is the string "rows"',
-        ),
-        (lambda: mmrazor.KLDivergence(reduction=None), "KLDivergence: reduction is None"),
-        (lambda: torchdistill.KDLoss(*LOGITS, 4.0, weight=[1.0]), "KDLoss: weight is a list"),
-        (lambda: torchdistill.KDLoss(*LOGITS, 4.0, ignore_index=0.5), "KDLoss: ignore_index is"),
-        (
-            lambda: torchdistill.KDLoss(*LOGITS, 4.0, label_smoothing=2),
-            "KDLoss: label_smoothing is 2",
-        ),
-    ],
-)
-def test_wrong_options_get_a_sentence(call: Callable[[], Any], sentence: str) -> None:
+OPTIONS: dict[str, Callable[[], Any]] = {
+    "kd_loss: reduce is": lambda: mdistiller.kd_loss(*ones(), 4.0, reduce="no"),
+    "kd_loss: logit_stand is": lambda: mdistiller.kd_loss(*ones(), 4.0, logit_stand=None),
+    "KLDivergence: teacher_detach is": lambda: mmrazor.KLDivergence(teacher_detach=None),
+    'KLDivergence: reduction is the string "rows",': lambda: mmrazor.KLDivergence(reduction="rows"),
+    "KLDivergence: reduction is None,": lambda: mmrazor.KLDivergence(reduction=None),
+    "KDLoss: weight is": lambda: torchdistill.KDLoss(*LOGITS, 4.0, weight=[1.0]),
+    "KDLoss: ignore_index is": lambda: torchdistill.KDLoss(*LOGITS, 4.0, ignore_index=0.5),
+    "KDLoss: label_smoothing is 2,": lambda: torchdistill.KDLoss(*LOGITS, 4.0, label_smoothing=2),
+}
+
+
+@pytest.mark.parametrize("sentence", OPTIONS)
+def test_wrong_options_get_a_sentence(sentence: str) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^{sentence}.* expected "):
-        call()
+        OPTIONS[sentence]()
 
 
 TWO_DTYPES = [name for name in (OF_LOGITS | OF_MAPS) if name not in ("SDDropoutLoss", "SimRegLoss")]

@@ -3,12 +3,18 @@
 A toolkit's own lines give a gradient to all that asks for one. Here a teacher that asks for none takes the
 fused path, in which it is a constant; one that asks takes the operator with two sides; a number that asks
 (a learned temperature) takes :mod:`selfkd.reference`.
+
+The fused operators refuse what is wrong in the words of their own arguments; :func:`explained` then finds the
+sentence in those of the adapter, so that a right call pays for no looking. Plain PyTorch would take some of
+what is wrong: there the checks come first.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +27,8 @@ from ..distill import distill
 from ..sd_dropout_kl import reference as kl_reference
 from ..sd_dropout_kl import sd_dropout_kl
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 Names = tuple[str, str]  # of the student's and the teacher's tensor, for sentences
 
 REDUCTIONS = ("batchmean", "sum", "mean", "none")  # of F.kl_div
@@ -124,8 +132,27 @@ def standardized(logits: torch.Tensor, eps: float) -> torch.Tensor:
     return (logits - logits.mean(-1, keepdim=True)) / (eps + logits.std(-1, keepdim=True))
 
 
+def explained(check: Callable[_P, Any]) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Decorator: where the function fails, `check` of its arguments raises the sentence, if it has one."""
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.wraps(function)
+        def call(*args: _P.args, **named: _P.kwargs) -> _R:
+            try:
+                return function(*args, **named)
+            except Exception:
+                try:
+                    check(*args, **named)
+                except (TypeError, ValueError) as mistake:
+                    raise mistake from None
+                raise
+
+        return call
+
+    return decorate
+
+
 def kl(
-    op: str,
     student: torch.Tensor,
     teacher: torch.Tensor,
     *,
@@ -136,32 +163,35 @@ def kl(
 ) -> torch.Tensor:
     """weight T^2 KL(softmax(teacher/T) || softmax(student/T)), reduced as :func:`selfkd.distill` does.
 
-    Logits of one shape that passed :func:`check_logits`. `weight` and `temperature` may learn, and the
-    weight be negative, as where a generator is trained to make two networks differ.
+    `weight` and `temperature` may be tensors, which learn where they ask to, and the weight be negative, as
+    where a generator is trained to make two networks differ.
     """
-    if arguments.wants_gradient(weight) or weight < 0:
-        of_one = kl(op, student, teacher, temperature=temperature, reduction=reduction, dim=dim)
+    if isinstance(weight, torch.Tensor) or weight < 0:
+        of_one = kl(student, teacher, temperature=temperature, reduction=reduction, dim=dim)
         weighted: torch.Tensor = weight * of_one
         return weighted
-    weight = arguments.number(op, "weight", weight)
     learned = arguments.wants_gradient(temperature)
-    if not learned:
-        temperature = arguments.number(op, "temperature", temperature)
-    if not learned and not arguments.wants_gradient(teacher):
+    if not learned and type(temperature) is not float:
+        temperature = arguments.number("kl", "temperature", temperature)
+    one_sided = isinstance(teacher, torch.Tensor) and not arguments.wants_gradient(teacher)
+    if one_sided and not learned:
         loss: torch.Tensor = distill(  # type: ignore[assignment]
             student,
-            teachers=teacher.detach(),
+            teachers=teacher,
             teacher_weights=weight,
             temperature=temperature,
             reduction=reduction,
             dim=dim,
         )
         return loss
-    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    check_logits("kl", ("student", "teacher"), student, teacher)
+    if teacher.dtype != student.dtype:
+        dtype = torch.promote_types(student.dtype, teacher.dtype)
+        student, teacher = student.to(dtype), teacher.to(dtype)
     two_sided = kl_reference if learned else sd_dropout_kl
     return two_sided(
-        teacher.to(dtype),
-        student.to(dtype),
+        teacher,
+        student,
         temperature=temperature,
         forward_weight=weight,
         reverse_weight=0.0,
@@ -184,5 +214,6 @@ def kl_of_each_logit(
 def at(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """:func:`selfkd.attention`, in which a teacher that asks for a gradient gets one."""
     if arguments.wants_gradient(teacher):
+        check_maps("at", ("student", "teacher"), student, teacher)
         return attention_reference(student, teacher)
-    return attention(student, teacher.detach())
+    return attention(student, teacher)

@@ -11,9 +11,32 @@ import torch.nn.functional as F
 from .. import arguments
 from . import _shared
 
-_LOGITS = ("logits_student", "logits_teacher")
+
+def _check_kd(
+    logits_student: Any,
+    logits_teacher: Any,
+    temperature: Any,
+    *by_position: Any,
+    reduce: Any = True,
+    logit_stand: Any = False,
+) -> None:
+    op = "kd_loss"
+    if len(by_position) == 1:
+        raise TypeError(
+            f"{op}: the fourth argument is {arguments.described(by_position[0])} by position, expected its"
+            " name, reduce= or logit_stand=, since mdistiller's forks differ in it"
+        )
+    if len(by_position) > 2:
+        raise TypeError(
+            f"{op}: {3 + len(by_position)} arguments are given by position, expected 3 or 5"
+        )
+    _shared.check_logits(op, ("logits_student", "logits_teacher"), logits_student, logits_teacher)
+    _shared.number(op, "temperature", temperature, "POSITIVE")
+    arguments.flag(op, "reduce", reduce)
+    arguments.flag(op, "logit_stand", logit_stand)
 
 
+@_shared.explained(_check_kd)
 def kd_loss(
     logits_student: torch.Tensor,
     logits_teacher: torch.Tensor,
@@ -53,30 +76,14 @@ def kd_loss(
     Equal to ``mdistiller/distillers/KD.py`` of megvii-research/mdistiller (commit a08d46f, 2023-11-05), and
     to ``KD.py`` and ``MLKD.py`` of the fork sunshangquan/logit-standardization-KD (commit f6e5aa5).
     """
-    op = "kd_loss"
-    if len(by_position) == 1:
-        raise TypeError(
-            f"{op}: the fourth argument is {arguments.described(by_position[0])} by position, expected its"
-            " name, reduce= or logit_stand=, since mdistiller's forks differ in it"
-        )
     if by_position:
-        if len(by_position) > 2:
-            raise TypeError(
-                f"{op}: {3 + len(by_position)} arguments are given by position, expected 3 or 5"
-            )
         reduce, logit_stand = by_position
-    _shared.check_logits(op, _LOGITS, logits_student, logits_teacher)
-    temperature = _shared.number(op, "temperature", temperature, "POSITIVE")
-    if arguments.flag(op, "logit_stand", logit_stand):
+    if arguments.flag("kd_loss", "logit_stand", logit_stand):
+        _check_kd(logits_student, logits_teacher, temperature)
         logits_student = _shared.standardized(logits_student, 1e-7)
         logits_teacher = _shared.standardized(logits_teacher, 1e-7)
-    return _shared.kl(
-        op,
-        logits_student,
-        logits_teacher,
-        temperature=temperature,
-        reduction="mean" if arguments.flag(op, "reduce", reduce) else "none",
-    )
+    reduction = "mean" if arguments.flag("kd_loss", "reduce", reduce) else "none"
+    return _shared.kl(logits_student, logits_teacher, temperature=temperature, reduction=reduction)
 
 
 def _single_at_loss(op: str, names: _shared.Names, f_s: Any, f_t: Any, p: Any) -> torch.Tensor:

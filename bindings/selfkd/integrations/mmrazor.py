@@ -48,6 +48,10 @@ class KLDivergence(nn.Module):
         self.loss_weight: float = _shared.number(op, "loss_weight", loss_weight)
         self.teacher_detach = arguments.flag(op, "teacher_detach", teacher_detach)
 
+    def _check(self, preds_S: torch.Tensor, preds_T: torch.Tensor) -> None:
+        _shared.check_logits("KLDivergence", _LOGITS, preds_S, preds_T)
+
+    @_shared.explained(_check)
     def forward(self, preds_S: torch.Tensor, preds_T: torch.Tensor) -> torch.Tensor:
         """The loss of logits (N, C) or (N, C, H, W) of student and teacher; 0-d, or of their shape.
 
@@ -56,17 +60,16 @@ class KLDivergence(nn.Module):
         TypeError, ValueError
             An argument is not what it must be.
         """
-        op = "KLDivergence"
-        _shared.check_logits(op, _LOGITS, preds_S, preds_T)
         if self.teacher_detach:
             preds_T = preds_T.detach()
         if self.reduction == "none":
+            self._check(preds_S, preds_T)
             each = _shared.kl_of_each_logit(preds_S, preds_T, self.tau)
             return self.loss_weight * self.tau**2 * each
         reduction, factor = _shared.from_kl_div(self.reduction, preds_S)
         weight = self.loss_weight * factor
         return _shared.kl(
-            op, preds_S, preds_T, temperature=self.tau, weight=weight, reduction=reduction
+            preds_S, preds_T, temperature=self.tau, weight=weight, reduction=reduction
         )
 
 
@@ -94,6 +97,10 @@ class ChannelWiseDivergence(nn.Module):
         self.tau: float = _shared.number(op, "tau", tau, "POSITIVE")
         self.loss_weight: float = _shared.number(op, "loss_weight", loss_weight)
 
+    def _check(self, preds_S: torch.Tensor, preds_T: torch.Tensor) -> None:
+        _shared.check_logits("ChannelWiseDivergence", _LOGITS, preds_S, preds_T, 3)
+
+    @_shared.explained(_check)
     def forward(self, preds_S: torch.Tensor, preds_T: torch.Tensor) -> torch.Tensor:
         """The loss of predictions (N, C, H, W) of student and teacher; 0-d.
 
@@ -102,10 +109,7 @@ class ChannelWiseDivergence(nn.Module):
         TypeError, ValueError
             An argument is not what it must be.
         """
-        op = "ChannelWiseDivergence"
-        _shared.check_logits(op, _LOGITS, preds_S, preds_T, 3)
         return _shared.kl(
-            op,
             preds_S.flatten(2),
             preds_T.flatten(2),
             temperature=self.tau,
@@ -132,6 +136,10 @@ class ATLoss(nn.Module):
         super().__init__()
         self.loss_weight: float = _shared.number("ATLoss", "loss_weight", loss_weight)
 
+    def _check(self, s_feature: torch.Tensor, t_feature: torch.Tensor) -> None:
+        _shared.check_maps("ATLoss", ("s_feature", "t_feature"), s_feature, t_feature)
+
+    @_shared.explained(_check)
     def forward(self, s_feature: torch.Tensor, t_feature: torch.Tensor) -> torch.Tensor:
         """The loss of features (N, C, ...) of as many positions; channels may differ. 0-d.
 
@@ -140,5 +148,4 @@ class ATLoss(nn.Module):
         TypeError, ValueError
             An argument is not what it must be.
         """
-        _shared.check_maps("ATLoss", ("s_feature", "t_feature"), s_feature, t_feature)
         return self.loss_weight * _shared.at(s_feature, t_feature)

@@ -27,6 +27,10 @@ class DistillKL(nn.Module):
         super().__init__()
         self.T = _shared.number("DistillKL", "T", T, "POSITIVE")
 
+    def _check(self, y_s: torch.Tensor, y_t: torch.Tensor) -> None:
+        _shared.check_logits("DistillKL", ("y_s", "y_t"), y_s, y_t)
+
+    @_shared.explained(_check)
     def forward(self, y_s: torch.Tensor, y_t: torch.Tensor) -> torch.Tensor:
         """The loss of logits (N, C) or (N, C, ...) of student and target; 0-d.
 
@@ -35,8 +39,5 @@ class DistillKL(nn.Module):
         TypeError, ValueError
             An argument is not what it must be.
         """
-        _shared.check_logits("DistillKL", ("y_s", "y_t"), y_s, y_t)
         reduction, factor = _shared.from_kl_div("batchmean", y_s)
-        return _shared.kl(
-            "DistillKL", y_s, y_t, temperature=self.T, weight=factor, reduction=reduction
-        )
+        return _shared.kl(y_s, y_t, temperature=self.T, weight=factor, reduction=reduction)

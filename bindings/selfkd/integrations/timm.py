@@ -53,10 +53,8 @@ class LogitDistillationMixin:
         with torch.no_grad():
             seen = self.teacher.normalize_input(input, self.student_mean, self.student_std)
             taught = self.teacher(seen.detach(), return_features=False)
-        op = "LogitDistillationTask"
-        _shared.check_logits(op, _LOGITS, output, taught)
+        _shared.check_logits("LogitDistillationTask", _LOGITS, output, taught)
         kd_loss = _shared.kl(
-            op,
             output,
             taught,
             temperature=self.temperature,

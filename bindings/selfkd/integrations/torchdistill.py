@@ -82,43 +82,46 @@ class KDLoss(nn.Module):
         if beta is None and alpha is not None:
             self.beta = 1 - self.alpha
         self.reduction = reduction
-        self._hard_reduction = reduction.removeprefix("batch")
-        smoothing = arguments.number(op, "label_smoothing", label_smoothing)
-        number_rule(op, "label_smoothing", smoothing, "FRACTION")
+        self._smoothing = arguments.number(op, "label_smoothing", label_smoothing)
+        number_rule(op, "label_smoothing", self._smoothing, "FRACTION")
+        self._ignored = arguments.integer(op, "ignore_index", ignore_index)
+        hard_reduction = reduction.removeprefix("batch")
         self.cross_entropy_loss = nn.CrossEntropyLoss(
-            weight,
-            size_average,
-            arguments.integer(op, "ignore_index", ignore_index),
-            reduce,
-            self._hard_reduction,
-            smoothing,
+            weight, size_average, self._ignored, reduce, hard_reduction, self._smoothing
         )
+        self._fuses = weight is None and self.cross_entropy_loss.reduction == hard_reduction
 
     def _softened(self, logits: torch.Tensor) -> torch.Tensor:
         """What the KL divergence sees of the logits."""
         return logits
 
-    def _is_one_pass(self, teacher: torch.Tensor, targets: torch.Tensor) -> bool:
-        numbers, ce = (self.alpha, self.beta), self.cross_entropy_loss
-        learning = any(arguments.wants_gradient(x) for x in (teacher, self.temperature, *numbers))
-        plain = ce.weight is None and ce.reduction == self._hard_reduction
-        return not learning and plain and targets.dtype == torch.int64 and min(numbers) >= 0
-
-    def _check_targets(self, logits: torch.Tensor, targets: Any) -> None:
-        arguments.tensor(self._op, "targets", targets)
+    def _check(
+        self, student_io_dict: Any, teacher_io_dict: Any, targets: Any = None, *_: Any, **__: Any
+    ) -> None:
+        op = self._op
+        student_at = self.student_module_path, self.student_module_io
+        teacher_at = self.teacher_module_path, self.teacher_module_io
+        logits = _found(op, "student", student_io_dict, *student_at)
+        teacher = _found(op, "teacher", teacher_io_dict, *teacher_at)
+        names = _name("student", *student_at), _name("teacher", *teacher_at)
+        _shared.check_logits(op, names, logits, teacher)
+        if self.alpha is None or self.alpha == 0 or targets is None:
+            return
+        arguments.tensor(op, "targets", targets)
         probabilities = targets.is_floating_point() and targets.shape == logits.shape
         expected = (len(logits), *logits.shape[2:])
         if not probabilities and (targets.dtype, targets.shape) != (torch.int64, expected):
             dtype = str(targets.dtype).removeprefix("torch.")
             raise ValueError(
-                f"{self._op}: targets have dtype {dtype} and shape {tuple(targets.shape)}, expected int64"
-                f" and {expected}, or probabilities of the logits' shape {tuple(logits.shape)}"
+                f"{op}: targets have dtype {dtype} and shape {tuple(targets.shape)}, expected int64 and"
+                f" {expected}, or probabilities of the logits' shape {tuple(logits.shape)}"
             )
         if targets.device != logits.device:
             raise TypeError(
-                f"{self._op}: targets are on {targets.device}, expected {logits.device} like the logits"
+                f"{op}: targets are on {targets.device}, expected {logits.device} like the logits"
             )
 
+    @_shared.explained(_check)
     def forward(
         self,
         student_io_dict: _IO,
@@ -134,53 +137,64 @@ class KDLoss(nn.Module):
         TypeError, ValueError
             A module was not seen, or gave no logits; an argument is not what it must be.
         """
-        op, temperature = self._op, self.temperature
-        student_name, logits = _found(
-            op, "student", student_io_dict, self.student_module_path, self.student_module_io
-        )
-        teacher_name, teacher = _found(
-            op, "teacher", teacher_io_dict, self.teacher_module_path, self.teacher_module_io
-        )
-        _shared.check_logits(op, (student_name, teacher_name), logits, teacher)
+        logits = student_io_dict[self.student_module_path][self.student_module_io]
+        teacher = teacher_io_dict[self.teacher_module_path][self.teacher_module_io]
         hard = None if self.alpha is None or self.alpha == 0 else targets
-        if hard is not None:
-            self._check_targets(logits, hard)
         if self.reduction == "none":
-            if hard is not None:
-                raise ValueError(
-                    f'{op}: reduction is "none" with alpha {self.alpha}, expected "batchmean", "sum" or'
-                    ' "mean": the terms have other shapes; selfkd.distill(logits, targets, teacher,'
-                    ' reduction="none") has a value for each row'
-                )
-            given = self._softened(logits), self._softened(teacher)
-            return _shared.kl_of_each_logit(*given, temperature)
+            return self._of_each_logit(logits, teacher, hard)
         reduction, factor = _shared.from_kl_div(self.reduction, logits)
         if hard is not None and self._is_one_pass(teacher, hard):
             one_pass: torch.Tensor = distill(  # type: ignore[assignment]
                 logits,
                 hard,
-                teacher.detach(),
-                ce_weight=arguments.number(op, "alpha", self.alpha),
-                teacher_weights=factor * arguments.number(op, "beta", self.beta),
-                temperature=arguments.number(op, "temperature", temperature),
-                label_smoothing=self.cross_entropy_loss.label_smoothing,
-                ignore_index=self.cross_entropy_loss.ignore_index,
+                teacher,
+                ce_weight=self.alpha,
+                teacher_weights=factor * self.beta,
+                temperature=self.temperature,
+                label_smoothing=self._smoothing,
+                ignore_index=self._ignored,
                 reduction=reduction,
             )
             return one_pass
-        weight = factor / temperature**2 if hard is None else factor * self.beta
         soft = _shared.kl(
-            op,
             self._softened(logits),
             self._softened(teacher),
-            temperature=temperature,
-            weight=weight,
+            temperature=self.temperature,
+            weight=factor * self.beta if hard is not None else factor / self.temperature**2,
             reduction=reduction,
         )
         if hard is None:
             return soft
         loss: torch.Tensor = self.alpha * self.cross_entropy_loss(logits, hard) + soft
         return loss
+
+    def _is_one_pass(self, teacher: torch.Tensor, targets: torch.Tensor) -> bool:
+        """Whether :func:`selfkd.distill` has it all: no class weights, no mixed targets, one side learns."""
+        return (
+            self._fuses
+            and targets.dtype == torch.int64
+            and isinstance(teacher, torch.Tensor)
+            and not arguments.wants_gradient(teacher)
+            and not isinstance(self.temperature, torch.Tensor)
+            and not isinstance(self.alpha, torch.Tensor)
+            and not isinstance(self.beta, torch.Tensor)
+            and self.alpha > 0
+            and self.beta >= 0
+        )
+
+    def _of_each_logit(
+        self, logits: torch.Tensor, teacher: torch.Tensor, hard: torch.Tensor | None
+    ) -> torch.Tensor:
+        op, names = self._op, ("the student's logits", "the teacher's logits")
+        _shared.check_logits(op, names, logits, teacher)
+        if hard is not None:
+            raise ValueError(
+                f'{op}: reduction is "none" with alpha {self.alpha}, expected "batchmean", "sum" or "mean":'
+                " the terms have other shapes; selfkd.distill(logits, targets, teacher,"
+                ' reduction="none") has a value for each row'
+            )
+        logits, teacher = self._softened(logits), self._softened(teacher)
+        return _shared.kl_of_each_logit(logits, teacher, self.temperature)
 
 
 class LogitStdKDLoss(KDLoss):
@@ -217,12 +231,10 @@ class LogitStdKDLoss(KDLoss):
         where = student_module_path, student_module_io, teacher_module_path, teacher_module_io
         super().__init__(*where, temperature, alpha, beta, reduction, **kwargs)
         self.eps = _shared.number(self._op, "eps", eps)
+        self._fuses = False  # the cross-entropy sees the logits as they are
 
     def _softened(self, logits: torch.Tensor) -> torch.Tensor:
         return _shared.standardized(logits, self.eps)
-
-    def _is_one_pass(self, teacher: torch.Tensor, targets: torch.Tensor) -> bool:
-        return False  # the cross-entropy sees the logits as they are
 
 
 class ATLoss(nn.Module):
@@ -266,6 +278,15 @@ class ATLoss(nn.Module):
             _shared.number("ATLoss", f'at_pairs["{name}"]["weight"]', pair.get("weight", 1))
         self.at_pairs, self.mode = at_pairs, mode
 
+    def _check(self, student_io_dict: Any, teacher_io_dict: Any, *_: Any, **__: Any) -> None:
+        for pair in self.at_pairs.values():
+            where = [(pair[side]["path"], pair[side]["io"]) for side in ("student", "teacher")]
+            student = _found("ATLoss", "student", student_io_dict, *where[0])
+            teacher = _found("ATLoss", "teacher", teacher_io_dict, *where[1])
+            names = _name("student", *where[0]), _name("teacher", *where[1])
+            _shared.check_maps("ATLoss", names, student, teacher)
+
+    @_shared.explained(_check)
     def forward(
         self, student_io_dict: _IO, teacher_io_dict: _IO, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
@@ -276,21 +297,24 @@ class ATLoss(nn.Module):
         TypeError, ValueError
             A module was not seen, or gave no features, or they have other positions.
         """
-        losses, sizes = [], []
-        for pair in self.at_pairs.values():
-            student_at, teacher_at = pair["student"], pair["teacher"]
-            student_name, student = _found(
-                "ATLoss", "student", student_io_dict, student_at["path"], student_at["io"]
-            )
-            teacher_name, teacher = _found(
-                "ATLoss", "teacher", teacher_io_dict, teacher_at["path"], teacher_at["io"]
-            )
-            _shared.check_maps("ATLoss", (student_name, teacher_name), student, teacher)
-            of_pair = _shared.at if self.mode == "code" else _distances
-            losses.append(pair.get("weight", 1) * of_pair(student, teacher))
-            sizes.append(len(student))
-        total = torch.stack(losses).sum()
-        return total if self.mode == "code" else total / sizes[0]
+        pairs = [
+            (*_pair(pair, student_io_dict, teacher_io_dict), pair.get("weight", 1))
+            for pair in self.at_pairs.values()
+        ]
+        if self.mode == "code":
+            return torch.stack([weight * _shared.at(x, t) for x, t, weight in pairs]).sum()
+        self._check(student_io_dict, teacher_io_dict)
+        losses = torch.stack([weight * _distances(x, t) for x, t, weight in pairs])
+        return losses.sum() / len(pairs[0][0])
+
+
+def _pair(
+    pair: Mapping[str, Any], student_io_dict: _IO, teacher_io_dict: _IO
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The features of a pair."""
+    student, teacher = pair["student"], pair["teacher"]
+    student_features = student_io_dict[student["path"]][student["io"]]
+    return student_features, teacher_io_dict[teacher["path"]][teacher["io"]]
 
 
 def _distances(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -319,6 +343,16 @@ class SDDropoutLoss(nn.Module):
         _check_options("SDDropoutLoss", sd_dropout_kl, options)
         self.student, self.options = (student_module_path, student_module_io), options
 
+    def _check(self, student_io_dict: Any, *_: Any, **__: Any) -> None:
+        op, name = "SDDropoutLoss", _name("student", *self.student)
+        pair = _found(op, "student", student_io_dict, *self.student)
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise TypeError(
+                f"{op}: {name} is {arguments.described(pair)}, expected a pair (u, v) of logits"
+            )
+        _shared.check_logits(op, (f"{name}[0]", f"{name}[1]"), *pair)
+
+    @_shared.explained(_check)
     def forward(self, student_io_dict: _IO, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The mean over the batch.
 
@@ -327,14 +361,9 @@ class SDDropoutLoss(nn.Module):
         TypeError, ValueError
             The module was not seen, or gave no pair of logits.
         """
-        op = "SDDropoutLoss"
-        name, pair = _found(op, "student", student_io_dict, *self.student)
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise TypeError(
-                f"{op}: {name} is {arguments.described(pair)}, expected a pair (u, v) of logits"
-            )
-        _shared.check_logits(op, (f"{name}[0]", f"{name}[1]"), *pair)
-        return sd_dropout_kl(*pair, **self.options)
+        path, io = self.student
+        u, v = student_io_dict[path][io]
+        return sd_dropout_kl(u, v, **self.options)
 
 
 class SimRegLoss(nn.Module):
@@ -364,6 +393,14 @@ class SimRegLoss(nn.Module):
         self.teacher = teacher_module_path, teacher_module_io
         self.options = options
 
+    def _check(self, student_io_dict: Any, teacher_io_dict: Any, *_: Any, **__: Any) -> None:
+        op = "SimRegLoss"
+        student = _found(op, "student", student_io_dict, *self.student)
+        teacher = _found(op, "teacher", teacher_io_dict, *self.teacher)
+        names = _name("student", *self.student), _name("teacher", *self.teacher)
+        _shared.check_logits(op, names, student, teacher)
+
+    @_shared.explained(_check)
     def forward(
         self, student_io_dict: _IO, teacher_io_dict: _IO, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
@@ -374,28 +411,28 @@ class SimRegLoss(nn.Module):
         TypeError, ValueError
             A module was not seen, or gave no features, or they have other shapes.
         """
-        op = "SimRegLoss"
-        student_name, student = _found(op, "student", student_io_dict, *self.student)
-        teacher_name, teacher = _found(op, "teacher", teacher_io_dict, *self.teacher)
-        _shared.check_logits(op, (student_name, teacher_name), student, teacher)
-        return simreg(student, teacher.detach(), **self.options)
+        (path, io), (teacher_path, teacher_io) = self.student, self.teacher
+        target = teacher_io_dict[teacher_path][teacher_io].detach()
+        return simreg(student_io_dict[path][io], target, **self.options)
 
 
-def _found(op: str, side: str, io_dict: Any, path: str, io: str) -> tuple[str, Any]:
-    """What torchdistill saw of a module, and its name for sentences."""
-    name = f"{side}_io_dict"
+def _name(side: str, path: str, io: str) -> str:
+    return f'{side}_io_dict["{path}"]["{io}"]'
+
+
+def _found(op: str, side: str, io_dict: Any, path: str, io: str) -> Any:
+    """What torchdistill saw of a module, or the sentence that says why it saw nothing."""
     if not isinstance(io_dict, Mapping):
-        raise TypeError(
-            f"{op}: {name} is {arguments.described(io_dict)}, expected a dict of modules"
-        )
+        found = arguments.described(io_dict)
+        raise TypeError(f"{op}: {side}_io_dict is {found}, expected a dict of modules")
     of_module = io_dict.get(path)
     if not isinstance(of_module, Mapping) or io not in of_module:
         seen = ", ".join(f'"{module}"' for module in io_dict) or "none"
         raise ValueError(
-            f'{op}: {name} has no {io} of module "{path}", expected one of what was seen ({seen}); the'
-            f" {side}'s forward_hook in the configuration says of which modules"
+            f'{op}: {side}_io_dict has no {io} of module "{path}", expected one of what was seen ({seen});'
+            f" the {side}'s forward_hook in the configuration says of which modules"
         )
-    return f'{name}["{path}"]["{io}"]', of_module[io]
+    return of_module[io]
 
 
 def _check_options(op: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:

@@ -116,26 +116,26 @@ class DistillMixin:
         finally:
             del self._teacher_logits  # the graph keeps what backward needs
 
+    def _check(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> None:
+        names = "the student's logits", "the teacher's logits"
+        _shared.check_logits(_OP, names, _logits("student", outputs), self._teacher_logits)
+        arguments.tensor(_OP, "labels", labels, optional=True)
+
+    @_shared.explained(_check)
     def _distill(
         self,
         outputs: Any,
         labels: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        names = "the student's logits", "the teacher's logits"
-        logits = _logits("student", outputs)
-        _shared.check_logits(_OP, names, logits, self._teacher_logits)
-        if labels is None:
-            if self.ce_weight != 0:
-                raise ValueError(
-                    f"{_OP}: labels is None, expected a tensor, or ce_weight=0 to train without labels"
-                )
-        else:
-            arguments.tensor(_OP, "labels", labels)
+        if labels is None and self.ce_weight != 0:
+            raise ValueError(
+                f"{_OP}: labels is None, expected a tensor, or ce_weight=0 to train without labels"
+            )
         if labels is not None and self.shift_labels:  # and not the logits, which are read in place
             labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED)
         loss: torch.Tensor = distill(  # type: ignore[assignment]
-            logits,
+            outputs.logits,
             labels,
             self._teacher_logits,
             teacher_weights=self.teacher_weight,
