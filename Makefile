@@ -111,7 +111,7 @@ COMPAT_python-3.13 := torch
 COMPAT_PYTHON_python-3.10 := python3.10
 COMPAT_PYTHON_python-3.12 := python3.12
 COMPAT_PYTHON_python-3.13 := python3.13
-COMPAT_torchdistill := torchdistill==1.1.5
+COMPAT_torchdistill := torchdistill==1.1.5 timm==1.0.31
 COMPAT_NEEDS_torchdistill = $(COMPAT_FILE)[test]
 COMPAT_TESTS_torchdistill := tests/test_integrations.py tests/test_integrations_training.py
 COMPAT_FILE = $(or $(COMPAT_WHEEL),$(shell echo build/compat/*.whl))

@@ -107,6 +107,7 @@ def torchdistill_run(prefix: str, weight: float) -> list[float]:
     kd = {f"{side}_module_{key}": value[key] for side, value in logits.items() for key in value}
     terms = {
         "kd": ("KDLoss", kd | {"temperature": 4.0, "alpha": 0.5, "beta": 0.5 * weight}, 1.0),
+        "std": ("LogitStdKDLoss", kd | {"temperature": 2.0, "beta": weight}, 0.1),
         "at": ("ATLoss", {"at_pairs": AT_PAIRS, "mode": "code"}, 100 * weight),
         "sd": ("SDDropoutLoss", {"student_module_path": "views"}, weight),
         "simreg": ("SimRegLoss", WHERE, weight),
@@ -151,7 +152,7 @@ def test_torchdistill_training() -> None:
     from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT, register_mid_level_loss
 
     import_dependencies(["selfkd.integrations.torchdistill"])
-    for name in ("KDLoss", "ATLoss", "SDDropoutLoss", "SimRegLoss"):
+    for name in ("KDLoss", "LogitStdKDLoss", "ATLoss", "SDDropoutLoss", "SimRegLoss"):
         assert MIDDLE_LEVEL_LOSS_DICT[f"selfkd.{name}"] is getattr(torchdistill, name)
     assert MIDDLE_LEVEL_LOSS_DICT["KDLoss"] is not torchdistill.KDLoss
     register_mid_level_loss(PlainSDDropout, key="SDDropoutLoss")

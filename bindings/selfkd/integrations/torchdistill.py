@@ -1,4 +1,4 @@
-"""torchdistill: mid-level losses under the keys ``selfkd.KDLoss``, ``selfkd.ATLoss``, ...
+"""torchdistill: mid-level losses under the keys ``selfkd.KDLoss``, ``selfkd.LogitStdKDLoss``, ...
 
 Importing this module registers them where torchdistill is installed; in a configuration, name it
 under ``dependencies``.
@@ -7,17 +7,20 @@ under ``dependencies``.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from ..attention import attention
+from .. import arguments
+from ..contract import number_rule
 from ..distill import distill
 from ..sd_dropout_kl import sd_dropout_kl
 from ..simreg import simreg
-from ._reductions import REDUCTIONS, from_kl_div
+from . import _shared
 
 _IO = Mapping[str, Mapping[str, Any]]  # module path -> "input" or "output" -> what the module saw
 
@@ -25,19 +28,29 @@ _IO = Mapping[str, Mapping[str, Any]]  # module path -> "input" or "output" -> w
 class KDLoss(nn.Module):
     """alpha CE + beta T^2 KL of teacher and student: torchdistill's ``KDLoss`` with its arguments.
 
+    One pass over the logits where nothing but the student's asks for a gradient and the targets are classes
+    without weights; otherwise the cross-entropy is PyTorch's.
+
     Parameters
     ----------
     student_module_path, student_module_io, teacher_module_path, teacher_module_io
-        Where the logits (N, C) or (N, C, ...) are found: a module, and ``"input"`` or ``"output"``.
+        Where the logits (N, C) or (N, C, ...) are found: a module, and ``"input"`` or ``"output"``. A
+        teacher that requires grad gets one, as there.
     temperature
         T, finite and > 0.
     alpha, beta
-        Weights >= 0; beta is 1 - alpha by default. As there, without alpha (None or 0) or without
+        Numbers; beta is 1 - alpha by default. As there, without alpha (None or 0) or without
         targets the loss is the KL divergence alone, without T^2 and beta.
     reduction
-        ``"batchmean"`` (cross-entropy: mean), ``"sum"`` or ``"mean"``.
-    label_smoothing, ignore_index
-        Of the cross-entropy.
+        ``"batchmean"`` (cross-entropy: mean), ``"sum"`` or ``"mean"``; ``"none"``, a value for each logit, of
+        the KL divergence alone.
+    weight, size_average, ignore_index, reduce, label_smoothing
+        Of the cross-entropy, as for :class:`torch.nn.CrossEntropyLoss`.
+
+    Notes
+    -----
+    Equal to ``KDLoss`` of ``torchdistill/losses/mid_level.py`` (torchdistill 1.1.5), which cannot do without
+    both alpha and beta.
     """
 
     def __init__(
@@ -51,21 +64,64 @@ class KDLoss(nn.Module):
         beta: float | None = None,
         reduction: str = "batchmean",
         *,
-        label_smoothing: float = 0.0,
+        weight: torch.Tensor | None = None,
+        size_average: bool | None = None,
         ignore_index: int = -100,
+        reduce: bool | None = None,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        if reduction not in REDUCTIONS:
-            raise ValueError(
-                f'KDLoss: reduction is "{reduction}", expected "batchmean", "sum" or "mean"'
-            )
-        self.student = student_module_path, student_module_io
-        self.teacher = teacher_module_path, teacher_module_io
-        self.temperature, self.reduction = temperature, reduction
-        self.alpha = alpha or 0.0
-        self.beta = 1 - self.alpha if beta is None else beta
-        self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
+        op = self._op = type(self).__name__
+        _shared.check_reduction(op, reduction)
+        arguments.tensor(op, "weight", weight, optional=True)
+        self.student_module_path, self.student_module_io = student_module_path, student_module_io
+        self.teacher_module_path, self.teacher_module_io = teacher_module_path, teacher_module_io
+        self.temperature = _shared.number(op, "temperature", temperature, "POSITIVE")
+        self.alpha = _shared.number(op, "alpha", alpha, optional=True)
+        self.beta = _shared.number(op, "beta", beta, optional=True)
+        if beta is None and alpha is not None:
+            self.beta = 1 - self.alpha
+        self.reduction = reduction
+        self._smoothing = arguments.number(op, "label_smoothing", label_smoothing)
+        number_rule(op, "label_smoothing", self._smoothing, "FRACTION")
+        self._ignored = arguments.integer(op, "ignore_index", ignore_index)
+        hard_reduction = reduction.removeprefix("batch")
+        self.cross_entropy_loss = nn.CrossEntropyLoss(
+            weight, size_average, self._ignored, reduce, hard_reduction, self._smoothing
+        )
+        self._fuses = weight is None and self.cross_entropy_loss.reduction == hard_reduction
 
+    def _softened(self, logits: torch.Tensor) -> torch.Tensor:
+        """What the KL divergence sees of the logits."""
+        return logits
+
+    def _check(
+        self, student_io_dict: Any, teacher_io_dict: Any, targets: Any = None, *_: Any, **__: Any
+    ) -> None:
+        op = self._op
+        student_at = self.student_module_path, self.student_module_io
+        teacher_at = self.teacher_module_path, self.teacher_module_io
+        logits = _found(op, "student", student_io_dict, *student_at)
+        teacher = _found(op, "teacher", teacher_io_dict, *teacher_at)
+        names = _name("student", *student_at), _name("teacher", *teacher_at)
+        _shared.check_logits(op, names, logits, teacher)
+        if self.alpha is None or self.alpha == 0 or targets is None:
+            return
+        arguments.tensor(op, "targets", targets)
+        probabilities = targets.is_floating_point() and targets.shape == logits.shape
+        expected = (len(logits), *logits.shape[2:])
+        if not probabilities and (targets.dtype, targets.shape) != (torch.int64, expected):
+            dtype = str(targets.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{op}: targets have dtype {dtype} and shape {tuple(targets.shape)}, expected int64 and"
+                f" {expected}, or probabilities of the logits' shape {tuple(logits.shape)}"
+            )
+        if targets.device != logits.device:
+            raise TypeError(
+                f"{op}: targets are on {targets.device}, expected {logits.device} like the logits"
+            )
+
+    @_shared.explained(_check)
     def forward(
         self,
         student_io_dict: _IO,
@@ -74,59 +130,198 @@ class KDLoss(nn.Module):
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """The loss."""
-        logits, teacher = (
-            _found(student_io_dict, self.student),
-            _found(teacher_io_dict, self.teacher),
-        )
-        reduction, factor = from_kl_div(self.reduction, logits)
-        hard = self.alpha != 0 and targets is not None
-        loss: torch.Tensor = distill(  # type: ignore[assignment]
-            logits,
-            targets if hard else None,
-            teacher,
-            ce_weight=self.alpha,
-            teacher_weights=factor * self.beta if hard else factor / self.temperature**2,
+        """The loss: 0-d, or of the logits' shape for ``"none"``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A module was not seen, or gave no logits; an argument is not what it must be.
+        """
+        logits = student_io_dict[self.student_module_path][self.student_module_io]
+        teacher = teacher_io_dict[self.teacher_module_path][self.teacher_module_io]
+        hard = None if self.alpha is None or self.alpha == 0 else targets
+        if self.reduction == "none":
+            return self._of_each_logit(logits, teacher, hard)
+        reduction, factor = _shared.from_kl_div(self.reduction, logits)
+        if hard is not None and self._is_one_pass(teacher, hard):
+            one_pass: torch.Tensor = distill(  # type: ignore[assignment]
+                logits,
+                hard,
+                teacher,
+                ce_weight=self.alpha,
+                teacher_weights=factor * self.beta,
+                temperature=self.temperature,
+                label_smoothing=self._smoothing,
+                ignore_index=self._ignored,
+                reduction=reduction,
+            )
+            return one_pass
+        soft = _shared.kl(
+            self._softened(logits),
+            self._softened(teacher),
             temperature=self.temperature,
-            label_smoothing=self.label_smoothing,
-            ignore_index=self.ignore_index,
+            weight=factor * self.beta if hard is not None else factor / self.temperature**2,
             reduction=reduction,
         )
+        if hard is None:
+            return soft
+        loss: torch.Tensor = self.alpha * self.cross_entropy_loss(logits, hard) + soft
         return loss
+
+    def _is_one_pass(self, teacher: torch.Tensor, targets: torch.Tensor) -> bool:
+        """Whether :func:`selfkd.distill` has it all: no class weights, no mixed targets, one side learns."""
+        return (
+            self._fuses
+            and targets.dtype == torch.int64
+            and isinstance(teacher, torch.Tensor)
+            and not arguments.wants_gradient(teacher)
+            and not isinstance(self.temperature, torch.Tensor)
+            and not isinstance(self.alpha, torch.Tensor)
+            and not isinstance(self.beta, torch.Tensor)
+            and self.alpha > 0
+            and self.beta >= 0
+        )
+
+    def _of_each_logit(
+        self, logits: torch.Tensor, teacher: torch.Tensor, hard: torch.Tensor | None
+    ) -> torch.Tensor:
+        op, names = self._op, ("the student's logits", "the teacher's logits")
+        _shared.check_logits(op, names, logits, teacher)
+        if hard is not None:
+            raise ValueError(
+                f'{op}: reduction is "none" with alpha {self.alpha}, expected "batchmean", "sum" or "mean":'
+                " the terms have other shapes; selfkd.distill(logits, targets, teacher,"
+                ' reduction="none") has a value for each row'
+            )
+        logits, teacher = self._softened(logits), self._softened(teacher)
+        return _shared.kl_of_each_logit(logits, teacher, self.temperature)
+
+
+class LogitStdKDLoss(KDLoss):
+    """:class:`KDLoss` whose KL divergence is that of standardised logits: torchdistill's ``LogitStdKDLoss``.
+
+    Parameters
+    ----------
+    student_module_path, student_module_io, teacher_module_path, teacher_module_io, temperature
+        As for :class:`KDLoss`.
+    eps
+        Is added to the standard deviation that each row is divided by.
+    alpha, beta, reduction, **kwargs
+        As for :class:`KDLoss`.
+
+    Notes
+    -----
+    Equal to ``LogitStdKDLoss`` of ``torchdistill/losses/mid_level.py`` (torchdistill 1.1.5). Source:
+    arXiv 2403.01427.
+    """
+
+    def __init__(
+        self,
+        student_module_path: str,
+        student_module_io: str,
+        teacher_module_path: str,
+        teacher_module_io: str,
+        temperature: float,
+        eps: float = 1e-7,
+        alpha: float | None = None,
+        beta: float | None = None,
+        reduction: str = "batchmean",
+        **kwargs: Any,
+    ) -> None:
+        where = student_module_path, student_module_io, teacher_module_path, teacher_module_io
+        super().__init__(*where, temperature, alpha, beta, reduction, **kwargs)
+        self.eps = _shared.number(self._op, "eps", eps)
+        self._fuses = False  # the cross-entropy sees the logits as they are
+
+    def _softened(self, logits: torch.Tensor) -> torch.Tensor:
+        return _shared.standardized(logits, self.eps)
 
 
 class ATLoss(nn.Module):
-    """Attention transfer, :func:`selfkd.attention`: torchdistill's ``ATLoss`` in its mode ``"code"``.
+    """Attention transfer: torchdistill's ``ATLoss`` with its arguments.
 
     Parameters
     ----------
     at_pairs
         ``{name: {"student": {"path", "io"}, "teacher": {"path", "io"}, "weight": 1}}``, features
-        (N, C, ...) of as many positions.
+        (N, C, ...) of as many positions. A teacher that requires grad gets one, as there.
     mode
-        ``"code"``; the other mode is torchdistill's alone.
+        ``"code"``, :func:`selfkd.attention`; or ``"paper"``, the distance of the maps, not squared, summed
+        over the batch and divided by its size, which plain PyTorch computes.
+    **kwargs
+        Not looked at, as there.
+
+    Notes
+    -----
+    Equal to ``ATLoss`` of ``torchdistill/losses/mid_level.py`` (torchdistill 1.1.5).
     """
 
-    def __init__(self, at_pairs: Mapping[str, Mapping[str, Any]], mode: str = "code") -> None:
+    def __init__(
+        self, at_pairs: Mapping[str, Mapping[str, Any]], mode: str = "code", **kwargs: Any
+    ) -> None:
         super().__init__()
-        if mode != "code":
+        if mode not in ("code", "paper"):
+            found = arguments.described(mode)
+            raise ValueError(f'ATLoss: mode is {found}, expected "code" or "paper"')
+        if not isinstance(at_pairs, Mapping) or not at_pairs:
             raise ValueError(
-                f'ATLoss: mode is "{mode}", expected "code" (torchdistill\'s own ATLoss has "paper")'
+                f"ATLoss: at_pairs is {arguments.described(at_pairs)}, expected a dict of at least one pair"
             )
-        self.at_pairs = at_pairs
+        for name, pair in at_pairs.items():
+            for side in ("student", "teacher"):
+                where = pair.get(side) if isinstance(pair, Mapping) else None
+                if not isinstance(where, Mapping) or not {"path", "io"} <= where.keys():
+                    raise ValueError(
+                        f'ATLoss: at_pairs["{name}"]["{side}"] is {arguments.described(where)},'
+                        " expected a dict with path and io"
+                    )
+            _shared.number("ATLoss", f'at_pairs["{name}"]["weight"]', pair.get("weight", 1))
+        self.at_pairs, self.mode = at_pairs, mode
 
+    def _check(self, student_io_dict: Any, teacher_io_dict: Any, *_: Any, **__: Any) -> None:
+        for pair in self.at_pairs.values():
+            where = [(pair[side]["path"], pair[side]["io"]) for side in ("student", "teacher")]
+            student = _found("ATLoss", "student", student_io_dict, *where[0])
+            teacher = _found("ATLoss", "teacher", teacher_io_dict, *where[1])
+            names = _name("student", *where[0]), _name("teacher", *where[1])
+            _shared.check_maps("ATLoss", names, student, teacher)
+
+    @_shared.explained(_check)
     def forward(
         self, student_io_dict: _IO, teacher_io_dict: _IO, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """The weighted sum over the pairs."""
-        losses = []
-        for pair in self.at_pairs.values():
-            features, teacher = (
-                _found(found, (pair[side]["path"], pair[side]["io"]))
-                for found, side in ((student_io_dict, "student"), (teacher_io_dict, "teacher"))
-            )
-            losses.append(pair.get("weight", 1) * attention(features, teacher.detach()))
-        return torch.stack(losses).sum()
+        """The weighted sum over the pairs; 0-d.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A module was not seen, or gave no features, or they have other positions.
+        """
+        pairs = [
+            (*_pair(pair, student_io_dict, teacher_io_dict), pair.get("weight", 1))
+            for pair in self.at_pairs.values()
+        ]
+        if self.mode == "code":
+            return torch.stack([weight * _shared.at(x, t) for x, t, weight in pairs]).sum()
+        self._check(student_io_dict, teacher_io_dict)
+        losses = torch.stack([weight * _distances(x, t) for x, t, weight in pairs])
+        return losses.sum() / len(pairs[0][0])
+
+
+def _pair(
+    pair: Mapping[str, Any], student_io_dict: _IO, teacher_io_dict: _IO
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The features of a pair."""
+    student, teacher = pair["student"], pair["teacher"]
+    student_features = student_io_dict[student["path"]][student["io"]]
+    return student_features, teacher_io_dict[teacher["path"]][teacher["io"]]
+
+
+def _distances(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """The sum over the batch of the distance of two maps (arXiv 1612.03928, equation 2)."""
+    q, p = (F.normalize(x.pow(2).sum(1).flatten(1)) for x in (student, teacher))
+    distances: torch.Tensor = torch.linalg.vector_norm(q - p, dim=1).sum()
+    return distances
 
 
 class SDDropoutLoss(nn.Module):
@@ -145,16 +340,36 @@ class SDDropoutLoss(nn.Module):
         self, student_module_path: str, student_module_io: str = "output", **options: Any
     ) -> None:
         super().__init__()
+        _check_options("SDDropoutLoss", sd_dropout_kl, options)
         self.student, self.options = (student_module_path, student_module_io), options
 
+    def _check(self, student_io_dict: Any, *_: Any, **__: Any) -> None:
+        op, name = "SDDropoutLoss", _name("student", *self.student)
+        pair = _found(op, "student", student_io_dict, *self.student)
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise TypeError(
+                f"{op}: {name} is {arguments.described(pair)}, expected a pair (u, v) of logits"
+            )
+        _shared.check_logits(op, (f"{name}[0]", f"{name}[1]"), *pair)
+
+    @_shared.explained(_check)
     def forward(self, student_io_dict: _IO, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The mean over the batch."""
-        u, v = _found(student_io_dict, self.student)
+        """The mean over the batch.
+
+        Raises
+        ------
+        TypeError, ValueError
+            The module was not seen, or gave no pair of logits.
+        """
+        path, io = self.student
+        u, v = student_io_dict[path][io]
         return sd_dropout_kl(u, v, **self.options)
 
 
 class SimRegLoss(nn.Module):
     """SimReg, :func:`selfkd.simreg`, of the student's predictions and the teacher's features.
+
+    The teacher's features are detached, as SimReg defines its teacher.
 
     Parameters
     ----------
@@ -173,21 +388,60 @@ class SimRegLoss(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        _check_options("SimRegLoss", simreg, options)
         self.student = student_module_path, student_module_io
         self.teacher = teacher_module_path, teacher_module_io
         self.options = options
 
+    def _check(self, student_io_dict: Any, teacher_io_dict: Any, *_: Any, **__: Any) -> None:
+        op = "SimRegLoss"
+        student = _found(op, "student", student_io_dict, *self.student)
+        teacher = _found(op, "teacher", teacher_io_dict, *self.teacher)
+        names = _name("student", *self.student), _name("teacher", *self.teacher)
+        _shared.check_logits(op, names, student, teacher)
+
+    @_shared.explained(_check)
     def forward(
         self, student_io_dict: _IO, teacher_io_dict: _IO, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """The mean over the batch."""
-        target = _found(teacher_io_dict, self.teacher).detach()
-        return simreg(_found(student_io_dict, self.student), target, **self.options)
+        """The mean over the batch.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A module was not seen, or gave no features, or they have other shapes.
+        """
+        (path, io), (teacher_path, teacher_io) = self.student, self.teacher
+        target = teacher_io_dict[teacher_path][teacher_io].detach()
+        return simreg(student_io_dict[path][io], target, **self.options)
 
 
-def _found(io_dict: _IO, where: tuple[str, str]) -> Any:
-    path, io = where
-    return io_dict[path][io]
+def _name(side: str, path: str, io: str) -> str:
+    return f'{side}_io_dict["{path}"]["{io}"]'
+
+
+def _found(op: str, side: str, io_dict: Any, path: str, io: str) -> Any:
+    """What torchdistill saw of a module, or the sentence that says why it saw nothing."""
+    if not isinstance(io_dict, Mapping):
+        found = arguments.described(io_dict)
+        raise TypeError(f"{op}: {side}_io_dict is {found}, expected a dict of modules")
+    of_module = io_dict.get(path)
+    if not isinstance(of_module, Mapping) or io not in of_module:
+        seen = ", ".join(f'"{module}"' for module in io_dict) or "none"
+        raise ValueError(
+            f'{op}: {side}_io_dict has no {io} of module "{path}", expected one of what was seen ({seen});'
+            f" the {side}'s forward_hook in the configuration says of which modules"
+        )
+    return of_module[io]
+
+
+def _check_options(op: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Raise TypeError for an option that the function does not have."""
+    parameters = inspect.signature(function).parameters.values()
+    names = [x.name for x in parameters if x.kind is inspect.Parameter.KEYWORD_ONLY]
+    for name in options:
+        if name not in names:
+            raise TypeError(f"{op}: {name} is given, expected of {', '.join(names)}")
 
 
 def register() -> None:
@@ -198,7 +452,7 @@ def register() -> None:
         raise ImportError(
             "selfkd.integrations.torchdistill.register needs torchdistill: pip install torchdistill"
         ) from error
-    for loss in (KDLoss, ATLoss, SDDropoutLoss, SimRegLoss):
+    for loss in (KDLoss, LogitStdKDLoss, ATLoss, SDDropoutLoss, SimRegLoss):
         register_mid_level_loss(loss, key=f"selfkd.{loss.__name__}")
 
 

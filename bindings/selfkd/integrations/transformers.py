@@ -8,8 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .. import arguments
+from ..contract import number_rule
 from ..distill import distill
+from . import _shared
 
+_OP = "DistillMixin"
+_WAY = "call selfkd.reference.distill, which gives it one, in a compute_loss_func of your own"
 IGNORED = -100  # the label that transformers' losses leave out
 
 
@@ -26,12 +31,30 @@ def _predicts_the_next(model: Any) -> bool:
     return by_loss or type(model).__name__ in CAUSAL.values()
 
 
+def _logits(whose: str, outputs: Any) -> torch.Tensor:
+    """The logits of a model's output."""
+    logits = getattr(outputs, "logits", None)
+    if not isinstance(logits, torch.Tensor):
+        found = f"{arguments.described(outputs)} without logits"
+        raise TypeError(
+            f"{_OP}: the {whose}'s output is {found}, expected one with a tensor of logits"
+        )
+    return logits
+
+
+def _number(name: str, value: Any, rule: str) -> Any:
+    value = arguments.number(_OP, name, value, way=_WAY)
+    number_rule(_OP, name, value, rule)
+    return value
+
+
 class DistillMixin:
     """A ``transformers.Trainer`` whose loss is :func:`selfkd.distill` from a teacher.
 
     Put it before the trainer's class. The Trainer divides as for its own losses: by the number of
     labels of all batches that are accumulated, on all devices. Positions whose label is -100 count in
-    neither term. The loss of evaluation is the same.
+    neither term. The loss of evaluation is the same. Without labels, which needs ``ce_weight=0``, the loss is
+    the teacher's term, the mean over all positions.
 
     Parameters
     ----------
@@ -42,10 +65,16 @@ class DistillMixin:
         Model that takes the student's inputs and returns logits of the same shape; moved to the
         student's device, in evaluation mode, and given no gradient.
     teacher_weight, temperature, ce_weight
-        a, T and w_ce in w_ce CE + a T^2 KL(teacher || student).
+        a, T and w_ce in w_ce CE + a T^2 KL(teacher || student): numbers, which get no gradient.
     shift_labels
         Whether a position predicts the label of the next. None: as the model's own loss, which is so
         for causal language models.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is not what it must be; in training, labels are absent, or a model's output has no logits,
+        or student and teacher have logits of other shapes.
 
     Examples
     --------
@@ -64,16 +93,16 @@ class DistillMixin:
         shift_labels: bool | None = None,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(teacher, torch.nn.Module):
+            raise TypeError(f"{_OP}: teacher is {arguments.described(teacher)}, expected a module")
+        self.teacher_weight = _number("teacher_weight", teacher_weight, "NONNEGATIVE")
+        self.temperature = _number("temperature", temperature, "POSITIVE")
+        self.ce_weight = _number("ce_weight", ce_weight, "NONNEGATIVE")
         super().__init__(*args, compute_loss_func=self._distill, **kwargs)  # type: ignore[call-arg]
         self.teacher = teacher.to(self.args.device).eval()  # type: ignore[attr-defined]
-        self.teacher_weight, self.temperature, self.ce_weight = (
-            teacher_weight,
-            temperature,
-            ce_weight,
-        )
         if shift_labels is None:
             shift_labels = _predicts_the_next(self.model)  # type: ignore[attr-defined]
-        self.shift_labels = shift_labels
+        self.shift_labels = arguments.flag(_OP, "shift_labels", shift_labels)
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any
@@ -81,19 +110,29 @@ class DistillMixin:
         """The trainer's own, once the teacher has seen the inputs."""
         with torch.no_grad():
             given = {name: value for name, value in inputs.items() if name != "labels"}
-            self._teacher_logits = self.teacher(**given).logits
+            self._teacher_logits = _logits("teacher", self.teacher(**given))
         try:
             return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         finally:
             del self._teacher_logits  # the graph keeps what backward needs
 
+    def _check(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> None:
+        names = "the student's logits", "the teacher's logits"
+        _shared.check_logits(_OP, names, _logits("student", outputs), self._teacher_logits)
+        arguments.tensor(_OP, "labels", labels, optional=True)
+
+    @_shared.explained(_check)
     def _distill(
         self,
         outputs: Any,
-        labels: torch.Tensor,
+        labels: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        if self.shift_labels:  # and not the logits, which are read in place
+        if labels is None and self.ce_weight != 0:
+            raise ValueError(
+                f"{_OP}: labels is None, expected a tensor, or ce_weight=0 to train without labels"
+            )
+        if labels is not None and self.shift_labels:  # and not the logits, which are read in place
             labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED)
         loss: torch.Tensor = distill(  # type: ignore[assignment]
             outputs.logits,
@@ -104,7 +143,7 @@ class DistillMixin:
             ce_weight=self.ce_weight,
             label_smoothing=self.args.label_smoothing_factor,  # type: ignore[attr-defined]
             ignore_index=IGNORED,
-            mask_teachers=True,
+            mask_teachers=labels is not None,
             divisor=num_items_in_batch,
             dim=-1,
         )
