@@ -127,7 +127,11 @@ def test_an_epoch_that_was_not_ended_is_noticed() -> None:
 def test_probabilities_are_noticed(generator: torch.Generator) -> None:
     logits = torch.randn(6, 5, generator=generator)
     table = PreviousEpoch(6, 5)
-    for probs in (logits.softmax(1), logits.softmax(1).half(), F.one_hot(torch.arange(6) % 5)):
+    for probs in (
+        logits.softmax(1),
+        logits.softmax(1).half(),
+        F.one_hot(torch.arange(6) % 5).float(),
+    ):
         with pytest.raises(
             ValueError, match=r"PreviousEpoch: logits has rows of prob.*probs.log\(\)"
         ):
@@ -135,6 +139,26 @@ def test_probabilities_are_noticed(generator: torch.Generator) -> None:
     table.update(torch.arange(6), logits.log_softmax(1))
     one = PreviousEpoch(2, 1)
     one.update(torch.arange(2), torch.ones(2, 1))  # of one class anything may be a logit
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+def test_rounded_probabilities_are_noticed(
+    classes: int, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """Whose rows sum to 1 as nearly as their dtype can."""
+    probs = (3 * torch.randn(128, classes, generator=generator)).softmax(1).to(dtype)
+    with pytest.raises(ValueError, match="rows of probabilities"):
+        PreviousEpoch(128, classes).update(torch.arange(128), probs)
+
+
+def test_rows_that_happen_to_sum_to_1_are_logits() -> None:
+    """Once a table has seen logits: two logits of one sample may be (0.25, 0.75) in any step."""
+    table = PreviousEpoch(3, 2)
+    table.update(torch.tensor([0]), torch.tensor([[2.0, -1.0]]))
+    table.update(torch.tensor([1]), torch.tensor([[0.25, 0.75]]))
+    table.end_epoch()
+    table.update(torch.tensor([2]), torch.tensor([[0.5, 0.5]]))
 
 
 def test_first_row_of_a_repeated_index_counts(generator: torch.Generator) -> None:
@@ -180,10 +204,19 @@ def test_to_moves_the_tables_and_casts_nothing() -> None:
     assert found.device.type == device
     assert (found == 0.25).all()
     before = table.previous.clone()
-    for cast in (table.double, table.half, table.bfloat16, torch.nn.Sequential(table).float):
+    casts = [lambda dtype=dtype: table.type(dtype) for dtype in (torch.float64, torch.int32)]
+    for cast in (
+        *casts,
+        *(table.double, table.half, table.bfloat16, torch.nn.Sequential(table).float),
+    ):
         cast()
         assert table.previous.dtype == table.current.dtype == torch.float16
+        assert table.previous_written.dtype == torch.bool
         assert torch.equal(table.previous, before)
+        assert torch.equal(table.lookup(torch.arange(6)), before)
+    assert PreviousEpoch(6, 4).to_empty(device=device).previous.dtype == torch.float16
+    with torch.no_grad():
+        assert table.share_memory().previous.is_shared()
 
 
 RANKS = """
@@ -462,10 +495,95 @@ def test_half_logits_outside_of_autocast(dtype: torch.dtype, generator: torch.Ge
     assert judge.to(dtype)(z).dtype == dtype
 
 
+def test_both_teachers_are_detached(given: dict[str, torch.Tensor], judge: Discriminator) -> None:
+    z, t, r, y = given.values()
+    r.requires_grad_()
+    AIKDLoss(judge)(z, t, r, y)[0].backward()
+    assert z.grad is not None
+    assert t.grad is None
+    assert r.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_a_class_that_was_never_predicted(
+    dtype: torch.dtype, given: dict[str, torch.Tensor], judge: Discriminator
+) -> None:
+    """Probability 0, as a table in float16 rounds small ones: finite, and the reference's loss."""
+    z, t, _, y = given.values()
+    r = torch.tensor([[1, 0, 0, 0, 0], [0, 0.5, 0.5, 0, 0]] * 3, dtype=dtype)
+    criterion = AIKDLoss(judge, pretrained_weight=0.0, adversarial_weight=0.0)
+    loss, parts = criterion(z, t, r, y)
+    ways: dict[str, Any] = {"temperature": 1.0, "teacher_kind": "probs"}
+    expected = selfkd.reference.distill(z, y, r.double(), **ways)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    grads = (torch.autograd.grad(x, z)[0] for x in (loss, expected))
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+    assert parts.pretrained == 0
+    assert parts.previous > 0
+
+
+def test_an_infinite_term_leaves_the_others_apart(judge: Discriminator) -> None:
+    """The student excludes what the previous epoch predicted: that part alone is infinite."""
+    z = torch.tensor([[-torch.inf, 1.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    t = torch.tensor([[-torch.inf, 0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    r = torch.tensor([[0.5, 0.5, 0, 0, 0]], dtype=torch.float64)
+    parts = AIKDLoss(judge)(z, t, r, torch.tensor([1]))[1]
+    assert parts.previous == torch.inf
+    assert all(x.isfinite() for x in (parts.ce, parts.pretrained, parts.adversarial))
+
+
+@pytest.mark.parametrize("wrapped", ["DataParallel", "replica"])
+def test_discriminators_under_data_parallel(wrapped: str, generator: torch.Generator) -> None:
+    """The student's step reaches the discriminator's parameters in neither; a replica has no parameters."""
+    z, t = (torch.randn(6, 5, generator=generator) for _ in range(2))
+    z.requires_grad_()
+    torch.manual_seed(3)
+    judge = Discriminator(5, (8,))
+    made = torch.nn.DataParallel(judge) if wrapped == "DataParallel" else replicated(judge)
+    losses = [AIKDLoss(x)(z, t, None, torch.arange(6) % 5)[0] for x in (made, judge)]
+    assert torch.equal(*losses)
+    grads = [torch.autograd.grad(x, z)[0] for x in losses[1:]]
+    losses[0].backward()
+    assert torch.equal(z.grad, grads[0])
+    assert all(x.grad is None for x in judge.parameters())
+    half = AIKDLoss(made).discriminator_loss(z.bfloat16(), t.bfloat16())
+    half.backward()
+    assert all(x.grad is not None for x in judge.parameters())
+
+
+def replicated(module: torch.nn.Module) -> torch.nn.Module:
+    """A replica as ``DataParallel`` makes it, which it does on GPUs only."""
+    replica = module._replicate_for_data_parallel()
+    replica._former_parameters = dict(module._parameters)
+    for name, x in module._parameters.items():
+        setattr(replica, name, None if x is None else x.view_as(x))
+    for name, child in module._modules.items():
+        setattr(replica, name, None if child is None else replicated(child))
+    return replica
+
+
+def test_float64_logits_under_autocast(
+    given: dict[str, torch.Tensor], generator: torch.Generator
+) -> None:
+    """Autocast leaves float64 as it is, and narrows the weights that it meets."""
+    judge = Discriminator(5, (8,))
+    expected = AIKDLoss(judge)(*given.values())[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = AIKDLoss(judge)(*given.values())[0]
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
 def test_what_aikd_refuses(given: dict[str, torch.Tensor], judge: Discriminator) -> None:
     z, t, r, y = given.values()
     one = torch.nn.Parameter(torch.ones(()))
-    for name in ("pretrained_weight", "previous_weight", "temperature", "previous_temperature"):
+    names = ["pretrained_weight", "previous_weight", "adversarial_weight"]
+    names += ["temperature", "previous_temperature"]
+    for name in names:
+        for value in (-1.0, float("inf"), float("nan")):
+            with pytest.raises(ValueError, match=rf"AIKDLoss: {name} is .*, expected a finite"):
+                AIKDLoss(judge, **{name: value})(z, t, r, y)
+        with pytest.raises(TypeError, match=f"AIKDLoss: {name} is True, expected a number"):
+            AIKDLoss(judge, **{name: True})(z, t, r, y)
         with pytest.raises(ValueError, match=f"AIKDLoss: {name} requires grad"):
             AIKDLoss(judge, **{name: one})(z, t, r, y)
         AIKDLoss(judge, **{name: np.float32(0.5)})(z, t, r, y)
@@ -483,6 +601,20 @@ def test_what_aikd_refuses(given: dict[str, torch.Tensor], judge: Discriminator)
     }.items():
         with pytest.raises(TypeError, match=sentence):
             call()
+    for sentence, call in {
+        r"AIKDLoss: previous_probs has shape \(3, 5\), expected \(6, 5\)": lambda: criterion(
+            z, t, r[:3], y
+        ),
+        "AIKDLoss: previous_probs has negative values": lambda: criterion(z, t, r.log(), y),
+        r"AIKDLoss: pretrained_logits has shape \(6, 3\), expected \(N, 5\)": lambda: (
+            criterion.discriminator_loss(z, t[:, :3])
+        ),
+        "probabilities that sum to 0.5 at position": lambda: criterion(z, t, r / 2, y),
+    }.items():
+        with pytest.raises(ValueError, match=sentence):
+            call()
+    with pytest.raises(TypeError, match="PreviousEpoch: logits has dtype int64, expected a float"):
+        table.update(y, F.one_hot(y, 5))
     with torch.inference_mode():
         index, probs = torch.arange(6), r.clone()
         logits = z.detach().clone()

@@ -227,6 +227,86 @@ def test_compiled_and_under_autocast(name: str) -> None:
     assert torch.autograd.grad(loss, x)[0].dtype == torch.float32
 
 
+def test_rows_that_do_not_count_may_have_any_weight() -> None:
+    """A NaN weight of an ignored row is not looked at, on both paths."""
+    x, y = problem()
+    y[2] = -100
+    weight = torch.rand(N, dtype=torch.float64)
+    weight[2] = torch.nan
+    linear = nn.Linear(K, C).double()
+    found, expected = (
+        run(SDDropout(head), x, y, row_weight=weight) for head in (nn.Sequential(linear), linear)
+    )
+    assert all(t.isfinite().all() for t in found)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_no_kl_term_is_none_at_all() -> None:
+    """With kl_weight 0 an infinite divergence of the samples is not multiplied by it."""
+    x, y = problem(torch.float32)
+    head = nn.Linear(K, C)
+    calls: list[int] = []
+
+    def excluding(h: Tensor) -> Tensor:
+        """Logits that exclude another class in each call but the first."""
+        calls.append(1)
+        gone = torch.zeros(C)
+        gone[len(calls) % C] = -torch.inf if len(calls) > 1 else 0
+        found: Tensor = head(h) + gone
+        return found
+
+    _, loss = SDDropout(excluding, kl_weight=0.0)(x, y)
+    torch.testing.assert_close(loss, F.cross_entropy(head(x), y))
+    assert len(calls) == 3
+
+
+class Doubled(Tensor):
+    """As quantized and sharded weights are: a subclass with a product of its own, in an nn.Linear."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is F.linear:
+            x, weight, *bias = args
+            return 2 * F.linear(x, weight.as_subclass(Tensor), *bias)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_a_weight_with_a_product_of_its_own() -> None:
+    x, y = problem(torch.float32)
+    head = nn.Linear(K, C)
+    head.weight = nn.Parameter(torch.randn(C, K).as_subclass(Doubled))
+    logits, loss = SDDropout(head, kl_weight=0.0)(x, y)
+    torch.testing.assert_close(logits, head(x).detach())
+    torch.testing.assert_close(loss, F.cross_entropy(head(x), y))
+
+
+def test_a_replica_of_data_parallel_takes_the_fused_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose layers hold their weights as plain attributes."""
+    x, y = problem(torch.float32)
+    module = SDDropout(nn.Linear(K, C))
+    expected = run(module, x, y)
+    replica = replicated(module)
+    assert not list(replica.parameters())
+    monkeypatch.setattr(nn.Linear, "forward", lambda *_: pytest.fail("was called"))
+    torch.manual_seed(7)
+    _, loss = replica(x, y)
+    assert torch.equal(loss, expected[1])
+
+
+def replicated(module: nn.Module) -> nn.Module:
+    """A replica as ``nn.DataParallel`` makes it, which it does on GPUs only."""
+    replica = module._replicate_for_data_parallel()
+    replica._former_parameters = dict(module._parameters)
+    for name, x in module._parameters.items():
+        setattr(replica, name, None if x is None else x.view_as(x))
+    for name, child in module._modules.items():
+        setattr(replica, name, None if child is None else replicated(child))
+    return replica
+
+
 # ---- checkpoints and copies ----
 
 
@@ -303,3 +383,60 @@ def test_sentences() -> None:
             module([1.0], y)
         with pytest.raises(TypeError, match="SDDropout: target is the number 3, expected a tensor"):
             module(x, 3)
+
+
+ROWS = "row_weight"
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    {
+        "target (N, 1)": ({"target": torch.zeros(N, 1, dtype=torch.int64)}, r"target has shape"),
+        "target of 3": (
+            {"target": torch.zeros(3, dtype=torch.int64)},
+            r"has shape \(3,\), expected",
+        ),
+        "probabilities": ({"target": torch.ones(N, C)}, r"target has shape \(11, 5\), expected"),
+        "a weight (N, 1)": ({ROWS: torch.ones(N, 1)}, r"row_weight has shape \(11, 1\), expected"),
+        "a whole weight": (
+            {ROWS: torch.ones(N, dtype=torch.int64)},
+            "row_weight has dtype int64, expected float32 or bool",
+        ),
+        "one row": ({"features": torch.ones(K)}, r"features has shape \(6,\), expected \(N, K\)"),
+        "tokens": (
+            {"features": torch.ones(2, 3, K), "target": torch.zeros(2, 3, dtype=torch.int64)},
+            r"features has shape \(2, 3, 6\), expected \(N, K\)",
+        ),
+    }.values(),
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_rows_that_do_not_fit_a_called_head(
+    training: bool, given: dict[str, Any], sentence: str
+) -> None:
+    """Nothing is broadcast: PyTorch would make (N, N) of (N,) and (N, 1)."""
+    module = SDDropout(nn.Sequential(nn.Linear(K, C))).train(training)
+    x, y = problem(torch.float32)
+    with pytest.raises((TypeError, ValueError), match=f"^SDDropout: .*{sentence}"):
+        module(**{"features": x, "target": y, **given})
+
+
+def test_heads_that_return_something_else() -> None:
+    x, y = problem(torch.float32)
+    linear = nn.Linear(K, C)
+    wrong: dict[str, Callable[[Tensor], Any]] = {
+        "a tuple, expected logits": lambda h: (linear(h), 1),
+        "None, expected logits": lambda h: None,
+        r"shape \(11, 5, 1, 1\), expected logits \(11, C\)": lambda h: linear(h)[..., None, None],
+        r"shape \(2, 5\), expected logits \(11, C\)": lambda h: linear(h)[:2],
+        r"shape \(11,\), expected logits \(11, C\)": lambda h: linear(h)[:, 0],
+    }
+    for sentence, head in wrong.items():
+        with pytest.raises((TypeError, ValueError), match=f"^SDDropout: head returned {sentence}"):
+            SDDropout(head)(x, y)
+    with pytest.raises(TypeError, match="SDDropout: head is the class Linear, expected a module"):
+        SDDropout(nn.Linear)
+    for value in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(
+            ValueError, match=r"SDDropout: kl_weight is .*, expected a finite number"
+        ):
+            SDDropout(nn.Sequential(linear), kl_weight=value)(x, y)

@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 
 from . import contract
-from .contract import described, number_rule
+from .contract import number_rule
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+described = contract.described
 
 
 # ---- who may learn ----

@@ -10,6 +10,7 @@ no number of the paper is claimed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,18 +21,55 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import arguments
 from ..adversarial import adversarial
+from ..contract import described, number_rule
 from ..distill import distill
 
 _LEARNS = "call selfkd.reference.distill, which gives it one"
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+_WEIGHTS = ("pretrained_weight", "previous_weight", "adversarial_weight")
+_TEMPERATURES = ("temperature", "previous_temperature")
+_INTEGERS = {  # as wide as a table's numbers
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+
+
+def _former_parameters(judge: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """What stands for the parameters in a replica of ``DataParallel``, which has none."""
+    return [
+        (f"{prefix}.{name}" if prefix else name, x)
+        for prefix, module in judge.named_modules()
+        for name, x in getattr(module, "_former_parameters", {}).items()
+    ]
+
+
+def _dtype_of(judge: nn.Module) -> torch.dtype | None:
+    """Of its first floating parameter. ``judge.parameters()`` takes five times as long."""
+    for x in (judge._parameters or getattr(judge, "_former_parameters", {})).values():
+        if x is not None and x.is_floating_point():
+            return x.dtype
+    for module in judge._modules.values():
+        if module is not None and (found := _dtype_of(module)):
+            return found
+    return None
 
 
 def _in_dtype_of(judge: nn.Module, logits: torch.Tensor) -> torch.Tensor:
-    """Logits in the dtype that a discriminator computes in; autocast sees to it itself."""
-    if arguments.under_autocast(logits):
+    """Logits in the dtype that a discriminator computes in; autocast sees to it, but not of float64."""
+    dtype = _dtype_of(judge)
+    if dtype in (None, logits.dtype):
         return logits
-    floating = (x.dtype for x in judge.parameters() if x.is_floating_point())
-    return logits.to(next(floating, logits.dtype))
+    if logits.dtype != torch.float64 and arguments.under_autocast(logits):
+        return logits
+    return logits.to(dtype)
+
+
+def _require_sizes(op: str, **sizes: Any) -> None:
+    """Raise unless each is a whole number, 1 or more."""
+    for name, value in sizes.items():
+        if arguments.integer(op, name, value) < 1:
+            raise ValueError(f"{op}: {name} is {value}, expected 1 or more")
 
 
 class Discriminator(nn.Module):
@@ -67,6 +105,15 @@ class Discriminator(nn.Module):
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
+        _require_sizes("Discriminator", num_classes=num_classes)
+        arguments.require("Discriminator", "hidden", hidden, "Sequence[int]")
+        _require_sizes("Discriminator", **{f"hidden[{k}]": x for k, x in enumerate(hidden)})
+        for name, made in (("activation", activation), ("normalization", normalization)):
+            if not callable(made) and (made is not None or name == "activation"):
+                raise TypeError(
+                    f"Discriminator: {name} is {described(made)}, expected a function that makes a "
+                    "module, such as nn.ReLU"
+                )
         temperature = arguments.number(
             "Discriminator", "temperature", temperature, "leave it to a layer"
         )
@@ -94,7 +141,9 @@ class Discriminator(nn.Module):
                 f"expected (N, {self.num_classes})"
             )
         logits = _in_dtype_of(self, logits)
-        scores: torch.Tensor = self.layers(torch.softmax(logits / self.temperature, 1))
+        if self.temperature != 1:
+            logits = logits / self.temperature
+        scores: torch.Tensor = self.layers(torch.softmax(logits, 1))
         return scores.squeeze(1)
 
     def extra_repr(self) -> str:
@@ -162,7 +211,14 @@ class PreviousEpoch(nn.Module):
         rewrite: bool = False,
     ) -> None:
         super().__init__()
-        self.rewrite = rewrite
+        _require_sizes("PreviousEpoch", num_samples=num_samples, num_classes=num_classes)
+        if not isinstance(dtype, torch.dtype) or dtype not in _INTEGERS:
+            found = dtype if isinstance(dtype, torch.dtype) else described(dtype)
+            raise TypeError(
+                f"PreviousEpoch: dtype is {str(found).removeprefix('torch.')}, expected "
+                "torch.float16, torch.bfloat16, torch.float32 or torch.float64"
+            )
+        self.rewrite = arguments.flag("PreviousEpoch", "rewrite", rewrite)
         for name in ("previous", "current"):
             self.register_buffer(name, torch.zeros(num_samples, num_classes, dtype=dtype))
             self.register_buffer(f"{name}_written", torch.zeros(num_samples, dtype=torch.bool))
@@ -170,6 +226,7 @@ class PreviousEpoch(nn.Module):
         # holds, whose epoch may be run again from its start.
         self.register_buffer("_own", torch.zeros(num_samples, dtype=torch.bool), persistent=False)
         self.epochs = 0  # that have ended
+        self._has_logits = False  # seen in a first update
 
     @arguments.public("PreviousEpoch")
     @torch.no_grad()
@@ -195,47 +252,54 @@ class PreviousEpoch(nn.Module):
             raise ValueError(
                 f"PreviousEpoch: logits has shape {tuple(logits.shape)}, expected {expected}"
             )
+        self._check_update(index, logits)
         acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        self._check_update(index, logits.to(acc))
         probs = logits.softmax(1, dtype=acc).to(self.current)
         ordered = index.sort(stable=True)
         first = ordered.indices[torch.searchsorted(ordered.values, index)]
-        self.current[index] = probs[first]  # rows of one index are equal: any order of writing
-        self.current_written[index] = True
-        self._own[index] = True
+        # rows of one index are equal: any order of writing
+        self.current.index_copy_(0, index, probs.index_select(0, first))
+        self.current_written.index_fill_(0, index, True)
+        self._own.index_fill_(0, index, True)
 
     def _check_update(self, index: torch.Tensor, logits: torch.Tensor) -> None:
-        """Raise for what is written a second time, and for probabilities. Waits for a GPU once."""
-        again = self._own[index]
-        sums = (logits.sum(1) - 1).abs() < 1e-3
-        probabilities = (sums & (logits >= 0).all(1)).all()
-        was_written, are_probabilities = torch.stack(
-            [again.any(), probabilities.to(again.device)]
-        ).tolist()
-        if are_probabilities and logits.numel() and logits.shape[1] > 1:
-            raise ValueError(
-                "PreviousEpoch: logits has rows of probabilities, which sum to 1, expected logits: what "
-                "goes into the softmax, or probs.log()"
-            )
-        if was_written and not self.rewrite:
+        """Raise for what is written a second time and, in the first update, for probabilities."""
+        if not self.rewrite and (again := self._own.index_select(0, index)).any():
             raise ValueError(
                 f"PreviousEpoch: index {index[again][0].item()} is written again, expected end_epoch() "
                 "after each epoch; where an epoch holds a sample more than once, PreviousEpoch(..., "
                 "rewrite=True)"
             )
+        if self._has_logits or logits.shape[0] == 0 or logits.shape[1] == 1:
+            return
+        if not logits.is_floating_point():
+            dtype = str(logits.dtype).removeprefix("torch.")
+            raise TypeError(f"PreviousEpoch: logits has dtype {dtype}, expected a floating one")
+        # What a script passes it passes from the start, so that later batches need no look, and a row of
+        # logits that happens to sum to 1 raises nothing in the middle of training.
+        near = max(1e-3, 4 * torch.finfo(logits.dtype).eps)
+        wide = logits.double()
+        if ((wide.sum(1) - 1).abs() < near).all() and (wide >= 0).all():
+            raise ValueError(
+                "PreviousEpoch: logits has rows of probabilities, which sum to 1, expected logits: what "
+                "goes into the softmax, or probs.log()"
+            )
+        self._has_logits = True
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any) -> PreviousEpoch:
-        """Move the tables, but keep their dtype: of integers nothing is cast."""
-        names = ("previous", "current")
-        dtypes = [self._buffers[name].dtype for name in names]  # type: ignore[union-attr]
-        for name in names:
-            table = getattr(self, name)
-            self._buffers[name] = table.view(_INTEGERS[table.itemsize])
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> PreviousEpoch:
+        """Move the tables and masks, but keep their dtypes."""
+        before: dict[str, Any] = dict(self._buffers)
+        for name, x in before.items():  # as integers, which ``.half()`` and the like leave alone
+            self._buffers[name] = x.view(_INTEGERS.get(x.dtype, x.dtype))
         try:
-            super()._apply(fn, *args)  # type: ignore[no-untyped-call]
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
-            for name, dtype in zip(names, dtypes, strict=True):
-                self._buffers[name] = getattr(self, name).view(dtype)
+            for name, x in before.items():
+                found: Any = self._buffers[name]
+                is_cast = found.dtype != _INTEGERS.get(x.dtype, x.dtype)  # ``.type(dtype)``
+                self._buffers[name] = x.to(found.device) if is_cast else found.view(x.dtype)
         return self
 
     @arguments.public("PreviousEpoch")
@@ -294,12 +358,13 @@ class PreviousEpoch(nn.Module):
                 f"{index.ndim} dimensions, expected integers in 1 dimension"
             )
         samples = len(self.current)
-        outside = (index < 0) | (index >= samples)
-        if outside.any():
-            raise ValueError(
-                f"PreviousEpoch: index is {index[outside][0].item()}, expected 0 to {samples - 1}"
-            )
-        return index.to(self.current.device, torch.int64, non_blocking=True).contiguous()
+        index = index.to(torch.int64)
+        if len(index):
+            least, most = torch.stack(index.aminmax()).tolist()  # which waits for a GPU once
+            if least < 0 or most >= samples:
+                outside = index[(index < 0) | (index >= samples)][0].item()
+                raise ValueError(f"PreviousEpoch: index is {outside}, expected 0 to {samples - 1}")
+        return index.to(self.current.device, non_blocking=True).contiguous()
 
     def get_extra_state(self) -> dict[str, int]:
         return {"epochs": self.epochs}
@@ -322,6 +387,16 @@ class AIKDParts(NamedTuple):
     pretrained: torch.Tensor
     previous: torch.Tensor
     adversarial: torch.Tensor
+
+
+def _logarithms(probs: torch.Tensor, acc: torch.dtype) -> torch.Tensor:
+    """Of the previous epoch's probabilities: PyTorch's are quicker than those in `distill`, on the CPU."""
+    if probs.device.type == "cpu" and not torch.compiler.is_compiling() and (probs < 0).any():
+        raise ValueError(
+            "AIKDLoss: previous_probs has negative values, expected probabilities: what "
+            "PreviousEpoch.lookup() returns, or logits.softmax(1)"
+        )
+    return probs.to(acc).log()
 
 
 class AIKDLoss(nn.Module):
@@ -379,6 +454,11 @@ class AIKDLoss(nn.Module):
         ignore_index: int = -100,
     ) -> None:
         super().__init__()
+        if not isinstance(discriminator, nn.Module):
+            raise TypeError(
+                f"AIKDLoss: discriminator is {described(discriminator)}, expected a module, such as "
+                "selfkd.nn.Discriminator(num_classes)"
+            )
         self.discriminator = discriminator
         self.pretrained_weight, self.previous_weight = pretrained_weight, previous_weight
         self.adversarial_weight, self.mode = adversarial_weight, mode
@@ -404,40 +484,51 @@ class AIKDLoss(nn.Module):
         target
             Class of each row, (N,) int64. `ignore_index` counts in the other terms all the same.
         """
-        names = ["pretrained_weight", "previous_weight", "temperature", "previous_temperature"]
-        numbers = [arguments.number("AIKDLoss", x, getattr(self, x), _LEARNS) for x in names]
-        weights, temperatures = numbers[:2], numbers[2:]
-        loss, ce, kl = distill(
+        weights = [self._number(x, "NONNEGATIVE") for x in _WEIGHTS]
+        temperatures = [self._number(x, "POSITIVE") for x in _TEMPERATURES]
+        teachers = {"pretrained_logits": pretrained_logits, "previous_probs": previous_probs}
+        for name, x in teachers.items():
+            if isinstance(x, torch.Tensor):
+                arguments.expect_shape("AIKDLoss", name, x, logits.shape)
+        loss, ce, pretrained = distill(
             logits,
             target,
-            (pretrained_logits.detach(), previous_probs),
-            teacher_weights=weights,
-            temperature=temperatures,
-            teacher_temperature=temperatures,
-            teacher_kind=("logits", "probs"),
+            pretrained_logits.detach(),
+            teacher_weights=weights[0],
+            temperature=temperatures[0],
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
             return_parts=True,
         )
-        previous = torch.zeros_like(kl)
-        if (
-            previous_probs is not None and weights[1] != 0
-        ):  # its share, which one pass does not tell apart
-            with torch.no_grad():
-                previous = distill(  # type: ignore[assignment]
-                    logits,
-                    teachers=previous_probs,
-                    teacher_weights=weights[1],
-                    temperature=temperatures[1],
-                    teacher_temperature=temperatures[1],
-                    teacher_kind="probs",
-                )
-        parts = ce, kl - previous, previous
-        if self.adversarial_weight == 0:
-            return loss, AIKDParts(*parts, torch.zeros_like(kl))
-        game = adversarial(self._judge(logits), mode=self.mode, side="generator")
-        game = self.adversarial_weight * game
-        return loss + game, AIKDParts(*parts, game.detach())
+        parts = [ce, pretrained]
+        if previous_probs is not None and weights[1] != 0:
+            previous: Any = distill(
+                logits,
+                teachers=_logarithms(previous_probs.detach(), loss.dtype),
+                teacher_weights=weights[1],
+                temperature=temperatures[1],
+                teacher_temperature=temperatures[1],
+                teacher_kind="log_probs",
+            )
+            loss = loss + previous
+            parts.append(previous.detach())
+        else:
+            parts.append(torch.zeros_like(ce))
+        if weights[2] != 0:
+            game = adversarial(self._judge(logits), mode=self.mode, side="generator")
+            game = weights[2] * game
+            loss = loss + game
+            parts.append(game.detach())
+        else:
+            parts.append(torch.zeros_like(ce))
+        return loss, AIKDParts(*parts)
+
+    def _number(self, name: str, rule: str) -> Any:
+        """An attribute as a number in its range."""
+        value = arguments.number("AIKDLoss", name, getattr(self, name), _LEARNS)
+        if not 0 < value < math.inf:
+            number_rule("AIKDLoss", name, value, rule)
+        return value
 
     @arguments.public("AIKDLoss")
     def discriminator_loss(
@@ -447,22 +538,29 @@ class AIKDLoss(nn.Module):
 
         Both kinds go through the discriminator as one batch.
         """
+        if logits.shape[1:] != pretrained_logits.shape[1:]:
+            rest = "".join(f", {x}" for x in logits.shape[1:])
+            raise ValueError(
+                f"AIKDLoss: pretrained_logits has shape {tuple(pretrained_logits.shape)}, expected "
+                f"(N{rest}) like logits"
+            )
         both = torch.cat([pretrained_logits.detach(), logits.detach()])
-        scores = self.discriminator(_in_dtype_of(self.discriminator, both))
+        judge = self.discriminator
+        scores = judge(_in_dtype_of(judge, both))
         real, fake = scores.split([len(pretrained_logits), len(logits)])
         return adversarial(real, fake, mode=self.mode)
 
     def _judge(self, logits: torch.Tensor) -> torch.Tensor:
         """The discriminator's scores, with a gradient to the logits but none to its parameters."""
         judge = self.discriminator
-        if isinstance(judge, DistributedDataParallel):
+        if isinstance(judge, (DistributedDataParallel, nn.DataParallel)):
             judge = judge.module
-        frozen = {name: parameter.detach() for name, parameter in judge.named_parameters()}
+        named = list(judge.named_parameters()) or _former_parameters(judge)
+        frozen = {name: parameter.detach() for name, parameter in named}
         given = (_in_dtype_of(judge, logits),)
         scores: torch.Tensor = torch.func.functional_call(judge, frozen, given)
         return scores
 
     def extra_repr(self) -> str:
-        names = ["pretrained_weight", "previous_weight", "adversarial_weight"]
-        names += ["temperature", "previous_temperature", "mode"]
+        names = (*_WEIGHTS, *_TEMPERATURES, "mode")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)

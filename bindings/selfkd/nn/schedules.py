@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 
+from .. import arguments
+
+_LEARNS = "write the ramp in PyTorch"
+
 
 def sigmoid_rampup(epoch: float, length: float) -> float:
     """exp(-5 (1 - t)^2) with t = epoch / length: from 0.0067 at epoch 0 to 1 at `length` and after.
@@ -19,6 +23,8 @@ def sigmoid_rampup(epoch: float, length: float) -> float:
     -----
     Source: Laine and Aila, "Temporal Ensembling for Semi-Supervised Learning", arXiv 1610.02242.
     """
+    epoch = arguments.number("sigmoid_rampup", "epoch", epoch, _LEARNS)
+    length = arguments.number("sigmoid_rampup", "length", length, _LEARNS)
     if epoch >= length:
         return 1.0
     return math.exp(-5 * (1 - max(epoch, 0) / length) ** 2)
@@ -42,4 +48,7 @@ def frskd_rampup(epoch: float, warmup: int = 40, epochs: int = 60) -> float:
     -----
     Source: Ji et al., arXiv 2103.08273, as in its authors' code (MingiJi/FRSKD, segmentation).
     """
+    epoch = arguments.number("frskd_rampup", "epoch", epoch, _LEARNS)
+    warmup = arguments.number("frskd_rampup", "warmup", warmup, _LEARNS)
+    epochs = arguments.number("frskd_rampup", "epochs", epochs, _LEARNS)
     return 0.0 if epoch < warmup else sigmoid_rampup(epoch + 1 - warmup, epochs - warmup)

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from .. import arguments
-from ..contract import described
+from ..contract import accumulator, described, number_rule
 from ..distill import distill
 from ..dropout_views import dropout_views
 from ..sd_dropout_head import _seed, sd_dropout_head
 from ..sd_dropout_kl import sd_dropout_kl
 
+_OP = "SDDropout"
 _LEARNS = "call selfkd.reference.sd_dropout_head, which gives it one"
 _has_global_hook: Callable[[], Any] = getattr(
     nn.modules.module, "_has_any_global_hook", lambda: False
@@ -25,11 +26,41 @@ def _is_plain(head: Any) -> bool:
     """Whether a call of the head is its weight and bias, and nothing more."""
     return (
         type(head) is nn.Linear
+        # a quantized or sharded layer is an nn.Linear whose weight is of another type
+        and type(head.weight) in (nn.Parameter, torch.Tensor)
         and "forward" not in vars(head)
         and not (head._forward_hooks or head._forward_pre_hooks)
         and not (head._backward_hooks or head._backward_pre_hooks)
         and not _has_global_hook()
     )
+
+
+def _check_rows(
+    features: torch.Tensor, target: torch.Tensor, row_weight: torch.Tensor | None
+) -> None:
+    """The contract of rows, before PyTorch broadcasts what does not fit."""
+    if features.ndim != 2:
+        raise ValueError(f"{_OP}: features has shape {tuple(features.shape)}, expected (N, K)")
+    arguments.expect_shape(_OP, "target", target, features.shape[:1])
+    if row_weight is None:
+        return
+    arguments.without_gradient(_OP, "row_weight", row_weight, _LEARNS)
+    arguments.expect_shape(_OP, "row_weight", row_weight, features.shape[:1])
+    wide = accumulator(str(features.dtype).removeprefix("torch."))
+    if row_weight.dtype not in (getattr(torch, wide), torch.bool):
+        dtype = str(row_weight.dtype).removeprefix("torch.")
+        raise TypeError(f"{_OP}: row_weight has dtype {dtype}, expected {wide} or bool")
+
+
+def _logits(found: Any, rows: int) -> torch.Tensor:
+    """What the head returned, if it is logits."""
+    if not isinstance(found, torch.Tensor):
+        raise TypeError(f"{_OP}: head returned {described(found)}, expected logits ({rows}, C)")
+    if found.ndim != 2 or len(found) != rows:
+        raise ValueError(
+            f"{_OP}: head returned shape {tuple(found.shape)}, expected logits ({rows}, C)"
+        )
+    return found
 
 
 class SDDropout(nn.Module):
@@ -95,13 +126,14 @@ class SDDropout(nn.Module):
         chunk_bytes: int = 64 << 20,
     ) -> None:
         super().__init__()
-        if not callable(head):
+        if not callable(head) or isinstance(head, type):
+            found = f"the class {head.__name__}" if isinstance(head, type) else described(head)
             raise TypeError(
-                f"SDDropout: head is {described(head)}, expected a module or function of features, "
+                f"{_OP}: head is {found}, expected a module or function of features, "
                 "such as nn.Linear(32, 10)"
             )
-        if not 0 <= arguments.number("SDDropout", "p", p, _LEARNS) < 1:
-            raise ValueError(f"SDDropout: p is {p:g}, expected a number in [0, 1)")
+        if not 0 <= arguments.number(_OP, "p", p, _LEARNS) < 1:
+            raise ValueError(f"{_OP}: p is {p:g}, expected a number in [0, 1)")
         self.head = head
         self.p, self.temperature, self.kl_weight = p, temperature, kl_weight
         self.forward_weight, self.reverse_weight, self.detach_target = (
@@ -112,7 +144,7 @@ class SDDropout(nn.Module):
         self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
         self.reduction, self.chunk_bytes = reduction, chunk_bytes
 
-    @arguments.public("SDDropout")
+    @arguments.public(_OP)
     def forward(
         self,
         features: torch.Tensor,
@@ -137,17 +169,18 @@ class SDDropout(nn.Module):
         row_weight, divisor, generator
             As for :func:`selfkd.sd_dropout_head`.
         """
+        head = self.head
         if target is None:
             if self.training:
                 raise ValueError(
                     "SDDropout: target is None, expected the class of each row in training mode"
                 )
-            return self.head(features)
-        if self.training and _is_plain(self.head):
+            return head(features)
+        if self.training and _is_plain(head):
             found = sd_dropout_head(
                 features,
-                self.head.weight,  # type: ignore[attr-defined]
-                self.head.bias,  # type: ignore[attr-defined]
+                head.weight,  # type: ignore[attr-defined]
+                head.bias,  # type: ignore[attr-defined]
                 target,
                 p=self.p,
                 temperature=self.temperature,
@@ -180,37 +213,38 @@ class SDDropout(nn.Module):
         generator: torch.Generator | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and loss of any head: what :func:`selfkd.sd_dropout_head` does of a linear one."""
-        arguments.without_gradient("SDDropout", "row_weight", row_weight, _LEARNS)
-        counted = target != self.ignore_index
-        weight = counted if row_weight is None else counted * row_weight
+        kl_weight = arguments.number(_OP, "kl_weight", self.kl_weight, _LEARNS)
+        number_rule(_OP, "kl_weight", kl_weight, "NONNEGATIVE")
+        ignore_index = arguments.integer(_OP, "ignore_index", self.ignore_index)
+        _check_rows(features, target, row_weight)
+        counted = target != ignore_index
+        weight = counted if row_weight is None else row_weight.masked_fill(~counted, 0)
         # Rows that do not count may hold NaN, which would reach the head's parameters.
         skipped = (weight == 0).unsqueeze(1) & ~features.isfinite()
         features = features.masked_fill(skipped, 0)
-        rows: dict[str, Any] = {"reduction": self.reduction, "divisor": divisor}
+        rows: dict[str, Any] = {"weight": weight, "reduction": self.reduction, "divisor": divisor}
         views = [features]
         if self.training:
             seed = _seed(features, generator)
             views = list(dropout_views(features, seed, p=self.p).unbind())
-        logits, *samples = (self.head(x) for x in views)
+        logits, *samples = (_logits(self.head(x), len(x)) for x in views)
         loss: torch.Tensor = distill(  # type: ignore[assignment]
             logits,
             target,
             label_smoothing=self.label_smoothing,
-            ignore_index=self.ignore_index,
-            weight=row_weight,
+            ignore_index=ignore_index,
             **rows,
         )
-        if samples:
+        if samples and kl_weight != 0:  # 0 times an infinite divergence would be NaN
             kl = sd_dropout_kl(
                 *samples,
                 temperature=self.temperature,
                 forward_weight=self.forward_weight,
                 reverse_weight=self.reverse_weight,
                 detach_target=self.detach_target,
-                weight=weight,
                 **rows,
             )
-            loss = loss + arguments.number("SDDropout", "kl_weight", self.kl_weight, _LEARNS) * kl
+            loss = loss + kl_weight * kl
         return logits, loss
 
     def _load_from_state_dict(

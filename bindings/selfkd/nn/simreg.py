@@ -52,19 +52,29 @@ class SimRegHead(nn.Sequential):
     be constructed; here it is linear.
     """
 
+    @arguments.public("SimRegHead")
     def __init__(self, in_features: int, out_features: int, layers: int = 4) -> None:
-        if layers not in (1, 2, 4):
+        for name, value in (("in_features", in_features), ("out_features", out_features)):
+            if arguments.integer("SimRegHead", name, value) < 1:
+                raise ValueError(f"SimRegHead: {name} is {value}, expected 1 or more")
+        if arguments.integer("SimRegHead", "layers", layers) not in (1, 2, 4):
             raise ValueError(f"SimRegHead: layers is {layers}, expected 1, 2 or 4")
         projector = _block(in_features, in_features) if layers == 4 else []
         if layers == 1:
             super().__init__(nn.Linear(in_features, out_features))
         else:
             super().__init__(*projector, *_block(in_features, out_features))
+        self.in_features = in_features
 
     @arguments.public("SimRegHead")
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Predictions (N, out_features) of features (N, in_features)."""
-        if self.training and len(self) > 1 and len(x) == 1:
+        rows_only = len(self) > 1  # a linear layer takes any positions
+        if x.ndim == 0 or x.shape[-1] != self.in_features or (rows_only and x.ndim != 2):
+            raise ValueError(
+                f"SimRegHead: x has shape {tuple(x.shape)}, expected (N, {self.in_features})"
+            )
+        if len(x) == 1 and any(type(m) is nn.BatchNorm1d and m.training for m in self):
             raise ValueError(
                 "SimRegHead: x has 1 row, expected 2 or more in training, for batch statistics: "
                 "DataLoader(..., drop_last=True) leaves out a last batch of one"
@@ -135,6 +145,11 @@ class SimRegLoss(nn.Module):
             )
             for prediction, target in zip(predictions, targets, strict=True)
         ]
+        if any(x.shape != losses[0].shape for x in losses):
+            shapes = [tuple(x.shape) for x in losses]
+            raise ValueError(
+                f'SimRegLoss: losses have shapes {shapes}, expected one with reduction "none"'
+            )
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean(0)
 
     def extra_repr(self) -> str:
