@@ -396,7 +396,7 @@ SENTENCES: dict[str, tuple[type[Exception], dict[str, Any]]] = {
         TypeError,
         {"teacher": torch.ones(4, 6, 5, 7, dtype=torch.int64)},
     ),
-    "attention: teacher requires grad, expected a tensor without (it never gets a gradient)": (
+    "attention: teacher requires grad, expected one without, as it would get no gradient here": (
         ValueError,
         {"teacher": torch.ones(4, 6, 5, 7, requires_grad=True)},
     ),

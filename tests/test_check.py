@@ -41,6 +41,24 @@ def test_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     assert (second.split()[0], " WRONG " in second) == ("simreg", True)
 
 
+@pytest.mark.parametrize(
+    ("part", "broken", "says"),
+    [
+        ("operators", "savable", "Inference tensors cannot be saved"),
+        ("arguments", "without_gradient", "asks for a gradient and gets none without a word"),
+    ],
+)
+def test_check_sees_what_scripts_hand_over(
+    part: str, broken: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert check_torch.check_operator("simreg", "cpu", check.variants()).is_right
+    monkeypatch.setattr(getattr(selfkd, part), broken, lambda *x, **named: x[0])
+    monkeypatch.setattr(check_torch, "modules", lambda: ("simreg",))
+    (line,) = check_torch.with_torch()
+    assert says in line.failure
+    assert not line.is_right
+
+
 def test_check_without_torch_and_numpy() -> None:
     blocked = WITHOUT_TORCH.replace('== "torch"', 'in ("torch", "numpy")')
     code = f'import sys\n{blocked}\nfrom selfkd.cli import main\nsys.exit(main(["check"]))'

@@ -514,7 +514,7 @@ SENTENCES: dict[str, tuple[type[Exception], dict[str, Any]]] = {
         ValueError,
         {"teachers": (Z, Z, Z)},
     ),
-    r"distill: teacher has size 5 in dimension C, expected 6": (
+    r"distill: teachers\[0\] has size 5 in dimension C, expected 6": (
         ValueError,
         {"teachers": torch.ones(4, 5)},
     ),
@@ -527,15 +527,15 @@ SENTENCES: dict[str, tuple[type[Exception], dict[str, Any]]] = {
         {"target": torch.tensor([-1, 1, 2, 255]), "ignore_index": 255},
     ),
     r"distill: target has dtype int32, expected int64": (TypeError, {"target": Y.int()}),
-    r"distill: target has dtype float32, expected int64; for probabilities": (
+    r"distill: target has dtype float32, expected int64; of one-hot rows target.argmax": (
         ValueError,
         {"target": P},
     ),
-    r"distill: teacher has probabilities that sum to 6 at position \[0\], expected 1": (
+    r"distill: teachers\[0\] has probabilities that sum to 6 at position \[0\], expected 1": (
         ValueError,
         {"teachers": Z, "teacher_kind": "probs"},
     ),
-    r"distill: second_teacher has probabilities that sum to 16.31 at position \[0\], expected 1": (
+    r"distill: teachers\[1\] has probabilities that sum to 16.31 at position \[0\], expected 1": (
         ValueError,
         {"teachers": (P, Z), "teacher_kind": ("probs", "log_probs")},
     ),
@@ -555,7 +555,7 @@ SENTENCES: dict[str, tuple[type[Exception], dict[str, Any]]] = {
         ValueError,
         {"teachers": Z, "temperature": 0.0},
     ),
-    r"distill: teacher_weight is -1, expected a finite number >= 0": (
+    r"distill: teacher_weights is -1, expected a finite number >= 0": (
         ValueError,
         {"teachers": Z, "teacher_weights": -1.0},
     ),

@@ -258,7 +258,8 @@ def check_communication() -> None:
     """A few scalars a row, in one all-gather; a message of constant size where sizes are not given."""
     rows, classes, world = 64, 1000, dist.get_world_size()
     draw = partial(torch.randn, rows, sizes_of(classes, world)[dist.get_rank()])
-    u, v, w = (draw().requires_grad_() for _ in range(3))
+    u, v = (draw().requires_grad_() for _ in range(2))
+    t, s = draw(), draw()
     target = torch.randint(0, classes, (rows,))
     dist.broadcast(target, 0)
     one, two = (
@@ -269,9 +270,9 @@ def check_communication() -> None:
     calls: dict[str, tuple[Callable[[], torch.Tensor], int]] = {
         "sd_dropout_kl": (lambda: one(u, v, **sizes), 4),
         "distill, cross-entropy": (lambda: two(u, target, **sizes), 5),
-        "distill, a teacher": (lambda: two(u, None, v, **sizes), 4),
-        "distill, both": (lambda: two(u, target, v, **sizes), 8),
-        "distill, two teachers": (lambda: two(u, target, (v, w), **sizes), 11),
+        "distill, a teacher": (lambda: two(u, None, t, **sizes), 4),
+        "distill, both": (lambda: two(u, target, t, **sizes), 8),
+        "distill, two teachers": (lambda: two(u, target, (t, s), **sizes), 11),
     }
     for name, (call, scalars) in calls.items():
         messages, given = counted(lambda call=call: call().backward())  # type: ignore[misc]
@@ -294,6 +295,20 @@ def check_sentences() -> None:
     distill = selfkd.distributed.vocab_parallel_distill
     sd_dropout_kl = selfkd.distributed.vocab_parallel_sd_dropout_kl
     x, target = torch.zeros(5, 3), torch.zeros(5, dtype=torch.int64)
+    live = x.clone().requires_grad_()
+    one = torch.nn.Parameter(torch.ones(()))
+    for name, call in {
+        "vocab_parallel_distill: teachers": lambda: distill(x, target, (None, live)),
+        "vocab_parallel_distill: temperature": lambda: distill(x, target, x, temperature=one),
+        "vocab_parallel_distill: ce_weight": lambda: distill(x, target, ce_weight=one),
+        "vocab_parallel_distill: divisor": lambda: distill(x, target, divisor=one),
+        "vocab_parallel_sd_dropout_kl: temperature": lambda: sd_dropout_kl(x, x, temperature=one),
+        "vocab_parallel_sd_dropout_kl: weight": lambda: sd_dropout_kl(x, x, weight=live[:, 0]),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name}.* requires grad"):
+            call()
+    with pytest.raises(TypeError, match=r"^vocab_parallel_distill: target is a list, expected a"):
+        distill(x, [0, 1], x)
     mine = x.double() if rank == 1 else x
     raises(
         TypeError,
@@ -367,7 +382,7 @@ def check_compile() -> None:
 
     def loss(u: torch.Tensor, v: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         one = selfkd.distributed.vocab_parallel_sd_dropout_kl(1.5 * u, v, sizes=sizes)
-        two = selfkd.distributed.vocab_parallel_distill(u, target, 2 * v, sizes=sizes)
+        two = selfkd.distributed.vocab_parallel_distill(u, target, 2 * v.detach(), sizes=sizes)
         return one + two  # type: ignore[operator]
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -379,11 +394,17 @@ def check_compile() -> None:
         torch.testing.assert_close(found, expected)
         before = harness.backward_calls("sd_dropout_kl"), harness.backward_calls("distill")
         torch.testing.assert_close(
-            torch.autograd.grad(found, (u, v)), torch.autograd.grad(expected, (u, v))
+            torch.autograd.grad(found, (u, v)),
+            torch.autograd.grad(expected, (u, v), retain_graph=True),
         )
         after = harness.backward_calls("sd_dropout_kl"), harness.backward_calls("distill")
         assert after == (before[0] + 2, before[1] + 2)
         assert compiled(u, v, target + 40).isnan()  # out of range: no check of values in a graph
+        with torch.inference_mode():
+            target = target.clone()
+        for function in (loss, compiled):
+            (grad,) = torch.autograd.grad(function(u, v, target), u)
+            torch.testing.assert_close(grad, torch.autograd.grad(expected, u, retain_graph=True)[0])
 
 
 # ---- FSDP ----

@@ -447,7 +447,7 @@ def test_the_same_sentence_everywhere(sentence: str) -> None:
         }
         with pytest.raises(kind) as raised:
             selfkd.sd_dropout_kl(**live)
-        assert str(raised.value) == sentence
+        assert str(raised.value).split("; ")[0] == sentence  # behind it, what to write instead
     if "complex" not in sentence:
         with pytest.raises(kind) as raised:
             c.sd_dropout_kl(**given)

@@ -594,7 +594,7 @@ BAD: dict[str, tuple[type[Exception], dict[str, Any]]] = {
         ValueError,
         {"reduction": "max"},
     ),
-    r"sd_dropout_head: row_weight requires grad, expected a tensor without": (
+    r"sd_dropout_head: row_weight requires grad, expected one without": (
         ValueError,
         {"row_weight": torch.ones(23, requires_grad=True)},
     ),

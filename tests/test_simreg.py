@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import harness
@@ -173,10 +175,16 @@ def test_target_of_a_dtype_of_its_own(
 @pytest.mark.parametrize("width", [1, 2, 100, 1500])
 @pytest.mark.parametrize("backend", harness.backends(), ids=str)
 def test_zero_rows_are_normalised_as_pytorch_does(
-    backend: harness.Backend, width: int, dtype: str, generator: torch.Generator
+    backend: harness.Backend,
+    width: int,
+    dtype: str,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Value and gradient of zero rows, and of rows shorter than eps; finite, but for float16's range."""
     harness.prepare(backend)
+    # The kernels know rows of one feature too, which the function refuses.
+    monkeypatch.setattr(importlib.import_module("selfkd.simreg"), "_check", lambda *_: None)
     tensors = harness.cast(
         with_zeros(8, width)(generator), OP, harness.DTYPES[dtype], backend.device
     )
@@ -298,7 +306,7 @@ def test_gradcheck(
     shape: tuple[int, ...], reduction: str, normalize: bool, generator: torch.Generator
 ) -> None:
     student, target = pair(*shape)(generator).values()
-    weight = torch.rand(shape[:-1], generator=generator, dtype=torch.float64)
+    weight = torch.rand(shape[:1] + shape[2:], generator=generator, dtype=torch.float64)
 
     def loss(x: torch.Tensor) -> torch.Tensor:
         return selfkd.simreg(x, target, normalize=normalize, weight=weight, reduction=reduction)
@@ -335,7 +343,7 @@ def test_opcheck(target: torch.dtype, reduction: int, generator: torch.Generator
 def test_compile(shape: tuple[int, ...], dynamic: bool, generator: torch.Generator) -> None:
     batches = []
     for n in (4, 7):
-        weight = torch.rand(n, *shape[:-1], generator=generator)
+        weight = torch.rand(n, *shape[1:], generator=generator)
         batches.append(harness.cast({**pair(n, *shape)(generator), "weight": weight}, OP, F32))
     harness.check_compile(OP, batches, {"divisor": 4.0}, dynamic)
 
@@ -344,7 +352,7 @@ def test_compile(shape: tuple[int, ...], dynamic: bool, generator: torch.Generat
 @pytest.mark.parametrize("shape", [(300, 500), (20, 8192), (20, 8, 300)], ids=str)
 def test_threads(shape: tuple[int, ...], generator: torch.Generator) -> None:
     tensors = harness.cast(pair(*shape)(generator), OP, F32)
-    weight = torch.rand(shape[:-1], generator=generator)
+    weight = torch.rand(shape[:1] + shape[2:], generator=generator)
     harness.check_threads(OP, {**tensors, "weight": weight}, {})
 
 
@@ -365,20 +373,36 @@ def test_the_authors_loss(generator: torch.Generator) -> None:
 
 
 @needs_torch_backend
-def test_rows_are_the_last_dimension_unless_dim_says_so(generator: torch.Generator) -> None:
-    x, t = (x.float() for x in pair(2, 3, 5, 7)(generator).values())
-    flat = selfkd.simreg(x.reshape(-1, 7), t.reshape(-1, 7), reduction="none")
-    torch.testing.assert_close(selfkd.simreg(x, t, reduction="none"), flat.view(2, 3, 5))
-    torch.testing.assert_close(
-        selfkd.simreg(x, t, dim=1, reduction="none"),
-        selfkd.simreg(x.movedim(1, -1), t.movedim(1, -1), reduction="none"),
-    )
-    cut = [torch.cat([x, x], 2)[:, :, :5] for x in (x, t)]  # dimensions that do not merge
-    torch.testing.assert_close(selfkd.simreg(*cut, reduction="none"), flat.view(2, 3, 5))
+def test_rows_are_dimension_1_unless_dim_says_so(generator: torch.Generator) -> None:
+    """As in F.cosine_similarity: features of maps and unflattened pooled features are regressed."""
+    x, t = (x.float() for x in pair(2, 7, 3, 5)(generator).values())
+    rows = [y.movedim(1, -1).reshape(-1, 7) for y in (x, t)]
+    expected = selfkd.simreg(*rows, reduction="none").view(2, 3, 5)
+    maps = selfkd.simreg(x, t, reduction="none")
+    torch.testing.assert_close(maps, expected)
+    torch.testing.assert_close(maps, 2 - 2 * F.cosine_similarity(x, t))
+    tokens = [y.movedim(1, -1) for y in (x, t)]
+    torch.testing.assert_close(selfkd.simreg(*tokens, dim=-1, reduction="none"), expected)
+    cut = [torch.cat([y, y], 3)[:, :, :, :5] for y in (x, t)]  # dimensions that do not merge
+    torch.testing.assert_close(selfkd.simreg(*cut, reduction="none"), expected)
     weight = torch.rand(2, 3, 5, generator=generator)
     torch.testing.assert_close(
-        selfkd.simreg(x, t, weight=weight), (weight * flat.view(2, 3, 5)).sum() / weight.sum()
+        selfkd.simreg(x, t, weight=weight), (weight * expected).sum() / weight.sum()
     )
+    pooled = [y.mean((2, 3), keepdim=True) for y in (x, t)]  # (N, C, 1, 1)
+    flat = [y.flatten(1) for y in pooled]
+    torch.testing.assert_close(selfkd.simreg(*pooled), selfkd.simreg(*flat))
+
+
+@needs_torch_backend
+@pytest.mark.parametrize("function", [selfkd.simreg, selfkd.reference.simreg])
+def test_one_feature_has_no_direction(function: Callable[..., torch.Tensor]) -> None:
+    """2 - 2 cos of it is 0 or 2 and its gradient 0: most likely the wrong dimension was taken."""
+    x, t = torch.randn(4, 6, 1, 1), torch.randn(4, 6, 1, 1)
+    sentence = "simreg: student has size 1 in dimension C, expected at least 2 with normalize=True"
+    with pytest.raises(ValueError, match=f"^{sentence}; dim=-1 is not"):
+        function(x, t, dim=-1)
+    torch.testing.assert_close(function(x, t, dim=-1, normalize=False), (x - t).square().mean())
 
 
 @needs_torch_backend
@@ -416,7 +440,7 @@ SENTENCES: dict[str, tuple[type[Exception], dict[str, Any]]] = {
         TypeError,
         {"target": torch.ones(4, 6, dtype=torch.int64)},
     ),
-    "simreg: target requires grad, expected a tensor without (it never gets a gradient)": (
+    "simreg: target requires grad, expected one without, as it would get no gradient here": (
         ValueError,
         {"target": torch.ones(4, 6, requires_grad=True)},
     ),

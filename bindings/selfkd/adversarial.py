@@ -72,6 +72,7 @@ def _loss(
     return real_loss + fake_loss
 
 
+@arguments.public(_OP, learns=True)
 def reference(
     real: torch.Tensor,
     fake: torch.Tensor | None = None,
@@ -92,6 +93,7 @@ def reference(
 _call = operators.register(_OP, _loss)
 
 
+@arguments.public(_OP)
 def adversarial(
     real: torch.Tensor,
     fake: torch.Tensor | None = None,

@@ -1,121 +1,275 @@
-"""What callers hand over: tensors, numbers, flags, and who of them may learn. One rule for all functions,
-modules and adapters.
+"""What callers hand over: tensors, numbers, flags, and which of them may learn.
 
-A function looks at what is cheap to look at; what goes wrong later is explained by :func:`explained`.
+The rules for all functions, modules and adapters. A function looks at what is cheap to look at; what
+goes wrong later gets its sentence from :func:`public`.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+import math
 import numbers
-from typing import Any, NoReturn
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+import torch.nn.functional as F
 
-from .contract import number_rule
+from .contract import described, number_rule
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
-def described(value: Any) -> str:
-    """What a value is, in the words of a sentence: ``a list``, ``the string "x"``."""
-    if value is None or isinstance(value, bool):
-        return str(value)
-    if isinstance(value, str):
-        return f'the string "{value}"'
-    if isinstance(value, numbers.Number):
-        return f"the number {value}"
-    kind = type(value)
-    name = "NumPy array" if kind.__module__ == "numpy" and kind.__name__ == "ndarray" else None
-    name = name or ("module" if isinstance(value, torch.nn.Module) else kind.__name__)
-    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+# ---- who may learn ----
 
 
 def wants_gradient(value: Any) -> bool:
-    """Whether a value asks for a gradient."""
+    """Whether a value asks for a gradient: under ``torch.no_grad()`` nothing does."""
     return isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled()
 
 
 def without_gradient(op: str, name: str, value: Any, way: str | None = None) -> None:
     """Refuse a tensor that asks for a gradient and would never get it.
 
-    `way` names the call that gives one, by default the reference of `op`.
+    `way` says which call gives one, by default the reference of `op`.
 
     Raises
     ------
     ValueError
-        The tensor asks for one; under ``torch.no_grad()`` nothing does.
+        The tensor asks for a gradient.
     """
     if wants_gradient(value):
-        way = way or f"selfkd.reference.{op}, which gives it one"
+        way = way or f"call selfkd.reference.{op}, which gives it one"
         raise ValueError(
-            f"{op}: {name} requires grad, expected one that does not, since it would get no gradient"
-            f" here: detach it, or call {way}"
+            f"{op}: {name} requires grad, expected one without, as it would get no gradient here;"
+            f" detach it ({name}.detach()), or {way}"
         )
 
 
-def tensor(op: str, name: str, value: Any, optional: bool = False) -> None:
-    """Raise TypeError unless `value` is a tensor, or None where it is `optional`."""
-    if not isinstance(value, torch.Tensor) and not (optional and value is None):
-        _refuse(op, name, value, "a tensor or None" if optional else "a tensor", torch_of(value))
+# ---- numbers and flags ----
 
 
-def torch_of(value: Any) -> str:
-    """How to make a tensor of an array."""
-    return "torch.from_numpy(x)" if hasattr(value, "__array__") else ""
+def _constant(value: Any) -> Any:
+    """A number of compiled code as what it is now; another value is compiled again.
+
+    Without this PyTorch's compiler keeps an earlier value where the number also enters arithmetic of
+    tensors (pytorch/pytorch#197889). What is the key of a dictionary it must know.
+    """
+    return next(iter({value: None}))
 
 
-def number(op: str, name: str, value: Any, *, way: str | None = None) -> Any:
-    """`value` as a Python number.
+def number(op: str, name: str, value: Any, way: str | None = None) -> Any:
+    """`value` as a Python number, in compiled code a constant.
 
-    Python numbers stay what they are; NumPy scalars and tensors of one element become one (of a GPU's
-    tensor that waits for it).
+    Python numbers stay what they are; NumPy scalars and tensors of one element become one (for a tensor
+    on a GPU this waits).
 
     Raises
     ------
     TypeError
         It is no number; True and False are none.
     ValueError
-        A tensor that asks for a gradient (see :func:`without_gradient`) or has more elements than one.
+        A tensor that asks for a gradient, for which `way` is as for :func:`without_gradient`, or one of
+        more elements than one.
     """
     kind = type(value)
     if kind is float or kind is int:
+        return _constant(value) if torch.compiler.is_compiling() else value
+    if isinstance(value, (torch.SymFloat, torch.SymInt)):
         return value
     if isinstance(value, torch.Tensor):
         without_gradient(op, name, value, way)
-        if value.numel() != 1:
+    found = value
+    if hasattr(value, "item") and hasattr(value, "shape"):  # PyTorch's and NumPy's
+        if math.prod(value.shape) != 1:
             raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}, expected a number")
-        if value.dtype != torch.bool and not value.is_complex():
-            return value.item()
-    elif isinstance(value, (torch.SymFloat, torch.SymInt)):
-        return value
-    elif isinstance(value, numbers.Integral) and kind is not bool:
-        return int(value)
+        found = value.item()
     elif isinstance(value, numbers.Real) and kind is not bool:
-        return float(value)
-    _refuse(op, name, value, "a number")
+        found = float(value)
+    if type(found) is float or type(found) is int:
+        return found
+    raise TypeError(f"{op}: {name} is {described(value)}, expected a number")
 
 
 def integer(op: str, name: str, value: Any) -> Any:
-    """`value` as a Python int, as :func:`number` does it."""
+    """`value` as a Python int; otherwise as :func:`number`."""
     if type(value) is int:
         return value
     found = number(op, name, value)
     if isinstance(found, float):
-        raise TypeError(f"{op}: {name} is {found}, expected a whole number")
+        raise TypeError(f"{op}: {name} is {described(found)}, expected a whole number")
     return found
 
 
 def flag(op: str, name: str, value: Any) -> bool:
-    """`value` as True or False: a bool of Python, NumPy or a tensor of one element, or 0 or 1."""
-    if value is True or value is False:
+    """`value` as True or False: a bool of Python or NumPy, a tensor with one, or 0 or 1."""
+    if isinstance(value, bool):
         return value
-    if isinstance(value, torch.Tensor) and value.dtype == torch.bool and value.numel() == 1:
+    if isinstance(value, torch.Tensor):
+        if value.dtype == torch.bool and value.numel() == 1:
+            return bool(value)
+    elif type(value).__name__ in ("bool", "bool_") or (type(value) is int and value in (0, 1)):
         return bool(value)
-    if type(value).__name__ in ("bool", "bool_") or (type(value) is int and value in (0, 1)):
-        return bool(value)
-    _refuse(op, name, value, "True or False")
+    raise TypeError(f"{op}: {name} is {described(value)}, expected True or False")
 
 
-def _refuse(op: str, name: str, value: Any, expected: str, way: str = "") -> NoReturn:
-    raise TypeError(f"{op}: {name} is {described(value)}, expected {expected}{way and f' ({way})'}")
+# ---- every wrong call gets a sentence ----
+
+_WORDS = {  # one, and many in a list
+    "torch.Tensor": ("a tensor", "tensors"),
+    "torch.Generator": ("a torch.Generator", "torch.Generators"),
+    "nn.Module": ("a module", "modules"),
+    "float": ("a number", "numbers"),
+    "int": ("a whole number", "whole numbers"),
+    "bool": ("True or False", "True or False"),
+    "str": ("a name", "names"),
+    "None": ("None", "None"),
+}
+_TYPES: dict[str, type] = {
+    "torch.Tensor": torch.Tensor,
+    "torch.Generator": torch.Generator,
+    "nn.Module": torch.nn.Module,
+    "str": str,
+}
+
+
+_RULES: dict[str, Callable[[str, str, Any], Any]] = {
+    "float": number,
+    "int": integer,
+    "bool": flag,
+}
+
+
+def _alternatives(annotation: str) -> list[str]:
+    """The members of a union; those of a sequence stay together."""
+    return re.findall(r"(?:[^|\[ ]+\[.*?\]|[^| ]+)", annotation)
+
+
+def _element(annotation: str) -> str | None:
+    """X of ``Sequence[X]``."""
+    found = re.fullmatch(r"Sequence\[(.*)\]", annotation)
+    return found[1] if found else None
+
+
+def _words(annotation: str, many: bool = False) -> str:
+    """What an annotation accepts."""
+    found = []
+    for part in _alternatives(annotation):
+        element = _element(part)
+        found.append(f"a list of {_words(element, True)}" if element else _WORDS[part][many])
+    *most, last = found
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def require(op: str, name: str, value: Any, annotation: str) -> None:
+    """Raise the sentence for a value that is not of its type: ``"float | Sequence[float]"``.
+
+    Types other than those of _WORDS and sequences of them accept everything.
+
+    Raises
+    ------
+    TypeError
+        It is of another type.
+    ValueError
+        A tensor in the place of a number asks for a gradient or has more elements than one.
+    """
+    parts = _alternatives(annotation)
+    if not all(part in _WORDS or _element(part) for part in parts):
+        return
+    for part in parts:
+        element = _element(part)
+        if element and isinstance(value, (list, tuple)):
+            for k, x in enumerate(value):
+                require(op, f"{name}[{k}]", x, element)
+            return
+        if part == "None" and value is None:
+            return
+        if isinstance(value, _TYPES.get(part, ())):
+            if isinstance(value, torch.Tensor) and value.layout is not torch.strided:
+                raise TypeError(
+                    f"{op}: {name} has layout {value.layout}, expected a dense tensor"
+                    f" ({name}.to_dense())"
+                )
+            return
+    rules = [_RULES[part] for part in parts if part in _RULES]
+    if rules and (len(parts) == 1 or isinstance(value, (torch.Tensor, numbers.Real))):
+        rules[0](op, name, value)
+        return
+    found = described(value)
+    way = " (torch.from_numpy(x))" if "NumPy array" in found else ""
+    raise TypeError(f"{op}: {name} is {found}, expected {_words(annotation)}{way}")
+
+
+def tensor(op: str, name: str, value: Any, optional: bool = False) -> None:
+    """Raise TypeError unless `value` is a tensor, or None where it is `optional`."""
+    require(op, name, value, "torch.Tensor | None" if optional else "torch.Tensor")
+
+
+def _mistake(
+    op: str, signature: inspect.Signature, args: Sequence[Any], named: Mapping[str, Any]
+) -> Exception | None:
+    """The sentence for the first argument that is not of its annotation's type."""
+    try:
+        given = signature.bind(*args, **named).arguments
+    except TypeError:  # Python's own sentence names the argument
+        return None
+    first: torch.Tensor | None = None
+    for name, value in given.items():
+        parameter = signature.parameters[name]
+        if not isinstance(parameter.annotation, str):  # of self
+            continue
+        many = parameter.kind is inspect.Parameter.VAR_POSITIONAL
+        try:
+            for k, x in enumerate(value if many else [value]):
+                require(op, f"{name}[{k}]" if many else name, x, parameter.annotation)
+        except (TypeError, ValueError) as error:
+            return error
+        for x in value if isinstance(value, (list, tuple)) else [value]:
+            if not isinstance(x, torch.Tensor):
+                continue
+            if first is not None and x.device != first.device:
+                return TypeError(f"{op}: {name} is on {x.device}, expected {first.device}")
+            first = x
+    return None
+
+
+def _plain(x: Any) -> Any:
+    """A scalar of NumPy as a Python number; anything else as it is."""
+    return x.item() if type(x).__module__ == "numpy" and x.ndim == 0 else x
+
+
+def public(op: str, learns: bool = False) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Decorator of a function that users call: what goes wrong in it for the type of an argument says so.
+
+    The types are those of its annotations. The looking happens only once something went wrong. `learns`:
+    everything may ask for a gradient, as in a reference.
+    """
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(*args: _P.args, **named: _P.kwargs) -> _R:
+            if learns:
+                args = tuple(map(_plain, args))  # type: ignore[assignment]
+                named = {name: _plain(x) for name, x in named.items()}  # type: ignore[assignment]
+            try:
+                return function(*args, **named)
+            except Exception as error:
+                if re.match(f"{op}: .* expected ", str(error)):
+                    raise
+                with torch.set_grad_enabled(torch.is_grad_enabled() and not learns):
+                    mistake = _mistake(op, signature, args, named)
+                if mistake:
+                    raise mistake from None
+                raise
+
+        return call
+
+    return decorate
 
 
 # ---- what the row losses share: views, weights, reductions, divisors ----
@@ -135,13 +289,19 @@ def merged(x: torch.Tensor, first: int) -> torch.Tensor:
     return x
 
 
+def classes_first(op: str, name: str, x: torch.Tensor, dim: int) -> torch.Tensor:
+    """`x` with its classes in dimension 1, behind the batch."""
+    if x.ndim < 2:
+        plural = "" if x.ndim == 1 else "s"
+        raise ValueError(f"{op}: {name} has {x.ndim} dimension{plural}, expected at least 2")
+    if not -x.ndim <= integer(op, "dim", dim) < x.ndim:
+        raise ValueError(f"{op}: dim is {dim}, expected {-x.ndim} to {x.ndim - 1} for {name}")
+    return x.movedim(dim, 1)
+
+
 def logits_view(op: str, name: str, x: torch.Tensor, dim: int) -> torch.Tensor:
-    """`x` with its classes in dimension 1, as a view where strides allow."""
-    if dim != 1:
-        if not -x.ndim <= dim < x.ndim:
-            raise ValueError(f"{op}: dim is {dim}, expected {-x.ndim} to {x.ndim - 1} for {name}")
-        x = x.movedim(dim, 1)
-    return merged(x, 2)
+    """The same as a view where strides allow, with the dimensions behind the classes merged."""
+    return merged(x if dim == 1 else classes_first(op, name, x, dim), 2)
 
 
 def weight_view(op: str, weight: torch.Tensor) -> torch.Tensor:
@@ -150,9 +310,7 @@ def weight_view(op: str, weight: torch.Tensor) -> torch.Tensor:
     return merged(weight, 1)
 
 
-def divisor_tensor(
-    op: str, divisor: float | torch.Tensor, reduction: str, like: torch.Tensor
-) -> torch.Tensor:
+def divisor_tensor(op: str, divisor: Any, reduction: str, like: torch.Tensor) -> torch.Tensor:
     """The divisor as a 0-d tensor of the loss's dtype on the device of `like`."""
     if reduction != "mean":
         raise ValueError(
@@ -162,6 +320,12 @@ def divisor_tensor(
     if isinstance(divisor, torch.Tensor):
         without_gradient(op, "divisor", divisor)
         return divisor.to(device=like.device, dtype=dtype, non_blocking=True)
+    if torch.compiler.is_compiling() and type(divisor) in (float, int):
+        # Arithmetic of tensors, for which a count that changes from step to step is no constant.
+        number_rule(op, "divisor", divisor, "POSITIVE")
+        found: torch.Tensor = like.new_zeros((), dtype=dtype) + divisor
+        return found
+    divisor = number(op, "divisor", divisor)
     number_rule(op, "divisor", divisor, "POSITIVE")
     return torch.full((), divisor, dtype=dtype, device=like.device)
 
@@ -172,6 +336,30 @@ def same_dtype(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Te
         dtype = torch.promote_types(u.dtype, v.dtype)
         return u.to(dtype), v.to(dtype)
     return u, v
+
+
+# ---- the same in the references, where everything may learn ----
+
+
+def expect_shape(op: str, name: str, x: torch.Tensor | None, shape: torch.Size) -> None:
+    """Raise unless a tensor that is there has that shape: nothing is broadcast."""
+    if x is not None and x.shape != shape:
+        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected {tuple(shape)}")
+
+
+def is_zero(value: Any) -> bool:
+    """Whether a term of this weight is left out: a weight that learns never is."""
+    return False if wants_gradient(value) else bool(value == 0)
+
+
+def cross_entropy(logits: torch.Tensor, target: torch.Tensor, smoothing: Any) -> torch.Tensor:
+    """:func:`torch.nn.functional.cross_entropy` of each position, with a gradient to the smoothing."""
+    rows = F.cross_entropy(logits, target, reduction="none")
+    if is_zero(smoothing):
+        return rows
+    of_all = -F.log_softmax(logits, 1).mean(1)
+    smoothed: torch.Tensor = (1 - smoothing) * rows + smoothing * of_all
+    return smoothed
 
 
 def reduce_rows(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from . import arguments, operators
 
 _OP = "attention"
 
 
+@arguments.public(_OP, learns=True)
 def reference(student: torch.Tensor, teacher: torch.Tensor, *, eps: float = 1e-12) -> torch.Tensor:
     """:func:`selfkd.attention` in plain PyTorch, differentiable any number of times.
 
@@ -17,13 +17,16 @@ def reference(student: torch.Tensor, teacher: torch.Tensor, *, eps: float = 1e-1
     """
     acc = torch.float64 if student.dtype == torch.float64 else torch.float32
     maps = [x.to(acc).square().mean(1).unsqueeze(-1).flatten(1) for x in (student, teacher)]
-    q, p = (F.normalize(x, dim=1, eps=eps) for x in maps)
-    return (q - p).square().mean()
+    lengths = (x.norm(dim=1, keepdim=True).clamp_min(eps) for x in maps)
+    q, p = (x / length for x, length in zip(maps, lengths, strict=True))
+    loss: torch.Tensor = (q - p).square().mean()
+    return loss
 
 
 _call = operators.register(_OP, reference)
 
 
+@arguments.public(_OP)
 def attention(student: torch.Tensor, teacher: torch.Tensor, *, eps: float = 1e-12) -> torch.Tensor:
     r"""Mean squared difference of two feature maps' attention, where each sample's has length 1.
 
@@ -52,7 +55,8 @@ def attention(student: torch.Tensor, teacher: torch.Tensor, *, eps: float = 1e-1
     TypeError
         A dtype or device that is not accepted.
     ValueError
-        A shape or number that is not accepted, or a `teacher` that requires grad (detach it).
+        A shape or number that is not accepted, or a `teacher` that requires grad (detach it; in
+        :func:`selfkd.reference.attention` both sides learn).
 
     Notes
     -----

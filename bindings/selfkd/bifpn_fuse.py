@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import contract, operators
+from . import arguments, contract, operators
 
 _OP = "bifpn_fuse"
 _activation = contract.Choice(_OP, "activation")
@@ -47,6 +47,7 @@ def _resized(x: torch.Tensor, way: str, size: torch.Size) -> torch.Tensor:
     return x
 
 
+@arguments.public(_OP, learns=True)
 def reference(
     *inputs: torch.Tensor,
     weight: torch.Tensor | None = None,
@@ -74,7 +75,13 @@ def reference(
     fused: Any = 0
     for x, factor, way in zip(inputs, factors, ["none", *_ways(resize, len(inputs))], strict=True):
         operand = act(x.to(acc)) if activate == "inputs" else x.to(acc)
-        fused = fused + factor * _resized(operand, way, first.shape[2:])
+        operand = _resized(operand, way, first.shape[2:])
+        if operand.shape != first.shape:
+            raise ValueError(
+                f"{_OP}: an input has shape {tuple(x.shape)}, expected {tuple(first.shape)} once"
+                f" resize is {way}"
+            )
+        fused = fused + factor * operand
     return (fused if activate == "inputs" else act(fused)).to(first.dtype)
 
 
@@ -97,6 +104,7 @@ def by_contract(
 _call = operators.register(_OP, functools.partial(by_contract, reference))
 
 
+@arguments.public(_OP)
 def bifpn_fuse(
     *inputs: torch.Tensor,
     weight: torch.Tensor | None = None,

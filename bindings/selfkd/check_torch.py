@@ -109,6 +109,34 @@ def error(found: Tensor, exact: Tensor) -> float:
     return float((found - exact).abs().max() / exact.abs().max().clamp(min=1e-300))
 
 
+def check_ways_in(op: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise RuntimeError unless scripts may hand over what they have.
+
+    Constants made under ``torch.inference_mode()`` and numbers that are tensors give the same bits; what
+    asks for a gradient that it would not get is refused.
+    """
+    of = contract_of(op)
+    live = learning(op, of)
+    numbers = {x.name: torch.tensor(x.default) for x in of.items if x.kind == "REAL"}
+    plain = run(op, selfkd, tensors, live, torch.float32)
+    with torch.inference_mode():
+        constants = {name: x if name in live else x.clone() for name, x in tensors.items()}
+    found = run(op, selfkd, {**constants, **numbers}, live, torch.float32)
+    if not all(map(torch.equal, plain, found)):
+        raise RuntimeError("inference tensors or numbers that are tensors change the result")
+    for name, x in {**tensors, **numbers}.items():
+        if name in live or not x.is_floating_point():
+            continue
+        asking = {**tensors, **numbers, name: x.clone().requires_grad_()}
+        try:
+            run(op, selfkd, asking, live, torch.float32)
+        except ValueError as error:
+            if "requires grad" in str(error):
+                continue
+            raise
+        raise RuntimeError(f"{name} asks for a gradient and gets none without a word")
+
+
 def check_operator(op: str, device: str, isas: list[str]) -> Line:
     """One operator on one device, in every dtype; on the CPU in every variant."""
     of = contract_of(op)
@@ -126,6 +154,7 @@ def check_operator(op: str, device: str, isas: list[str]) -> Line:
                 for x, y in zip(found, exact, strict=True)
             ]
             errors[name] = max(errors.get(name, 0.0), *parts)
+    check_ways_in(op, {key: x.to(device) for key, x in stored(of, drawn, torch.float32).items()})
     return Line(op, ", ".join(isas) if device == "cpu" else device, errors, TOLERANCES)
 
 

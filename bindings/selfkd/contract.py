@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,14 +142,37 @@ class Choice:
         self.codes = {value: code for code, value in enumerate(choices)}
 
     def __call__(self, value: str) -> int:
-        code = self.codes.get(value)
+        code = self.codes.get(value) if isinstance(value, str) else None
         if code is None:
             *most, last = [f'"{x}"' for x in self.codes]
-            raise ValueError(f'{self.what} is "{value}", expected {", ".join(most)} or {last}')
+            found, error = f'"{value}"', ValueError
+            if not isinstance(value, str):
+                found, error = described(value), TypeError
+            raise error(f"{self.what} is {found}, expected {', '.join(most)} or {last}")
         return code
 
 
 # ---- the rules ----
+
+
+def described(value: Any) -> str:
+    """What a value is, in the words of a sentence: ``a list``, ``the string "x"``."""
+    if value is None or isinstance(value, bool):
+        return str(value)
+    if isinstance(value, str):
+        return f'the string "{value}"'
+    if isinstance(value, numbers.Number):
+        return f"the number {value}"
+    kind = type(value)
+    bases = {f"{x.__module__}.{x.__name__}" for x in kind.__mro__}
+    name = kind.__name__
+    if "torch.Tensor" in bases:
+        name = f"tensor of shape {tuple(value.shape)}"
+    elif "numpy.ndarray" in bases:
+        name = "NumPy array"
+    elif "torch.nn.modules.module.Module" in bases:
+        name = f"module ({name})"
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 def _dtype(tensor: Any) -> str:

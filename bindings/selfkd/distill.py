@@ -11,7 +11,11 @@ import torch.nn.functional as F
 from . import arguments, contract, operators
 
 _OP = "distill"
-_KINDS = ("logits", "probs", "log_probs")
+_LEARNS_TOO = (
+    "call selfkd.sd_dropout_kl(teacher, student, reverse_weight=0), which gives both a gradient, or"
+    " selfkd.reference.distill"
+)
+_ABSENT = [0.0, 4.0, 4.0, 0]  # numbers and kind of a teacher that is not there
 _T = TypeVar("_T")
 
 
@@ -28,9 +32,9 @@ class DistillParts(NamedTuple):
 
 class _Teacher(NamedTuple):
     logits: torch.Tensor
-    weight: float
-    temperature: float
-    own_temperature: float
+    weight: Any
+    temperature: Any
+    own_temperature: Any
     kind: str
 
 
@@ -46,14 +50,19 @@ def _each(name: str, value: _T | Sequence[_T], count: int) -> list[_T]:
 
 
 def _teachers(
-    teachers: torch.Tensor | Sequence[torch.Tensor],
+    teachers: Any,
     weights: float | Sequence[float],
     temperature: float | Sequence[float],
     own: float | Sequence[float | None] | None,
     kind: str | Sequence[str],
-) -> list[_Teacher]:
-    """The arguments of each teacher; its own temperature is that of the student, or 1 for probabilities."""
-    found = [teachers] if isinstance(teachers, torch.Tensor) else list(teachers)
+) -> list[_Teacher | None]:
+    """The arguments of each teacher, None in place of one that is None.
+
+    Its own temperature is that of the student, or 1 for probabilities.
+    """
+    found = [] if teachers is None else [teachers]
+    if isinstance(teachers, (list, tuple)):
+        found = list(teachers)
     n = len(found)
     if n > 2:
         raise ValueError(
@@ -67,7 +76,13 @@ def _teachers(
         for o, t, k in zip(_each("teacher_temperature", own, n), temperatures, kinds, strict=True)
     ]
     columns = (found, _each("teacher_weights", weights, n), temperatures, owns, kinds)
-    return [_Teacher(*row) for row in zip(*columns, strict=True)]
+    rows = zip(*columns, strict=True)
+    return [None if row[0] is None else _Teacher(*row) for row in rows]
+
+
+def given(teachers: Sequence[_Teacher | None]) -> list[_Teacher]:
+    """Those that are there."""
+    return [x for x in teachers if x]
 
 
 def _check(logits: torch.Tensor, target: Any, count: int, mask_teachers: bool) -> None:
@@ -79,28 +94,31 @@ def _check(logits: torch.Tensor, target: Any, count: int, mask_teachers: bool) -
         raise ValueError(f"{_OP}: mask_teachers is True, expected a target with it")
     if target is not None and target.is_floating_point() and target.shape == logits.shape:
         raise ValueError(
-            f"{_OP}: target has dtype {str(target.dtype).removeprefix('torch.')}, expected int64; for "
-            'probabilities (mixup, class weights) pass them as a teacher of kind "probs" at temperature 1, '
-            "or add F.cross_entropy(logits, target) to the loss"
+            f"{_OP}: target has dtype {str(target.dtype).removeprefix('torch.')}, expected int64; of "
+            "one-hot rows target.argmax(dim); probabilities (mixup, class weights) are a teacher of kind "
+            '"probs" at temperature 1, or add F.cross_entropy(logits, target) to the loss'
         )
 
 
 def _kl_rows(logits: torch.Tensor, teacher: _Teacher) -> torch.Tensor:
     """T^2 KL(q||p) for each position."""
-    given = teacher.logits.to(logits.dtype).detach()
+    given = teacher.logits.to(logits.dtype)
     if teacher.kind == "probs":
         given = given.log()
     log_q = F.log_softmax(given / teacher.own_temperature, 1)
     log_p = F.log_softmax(logits / teacher.temperature, 1)
     excluded = log_q == -torch.inf
     d = log_q.masked_fill(excluded, 0) - log_p.masked_fill(excluded, 0)
-    return teacher.temperature**2 * (log_q.exp() * d).sum(1)
+    kl: torch.Tensor = (log_q.exp() * d).sum(1)
+    found: torch.Tensor = kl * teacher.temperature**2
+    return found
 
 
+@arguments.public(_OP, learns=True)
 def reference(
     logits: torch.Tensor,
     target: torch.Tensor | None = None,
-    teachers: torch.Tensor | Sequence[torch.Tensor] = (),
+    teachers: torch.Tensor | Sequence[torch.Tensor | None] | None = (),
     *,
     teacher_weights: float | Sequence[float] = 1.0,
     temperature: float | Sequence[float] = 4.0,
@@ -121,10 +139,21 @@ def reference(
     Same arguments and results; arithmetic in float32, or float64 for float64 logits.
     """
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    found = _teachers(teachers, teacher_weights, temperature, teacher_temperature, teacher_kind)
+    found = given(
+        _teachers(teachers, teacher_weights, temperature, teacher_temperature, teacher_kind)
+    )
     _check(logits, target, len(found), mask_teachers)
-    logits = logits.movedim(dim, 1).to(acc)
-    found = [x._replace(logits=x.logits.movedim(dim, 1)) for x in found if x.weight != 0]
+    _reduction(reduction)
+    logits = arguments.classes_first(_OP, "logits", logits, dim).to(acc)
+    found = [
+        x._replace(logits=arguments.classes_first(_OP, "teachers", x.logits, dim))
+        for x in found
+        if not arguments.is_zero(x.weight)
+    ]
+    for teacher in found:
+        arguments.expect_shape(_OP, "teachers", teacher.logits, logits.shape)
+    for name, x in (("target", target), ("weight", weight)):
+        arguments.expect_shape(_OP, name, x, logits[:, 0].shape)
     live = torch.ones_like(logits[:, 0], dtype=torch.bool)
     if weight is not None:  # what is skipped must not reach the gradient either
         live = weight != 0
@@ -134,13 +163,9 @@ def reference(
     taught = valid if mask_teachers else live
 
     ce_rows, kl_rows = torch.zeros_like(w), torch.zeros_like(w)
-    if target is not None and ce_weight != 0:
-        rows = F.cross_entropy(
-            logits,
-            target.masked_fill(~valid, 0),
-            label_smoothing=label_smoothing,
-            reduction="none",
-        )
+    has_ce = target is not None and not arguments.is_zero(ce_weight)
+    if target is not None and has_ce:
+        rows = arguments.cross_entropy(logits, target.masked_fill(~valid, 0), label_smoothing)
         ce_rows = torch.where(valid, ce_weight * w * rows, 0)
     for teacher in found:
         rows = torch.where(taught, teacher.weight * w * _kl_rows(logits, teacher), 0)
@@ -150,7 +175,7 @@ def reference(
     else:
         ce = arguments.reduce_rows(ce_rows, w * valid, reduction, divisor)
         kl = arguments.reduce_rows(kl_rows, w * taught, reduction, divisor)
-        if target is None or ce_weight == 0:
+        if not has_ce:
             ce = ce_rows.sum()
         if not found:
             kl = kl_rows.sum()
@@ -179,15 +204,21 @@ def by_contract(function: Callable[..., Any], **named: Any) -> Any:
     return function(**named, **columns)
 
 
-_call = operators.register(_OP, lambda **named: by_contract(reference, **named))
+_NAMES = {
+    prefix + name: public + index
+    for prefix, index in (("", ""), ("second_", "[1]"))
+    for name, (public, _) in _OF_A_TEACHER.items()
+} | {"teacher": "teachers[0]"}
+_call = operators.register(_OP, lambda **named: by_contract(reference, **named), _NAMES)
 _reduction = contract.Choice(_OP, "reduction")
 _kind = contract.Choice(_OP, "teacher_kind")
 
 
+@arguments.public(_OP)
 def distill(
     logits: torch.Tensor,
     target: torch.Tensor | None = None,
-    teachers: torch.Tensor | Sequence[torch.Tensor] = (),
+    teachers: torch.Tensor | Sequence[torch.Tensor | None] | None = (),
     *,
     teacher_weights: float | Sequence[float] = 1.0,
     temperature: float | Sequence[float] = 4.0,
@@ -219,7 +250,8 @@ def distill(
         empty mean (every position ignored) is nan, as in :func:`torch.nn.functional.cross_entropy`.
     teachers
         One tensor or up to two, each of the logits' shape and any floating dtype, on their device; they
-        may be expanded, and never get a gradient.
+        may be expanded. None is no teacher, also in place of one of two, whose weight, temperature and
+        kind are then not looked at. They get no gradient: one that asks for it is an error.
     teacher_weights, temperature, teacher_temperature, teacher_kind
         a_k >= 0 (a teacher of weight 0 is not looked at), T_k > 0, T'_k > 0 (default: T_k, or 1 for
         probabilities), and what the tensor holds: ``"logits"``, ``"probs"`` or ``"log_probs"``
@@ -256,7 +288,10 @@ def distill(
     TypeError
         A dtype or device that is not accepted.
     ValueError
-        A shape or number that is not accepted; more than two teachers; neither target nor teachers; on
+        A shape or number that is not accepted; a teacher, weight, divisor or number that requires grad
+        (detach it; or :func:`selfkd.reference.distill`, in which everything learns, or
+        :func:`selfkd.sd_dropout_kl`, in which both sides do); more than two teachers; neither target
+        nor teachers; on
         the CPU also a target out of range and probabilities that do not sum to 1 (within 1 %). On CUDA a
         target out of range is a device assertion.
 
@@ -273,34 +308,32 @@ def distill(
     ...                               temperature=(4.0, 1.0), teacher_kind=("logits", "probs"),
     ...                               return_parts=True)
     """
+    code = _reduction(reduction)
     found = _teachers(teachers, teacher_weights, temperature, teacher_temperature, teacher_kind)
-    _check(logits, target, len(found), mask_teachers)
+    _check(logits, target, len(given(found)), mask_teachers)
     z = arguments.logits_view(_OP, "logits", logits, dim)
     values: list[Any] = [z]
     values += [z, False] if target is None else [arguments.merged(target, 1), True]
-    for k in range(2):
-        given = k < len(found)
-        values += [
-            arguments.logits_view(_OP, f"teachers[{k}]", found[k].logits.detach(), dim)
-            if given
-            else z,
-            given,
-        ]
+    slots = [*found, None, None][:2]
+    for k, teacher in enumerate(slots):
+        x = z
+        if teacher:
+            arguments.without_gradient(_OP, f"teachers[{k}]", teacher.logits, _LEARNS_TOO)
+            x = arguments.logits_view(_OP, f"teachers[{k}]", teacher.logits, dim)
+        values += [x, teacher is not None]
     values += [z if weight is None else arguments.weight_view(_OP, weight), weight is not None]
     values += [
         z if divisor is None else arguments.divisor_tensor(_OP, divisor, reduction, z),
         divisor is not None,
     ]
     values += [ce_weight, label_smoothing, ignore_index]
-    for k in range(2):
-        teacher = found[k] if k < len(found) else _Teacher(z, 0.0, 4.0, 4.0, "logits")
-        values += [
-            teacher.weight,
-            teacher.temperature,
-            teacher.own_temperature,
-            _kind(teacher.kind),
-        ]
-    values += [mask_teachers, _reduction(reduction)]
+    for teacher in slots:
+        values += (
+            [teacher.weight, teacher.temperature, teacher.own_temperature, _kind(teacher.kind)]
+            if teacher
+            else _ABSENT
+        )
+    values += [mask_teachers, code]
     if not return_parts:
         return _call(*values)
     loss, ce, kl, rows, ce_rows, kl_rows, *_ = _call.outputs(*values)

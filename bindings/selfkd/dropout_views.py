@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import operators
+from . import arguments, contract, operators
 
 _OP = "dropout_views"
 _LOW = 0xFFFFFFFF
@@ -29,6 +29,7 @@ def _philox(counter: _Words, seed: torch.Tensor) -> _Words:
     return x, y, z, w
 
 
+@arguments.public(_OP, learns=True)
 def reference(
     features: torch.Tensor, seed: torch.Tensor, *, p: float = 0.5, first_row: int = 0
 ) -> torch.Tensor:
@@ -36,6 +37,7 @@ def reference(
 
     Same arguments, masks and results; arithmetic in float32, or float64 for float64 features.
     """
+    contract.number_rule(_OP, "p", p, "BELOW_ONE")
     acc = torch.float64 if features.dtype == torch.float64 else torch.float32
     rows, columns = (torch.arange(size, device=features.device) for size in features.shape)
     element = ((rows + first_row) * features.shape[1]).unsqueeze(1) + columns
@@ -59,6 +61,7 @@ def reference(
 _call = operators.register(_OP, reference)
 
 
+@arguments.public(_OP)
 def dropout_views(
     features: torch.Tensor, seed: torch.Tensor, *, p: float = 0.5, first_row: int = 0
 ) -> torch.Tensor:

@@ -11,14 +11,15 @@ an output of the forward operator is that tensor, GRAD is the gradient of the re
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
-from . import c, library
+from . import arguments, c, library
 from . import contract as contracts
 from .contract import Contract, contract
 
@@ -199,6 +200,45 @@ def _tuple_getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[A
     return lambda values: tuple(values[k] for k in positions)
 
 
+def _keep_uncounted(x: torch.Tensor) -> None:
+    """Tell the compiler, which is tracing, to keep an input for backward whose versions nobody counts.
+
+    So it keeps what is stored in a context, from PyTorch 2.13 on. Whether the tensors of a later call are
+    inference tensors, which have no version, cannot be known while tracing.
+    """
+    from torch.fx.experimental import proxy_tensor
+
+    for proxy in getattr(proxy_tensor, "_get_proxies", lambda x: ())(x):
+        node = proxy.node
+        while True:
+            node.meta["saved_tensor_with_no_vc_check"] = True
+            if not getattr(node.target, "is_view", False):
+                break
+            node = node.args[0]  # the compiler may keep what it is a view of
+
+
+def _alias(x: torch.Tensor) -> torch.Tensor:
+    """An ordinary tensor of the memory of an inference tensor."""
+    alias = torch.empty(0, dtype=x.dtype, device=x.device)
+    return alias.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
+
+
+def savable(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The tensors for ``save_for_backward``, which refuses those made under ``torch.inference_mode()``.
+
+    They are saved as ordinary tensors of the same memory.
+    """
+    if torch.compiler.is_compiling():
+        for x in tensors:
+            if not x.requires_grad:
+                _keep_uncounted(x)
+        return tensors
+    for x in tensors:
+        if x.is_inference():
+            return tuple(_alias(x) if x.is_inference() else x for x in tensors)
+    return tensors
+
+
 class _Plan:
     """Where the arguments of a backward operator come from, worked out once from the two contracts."""
 
@@ -293,7 +333,7 @@ def _gradient(plan: _Plan, reference: Callable[..., torch.Tensor]) -> type[torch
             result = plan.result(values)
             ctx.result = result if whole else 0
             ctx.numbers = plan.get_numbers(values)
-            ctx.save_for_backward(*plan.get_tensors(values), *plan.get_kept(outputs))
+            ctx.save_for_backward(*savable(plan.get_tensors(values)), *plan.get_kept(outputs))
             ctx.set_materialize_grads(False)
             if not whole:
                 return outputs[result]
@@ -320,7 +360,79 @@ def _gradient(plan: _Plan, reference: Callable[..., torch.Tensor]) -> type[torch
     return type(plan.forward.name, (Gradient,), {})  # a backward node is named after its class
 
 
-def register(op: str, reference: Callable[..., torch.Tensor]) -> Operator:
+class Numbers:
+    """Makes Python numbers and flags of what callers give for them among values in an order.
+
+    `names` are those of the public function, where they differ from the contract's.
+    """
+
+    def __init__(self, of: Contract, order: Sequence[str], names: Mapping[str, str]) -> None:
+        rules = {"REAL": arguments.number, "INT": arguments.integer, "BOOL": arguments.flag}
+        self.rules = [
+            (order.index(x.name), names.get(x.name, x.name), rules[x.kind])
+            for x in of.items
+            if x.kind in rules
+        ]
+        self.op = of.name
+        self.get = _tuple_getter([k for k, *_ in self.rules])
+        self.plain: set[tuple[type, ...]] = set()  # types that stay what they are
+
+    def __call__(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The values with such numbers; the same tuple where they are so already."""
+        if torch.compiler.is_compiling():  # and every value is looked at
+            return self.made(values)
+        types = tuple(map(type, self.get(values)))
+        if types in self.plain:
+            return values
+        found = self.made(values)
+        if tuple(map(type, self.get(found))) == types:
+            self.plain.add(types)
+        return found
+
+    def made(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The values with each number and flag made anew."""
+        found = list(values)
+        for k, name, rule in self.rules:
+            found[k] = rule(self.op, name, values[k])
+        return tuple(found)
+
+
+def _hint(of: Contract, named: Mapping[str, Any], sentence: str) -> str:
+    """What to write instead, where that can be said."""
+    first = named[of.first]
+    about = re.match(rf"{of.name}: (\w+) has", sentence)
+    if not about or not isinstance(x := named.get(about[1]), torch.Tensor):
+        return ""
+    name, rule, classes = about[1], of[about[1]].rule, first.shape[1] if first.ndim > 1 else 0
+    tokens = first.ndim > 2 and x.shape == first.shape[:-1] and "C" in of[of.first].shape
+    if rule == "INDEX" and x.is_floating_point():
+        return f"classes from probabilities or one-hot rows: {name}.argmax(1)"
+    if tokens and rule in ("INDEX", "WEIGHT"):
+        return "classes in the last dimension: dim=-1"
+    if x.ndim == first.ndim and x.ndim > 1 and x.shape[1] == 1 and rule in ("INDEX", "WEIGHT"):
+        return f"{name}.squeeze(1)"
+    if rule == "WEIGHT" and x.shape == (classes,) and first.shape[:1] != x.shape:
+        return (
+            "it weights positions; weights of classes: F.cross_entropy(logits, target, weight) in"
+            " place of the cross-entropy here"
+        )
+    if "has dtype" in sentence and not x.is_complex():
+        if rule == "INDEX":
+            return f"{name}.long()"
+        if rule == "WEIGHT":
+            return f"{name}.bool() for a mask, {name}.to({_accumulator(first)}) for weights"
+        if rule == "SAME":
+            return f"{name}.to({first.dtype})"
+    return ""
+
+
+def _accumulator(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def register(
+    op: str, reference: Callable[..., torch.Tensor], names: Mapping[str, str] | None = None
+) -> Operator:
     """Register fake kernels and gradient of an operator, and return the function that calls it.
 
     Parameters
@@ -330,6 +442,8 @@ def register(op: str, reference: Callable[..., torch.Tensor]) -> Operator:
     reference
         The same loss in differentiable PyTorch, with the operator's argument names as keywords:
         used for double backward.
+    names
+        Arguments of the operator that the public function calls otherwise.
 
     Returns
     -------
@@ -344,17 +458,22 @@ def register(op: str, reference: Callable[..., torch.Tensor]) -> Operator:
     gradient = _gradient(plan, reference)
     run = kernel(op)
 
+    fixed = [x.name for x in of.items if x.is_input and x.name not in plan.live]
+
     def autograd(*values: Any) -> tuple[torch.Tensor, ...]:
         refuse_transforms(op, values)
         if torch.is_grad_enabled() and _any_requires_grad(*values):
+            named = by_name(of, values)
+            for name in fixed:
+                arguments.without_gradient(op, name, named[name])
             return gradient.apply(True, values, *plan.get_live(values))  # type: ignore[no-any-return, no-untyped-call]
         with _below_autograd():
             return run(*values)  # type: ignore[no-any-return]
 
     if not (registry := _registry()):
-        return Operator(of, plan, gradient, autograd)
+        return Operator(of, plan, gradient, autograd, names or {})
     registry.impl(op, autograd, "Autograd")  # type: ignore[no-untyped-call]
-    return Operator(of, plan, gradient, run)
+    return Operator(of, plan, gradient, run, names or {})
 
 
 def define(
@@ -395,14 +514,17 @@ class Operator:
         plan: _Plan,
         gradient: type[torch.autograd.Function],
         run: Callable[..., Any],
+        names: Mapping[str, str],
     ) -> None:
         self._of, self._plan, self._gradient, self._run = of, plan, gradient, run
+        self._names, self._numbers = names, Numbers(of, of.torch_arguments, names)
 
     def __call__(self, *values: Any) -> torch.Tensor:
         """The result: ``rows`` for reduction "none", else the first output."""
+        values = self._numbers(values)
         try:
-            # In eager mode straight to the gradient's node: half the dispatch of `_run`, which
-            # the compiler needs.
+            # In eager mode straight to the gradient's node: half the dispatch of `_run`, which the
+            # compiler needs.
             if (
                 torch.is_grad_enabled()
                 and not torch.compiler.is_compiling()
@@ -411,22 +533,37 @@ class Operator:
                 live = self._plan.get_live(values)
                 return self._gradient.apply(False, values, *live)  # type: ignore[no-any-return, no-untyped-call]
             return _as_tuple(self._run(*values))[self._plan.result(values)]
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             self._explain(error, values)
             raise
 
     def outputs(self, *values: Any) -> tuple[torch.Tensor, ...]:
         """All outputs; only the result has a gradient."""
+        values = self._numbers(values)
         try:
             return _as_tuple(self._run(*values))
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             self._explain(error, values)
             raise
 
-    def _explain(self, error: RuntimeError, values: tuple[Any, ...]) -> None:
+    def _explain(self, error: Exception, values: tuple[Any, ...]) -> None:
         """Raise ValueError or TypeError with the operator's sentence if it is about an argument."""
         refuse_transforms(self._of.name, values)
-        contracts.check(self._of, by_name(self._of, values))
+        named = by_name(self._of, values)
+        given = [named[item.name] for item in self._of.items if item.is_input]
+        if not all(x is None or isinstance(x, torch.Tensor) for x in given):
+            return
+        try:
+            contracts.check(self._of, named)
+        except (TypeError, ValueError) as mistake:
+            hint = _hint(self._of, named, str(mistake))
+            sentence = f"{mistake}; {hint}" if hint else str(mistake)
+            raise type(mistake)(self._in_public(sentence)) from None
         sentence = library.text("selfkd_message")
         if sentence and sentence in str(error):  # about a value, which only the kernel sees
-            raise ValueError(sentence) from None
+            raise ValueError(self._in_public(sentence)) from None
+
+    def _in_public(self, sentence: str) -> str:
+        """The sentence with the public function's name of the argument that it is about."""
+        op, name, rest = re.match(r"(\w+: )(\w+)(.*)", sentence, re.DOTALL).groups()  # type: ignore[union-attr]
+        return f"{op}{self._names.get(name, name)}{rest}"

@@ -64,6 +64,7 @@ def _kept(target: torch.Tensor, row_weight: torch.Tensor | None, ignore_index: i
     return counted if row_weight is None else torch.where(counted, row_weight, 0)
 
 
+@arguments.public(_OP, learns=True)
 def reference(
     features: torch.Tensor,
     weight: torch.Tensor,
@@ -89,6 +90,10 @@ def reference(
 
     Same arguments, seeds and masks; all logits are stored, whatever `chunk_bytes` is.
     """
+    _reduction(reduction)
+    contract.number_rule(_OP, "p", p, "BELOW_ONE")
+    for name, x in (("target", target), ("row_weight", row_weight)):
+        arguments.expect_shape(_OP, name, x, features.shape[:1])
     acc = _accumulator(features)
     wide, weight = features.to(acc), weight.to(acc)
     bias = None if bias is None else bias.to(acc)
@@ -96,13 +101,8 @@ def reference(
     live = w != 0  # what is skipped must not reach the gradients either
     views = reference_views(wide.masked_fill(~live[:, None], 0), _seed(features, generator), p=p)
     logits, u, v = F.linear(views, weight, bias)
-    rows = F.cross_entropy(
-        logits,
-        target.masked_fill(~live, 0),
-        label_smoothing=label_smoothing,
-        reduction="none",
-    )
-    if kl_weight != 0:
+    rows = arguments.cross_entropy(logits, target.masked_fill(~live, 0), label_smoothing)
+    if not arguments.is_zero(kl_weight):
         rows = rows + kl_weight * reference_kl(
             u,
             v,
@@ -351,7 +351,11 @@ class _Gradient(torch.autograd.Function):
             outputs: tuple[torch.Tensor, ...] = _head(*values[:-1], 0 if ctx.by_row else wanted)
         _, _, denominator, _, *grads = outputs
         if ctx.by_row:
-            ctx.save_for_backward(*(x if isinstance(x, torch.Tensor) else None for x in values))
+            tensors = [x for x in values if isinstance(x, torch.Tensor)]
+            found = iter(operators.savable(tuple(tensors)))
+            ctx.save_for_backward(
+                *(next(found) if isinstance(x, torch.Tensor) else None for x in values)
+            )
         else:
             ctx.save_for_backward(denominator, *grads)
         result = int(ctx.by_row)
@@ -402,8 +406,10 @@ def _autograd(*values: Any) -> tuple[torch.Tensor, ...]:
 _OUTPUTS = "loss, rows, denominator, logits, grad_features, grad_weight, grad_bias"
 _head = operators.define(_CONTRACT, _OUTPUTS.split(", "), run=_run, fake=_fake, autograd=_autograd)
 _reduction = contract.Choice(_OP, "reduction", _CONTRACT)
+_numbers = operators.Numbers(_CONTRACT, _NAMES, {})
 
 
+@arguments.public(_OP)
 def sd_dropout_head(
     features: torch.Tensor,
     weight: torch.Tensor,
@@ -504,6 +510,7 @@ def sd_dropout_head(
     --------
     >>> loss = selfkd.sd_dropout_head(features, fc.weight, fc.bias, target, p=0.5, temperature=3.0)
     """
+    code = _reduction(reduction)
     if row_weight is not None:
         arguments.without_gradient(_OP, "row_weight", row_weight)
     device = features.device.type
@@ -514,7 +521,7 @@ def sd_dropout_head(
     if divisor is not None:
         divisor = arguments.divisor_tensor(_OP, divisor, reduction, features)
     call = _head if torch.compiler.is_compiling() else _autograd
-    loss, rows, _, logits, *_ = call(
+    values = (
         features,
         weight,
         bias,
@@ -530,10 +537,11 @@ def sd_dropout_head(
         detach_target,
         label_smoothing,
         ignore_index,
-        _reduction(reduction),
+        code,
         chunk_bytes,
         return_logits,
         0,
     )
+    loss, rows, _, logits, *_ = call(*_numbers(values))
     result = rows if reduction == "none" else loss
     return (result, logits) if return_logits else result

@@ -17,6 +17,7 @@ def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     return (log_p.exp() * d).sum(1)
 
 
+@arguments.public(_OP, learns=True)
 def reference(
     u: torch.Tensor,
     v: torch.Tensor,
@@ -35,16 +36,20 @@ def reference(
     Same arguments and results; arithmetic in float32, or float64 for float64 logits.
     """
     acc = torch.float64 if u.dtype == torch.float64 else torch.float32
-    u, v = (x.movedim(dim, 1).to(acc) for x in (u, v))
+    _reduction(reduction)
+    u = arguments.classes_first(_OP, "u", u, dim).to(acc)
+    v = arguments.classes_first(_OP, "v", v, dim).to(acc)
+    arguments.expect_shape(_OP, "v", v, u.shape)
+    arguments.expect_shape(_OP, "weight", weight, u[:, 0].shape)
     if weight is not None:  # what is skipped must not reach the gradient either
         skipped = (weight == 0).unsqueeze(1)
         u, v = u.masked_fill(skipped, 0), v.masked_fill(skipped, 0)
     log_p, log_q = F.log_softmax(u / temperature, 1), F.log_softmax(v / temperature, 1)
     target_p, target_q = (log_p.detach(), log_q.detach()) if detach_target else (log_p, log_q)
     rows = torch.zeros_like(log_p[:, 0])
-    if forward_weight:
+    if not arguments.is_zero(forward_weight):
         rows = rows + forward_weight * _kl(target_p, log_q)
-    if reverse_weight:
+    if not arguments.is_zero(reverse_weight):
         rows = rows + reverse_weight * _kl(target_q, log_p)
     rows = temperature**2 * rows
     if weight is not None:
@@ -56,6 +61,7 @@ _call = operators.register(_OP, reference)
 _reduction = contract.Choice(_OP, "reduction")
 
 
+@arguments.public(_OP)
 def sd_dropout_kl(
     u: torch.Tensor,
     v: torch.Tensor,

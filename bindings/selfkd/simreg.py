@@ -12,6 +12,16 @@ from . import arguments, contract, operators
 _OP = "simreg"
 
 
+def _check(student: torch.Tensor, normalize: bool, dim: int) -> None:
+    """A row of one feature has no direction."""
+    if normalize and student.ndim > 1 and student.shape[1] == 1:
+        raise ValueError(
+            f"{_OP}: student has size 1 in dimension C, expected at least 2 with normalize=True; "
+            f"dim={dim} is not the features' dimension, or there is one feature: normalize=False"
+        )
+
+
+@arguments.public(_OP, learns=True)
 def reference(
     student: torch.Tensor,
     target: torch.Tensor,
@@ -20,14 +30,19 @@ def reference(
     weight: torch.Tensor | None = None,
     reduction: str = "mean",
     divisor: float | torch.Tensor | None = None,
-    dim: int = -1,
+    dim: int = 1,
 ) -> torch.Tensor:
     """:func:`selfkd.simreg` in plain PyTorch, differentiable any number of times.
 
     Same arguments and results; arithmetic in float32, or float64 for float64 features.
     """
     acc = torch.float64 if student.dtype == torch.float64 else torch.float32
-    student, target = student.movedim(dim, 1).to(acc), target.movedim(dim, 1).to(acc)
+    _reduction(reduction)
+    student = arguments.classes_first(_OP, "student", student, dim).to(acc)
+    target = arguments.classes_first(_OP, "target", target, dim).to(acc)
+    _check(student, normalize, dim)
+    arguments.expect_shape(_OP, "target", target, student.shape)
+    arguments.expect_shape(_OP, "weight", weight, student[:, 0].shape)
     if weight is not None:  # what is skipped must not reach the gradient either
         skipped = (weight == 0).unsqueeze(1)
         student, target = student.masked_fill(skipped, 1), target.masked_fill(skipped, 1)
@@ -43,11 +58,7 @@ _call = operators.register(_OP, functools.partial(reference, dim=1))
 _reduction = contract.Choice(_OP, "reduction")
 
 
-def _view(name: str, x: torch.Tensor, dim: int) -> torch.Tensor:
-    """`x` with its rows along dimension 1."""
-    return x if dim == -1 and x.ndim <= 2 else arguments.logits_view(_OP, name, x, dim)
-
-
+@arguments.public(_OP)
 def simreg(
     student: torch.Tensor,
     target: torch.Tensor,
@@ -56,7 +67,7 @@ def simreg(
     weight: torch.Tensor | None = None,
     reduction: str = "mean",
     divisor: float | torch.Tensor | None = None,
-    dim: int = -1,
+    dim: int = 1,
 ) -> torch.Tensor:
     r"""Squared distance of a student's features from a teacher's, both of unit length: 2 - 2 cos.
 
@@ -67,8 +78,8 @@ def simreg(
     Parameters
     ----------
     student
-        Predictions x, shape (N, D) or (..., D), float16, bfloat16, float32 or float64. Any
-        strides; rows that are contiguous are read in place.
+        Predictions x, shape (N, D) or (N, D, ...) such as maps, float16, bfloat16, float32 or float64.
+        Any strides; features contiguous and positions contiguous are both read in place.
     target
         Features t of the teacher, of the same shape, on the same device, in any of these dtypes:
         it is read as stored. Never gets a gradient.
@@ -86,7 +97,8 @@ def simreg(
         Denominator of ``"mean"`` in place of the sum of the weights: a positive number or a 0-d
         tensor, such as a row count over all ranks.
     dim
-        Dimension of the features, D: 1 regresses each position of maps (N, D, H, W).
+        Dimension of the features, D, as in :func:`torch.nn.functional.cosine_similarity`; -1 for
+        tokens (N, L, D).
 
     Returns
     -------
@@ -99,8 +111,9 @@ def simreg(
     TypeError
         A dtype or device that is not accepted.
     ValueError
-        A shape or number that is not accepted, or a `target`, `weight` or `divisor` that requires
-        grad.
+        A shape or number that is not accepted; rows of one feature with `normalize`; or a `target`,
+        `weight` or `divisor` that requires grad (detach it; in :func:`selfkd.reference.simreg` both
+        sides learn).
 
     Notes
     -----
@@ -119,7 +132,10 @@ def simreg(
     """
     code = _reduction(reduction)
     arguments.without_gradient(_OP, "target", target)
-    student, target = _view("student", student, dim), _view("target", target, dim)
+    if dim != 1 or student.ndim > 3:
+        student = arguments.logits_view(_OP, "student", student, dim)
+        target = arguments.logits_view(_OP, "target", target, dim)
+    _check(student, normalize, dim)
     return _call(
         student,
         target,

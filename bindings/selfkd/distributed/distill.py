@@ -9,7 +9,16 @@ import torch
 import torch.distributed as dist
 
 from .. import arguments, contract, operators
-from ..distill import DistillParts, _call, _check, _kind, _reduction, _Teacher, _teachers
+from ..distill import (
+    DistillParts,
+    _call,
+    _check,
+    _kind,
+    _reduction,
+    _Teacher,
+    _teachers,
+)
+from ..distill import given as _given
 from .shards import (
     Pair,
     attach,
@@ -156,10 +165,27 @@ def _of_teachers(teachers: Sequence[_Teacher], logits: Sequence[torch.Tensor]) -
     return named
 
 
+def _prepared(op: str, k: int, teacher: _Teacher, dim: int) -> _Teacher:
+    """A teacher with its classes in dimension 1, and its numbers."""
+    x, weight, temperature, own, kind = teacher
+    way = "call selfkd.reference.distill on all classes, which gives it one"
+    arguments.without_gradient(op, f"teachers[{k}]", x, way)
+    weight = arguments.number(op, "teacher_weights", weight)
+    contract.number_rule(op, "teacher_weights", weight, "NONNEGATIVE")
+    return _Teacher(
+        arguments.logits_view(op, f"teachers[{k}]", x, dim),
+        weight,
+        arguments.number(op, "temperature", temperature),
+        arguments.number(op, "teacher_temperature", own),
+        kind,
+    )
+
+
+@arguments.public("vocab_parallel_distill")
 def vocab_parallel_distill(
     logits: torch.Tensor,
     target: torch.Tensor | None = None,
-    teachers: torch.Tensor | Sequence[torch.Tensor] = (),
+    teachers: torch.Tensor | Sequence[torch.Tensor | None] | None = (),
     *,
     teacher_weights: float | Sequence[float] = 1.0,
     temperature: float | Sequence[float] = 4.0,
@@ -212,24 +238,24 @@ def vocab_parallel_distill(
     A second derivative (``create_graph=True``) is refused.
     """
     op = "vocab_parallel_distill"
-    given = _teachers(teachers, teacher_weights, temperature, teacher_temperature, teacher_kind)
+    given = _given(
+        _teachers(teachers, teacher_weights, temperature, teacher_temperature, teacher_kind)
+    )
     _check(logits, target, len(given), mask_teachers)
     _reduction(reduction)
-    for name, value in (("ce_weight", ce_weight), *(("teacher_weights", x.weight) for x in given)):
-        contract.number_rule(op, name, value, "NONNEGATIVE")
+    ce_weight = arguments.number(op, "ce_weight", ce_weight)
+    label_smoothing = arguments.number(op, "label_smoothing", label_smoothing)
+    contract.number_rule(op, "ce_weight", ce_weight, "NONNEGATIVE")
     contract.number_rule(op, "label_smoothing", label_smoothing, "FRACTION")
     z = arguments.logits_view(op, "logits", logits, dim)
-    found = [
-        x._replace(logits=arguments.logits_view(op, f"teachers[{k}]", x.logits.detach(), dim))
-        for k, x in enumerate(given)
-        if x.weight != 0
-    ]
+    found = [_prepared(op, k, x, dim) for k, x in enumerate(given)]
+    found = [x for x in found if x.weight != 0]
     sizes = sizes_of_ranks(op, "logits", z, sizes, group)
     has_ce = target is not None and ce_weight != 0
+    w = weights_of(op, z, weight)
+    divided = None if divisor is None else arguments.divisor_tensor(op, divisor, reduction, z)
+    acc = torch.float64 if z.dtype == torch.float64 else torch.float32
     with torch.no_grad():
-        w = weights_of(op, z, weight)
-        acc = torch.float64 if z.dtype == torch.float64 else torch.float32
-        divided = None if divisor is None else arguments.divisor_tensor(op, divisor, reduction, z)
         local, valid = None, w != 0
         if target is not None:
             local = _local_target(op, target, ignore_index, sizes, dist.get_rank(group))

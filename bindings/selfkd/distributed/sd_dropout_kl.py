@@ -24,6 +24,7 @@ _values = operators.in_order(contract.contract("sd_dropout_kl"))
 _gradient = gradient("sd_dropout_kl_backward")
 
 
+@arguments.public("vocab_parallel_sd_dropout_kl")
 def vocab_parallel_sd_dropout_kl(
     u: torch.Tensor,
     v: torch.Tensor,
@@ -76,12 +77,16 @@ def vocab_parallel_sd_dropout_kl(
     u, v = arguments.logits_view(op, "u", u, dim), arguments.logits_view(op, "v", v, dim)
     _reduction(reduction)
     sizes_of_ranks(op, "u", u, sizes, group)
+    w = weights_of(op, u, weight)
+    mask = None if weight is None else w != 0
+    divided = None if divisor is None else arguments.divisor_tensor(op, divisor, reduction, u)
+    temperature = arguments.number(op, "temperature", temperature)
+    forward_weight = arguments.number(op, "forward_weight", forward_weight)
+    reverse_weight = arguments.number(op, "reverse_weight", reverse_weight)
+    numbers = {"temperature": temperature, "forward_weight": forward_weight}
+    numbers |= {"reverse_weight": reverse_weight}
+    numbers |= {"detach_target": arguments.flag(op, "detach_target", detach_target)}
     with torch.no_grad():
-        w = weights_of(op, u, weight)
-        mask = None if weight is None else w != 0
-        divided = None if divisor is None else arguments.divisor_tensor(op, divisor, reduction, u)
-        numbers = {"temperature": temperature, "forward_weight": forward_weight}
-        numbers |= {"reverse_weight": reverse_weight, "detach_target": detach_target}
         values = _values(u=u, v=v, weight=mask, reduction=0, **numbers)
         _, rows, saved, _ = _call.outputs(*values)
         whole = whole_of(Pair(*gather(saved, group).unbind(1)))

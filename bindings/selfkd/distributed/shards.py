@@ -126,8 +126,14 @@ def gradient(op: str) -> type[torch.autograd.Function]:
             *tensors: torch.Tensor,
         ) -> torch.Tensor:
             """The tensors' names and the numbers are those of the operator; the first `live` learn."""
-            ctx.numbers, ctx.names = numbers, names
-            ctx.save_for_backward(*tensors)
+            ctx.numbers, ctx.names, ctx.others = numbers, names, ()
+            if (
+                torch.compiler.is_dynamo_compiling()
+            ):  # of what a context holds it counts no versions
+                tensors, ctx.others = tensors[:live], tensors[live:]
+                ctx.save_for_backward(*tensors)
+            else:
+                ctx.save_for_backward(*operators.savable(tensors))
             return result.clone()
 
         @staticmethod
@@ -136,7 +142,7 @@ def gradient(op: str) -> type[torch.autograd.Function]:
                 raise RuntimeError(
                     f"selfkd: {op} of a shard has no derivative; use selfkd.reference on all classes"
                 )
-            named = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+            named = dict(zip(ctx.names, (*ctx.saved_tensors, *ctx.others), strict=True))
             found = run(grad.contiguous(), *values(**named, **ctx.numbers))
             grads = found if isinstance(found, tuple) else (found,)
             return (None, None, None, *grads, *[None] * (len(ctx.names) - live))
