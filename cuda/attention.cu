@@ -159,7 +159,7 @@ SK_DEVICE void map_tile(const network &k, unsigned index, double *sums){
                                map_planes<T, 1>(k, index, sums);
                        })}
 
-/* ---- samples of doubles too large or too small to square twice: times powers of two ---- */
+/* ---- samples of doubles too large or too small to square twice: in units of their largest ---- */
 
 /* Lengths of maps whose products are sure to be good. */
 SK_DEVICE bool is_near(double length) {
@@ -177,22 +177,24 @@ SK_DEVICE double far_map(const network &k, int64_t S, int64_t n, double eps, boo
             fmax(top[0], fabs(sk_load_any(k.x, at + c * k.x.stride[1])));
     }
     sk_group_reduce<SK_BLOCK>(top, sk_larger());
-    const int exponent = top[0] > 0 && isfinite(top[0]) ? -ilogb(top[0]) : 0;
-    const double by = ldexp(1.0, exponent < 1023 ? exponent : 1023), least = eps * by * by;
+    const double by = top[0] > 0 && isfinite(top[0]) ? fmin(1 / top[0], 0x1p1000) : 1;
     SK_ROLLED for (int64_t s = threadIdx.x; s < S; s += SK_BLOCK) {
         const int64_t at = n * k.x.stride[0] + s * k.x.stride[2];
         double sum = 0;
         SK_ROLLED for (int64_t c = 0; c < k.C; c++) {
             const double z = sk_load_any(k.x, at + c * k.x.stride[1]) * by;
-            sum += z * z / (double)k.C;
+            sum += z * z;
         }
+        sum /= (double)k.C;
         a[s] = sum;
         square[0] += sum * sum;
     }
     sk_group_reduce<SK_BLOCK>(square, sk_add());
-    *unit = !(sqrt(square[0]) < least);
-    for (int64_t s = threadIdx.x; s < S; s += SK_BLOCK) a[s] /= *unit ? sqrt(square[0]) : least;
-    return *unit ? by / sqrt(sqrt(square[0])) : 1 / sqrt(eps);
+    const double length = sqrt(square[0]), least = eps * by * by;
+    *unit = !(length < least);
+    const double scale = 1 / (*unit ? length : least);
+    SK_ROLLED for (int64_t s = threadIdx.x; s < S; s += SK_BLOCK) a[s] *= scale;
+    return *unit ? by / sqrt(length) : 1 / sqrt(eps);
 }
 
 /* Leaves directions and slopes of such a sample; every thread returns its |Q - P|^2. */
@@ -200,9 +202,14 @@ SK_DEVICE double conclude_far(const forward_params &params, const network &stude
                               const network &teacher, int64_t n) {
     const forward_params *const p = &params;
     const int64_t S = SK_DIM(p, S);
-    bool unit_q, unit_t;
-    const double root = far_map(student, S, n, p->eps, &unit_q);
-    far_map(teacher, S, n, p->eps, &unit_t);
+    bool unit_q = true, unit_t = true;
+    double root = 0;
+    SK_ROLLED for (int i = 0; i < 2; i++) { /* the teacher, then the student */
+        network k = teacher;
+        if (i == 1) k = student;
+        unit_t = unit_q;
+        root = far_map(k, S, n, p->eps, &unit_q);
+    }
     double sum[2] = {0, 0};
     for (int64_t s = threadIdx.x; s < S; s += SK_BLOCK) { /* those that it has written */
         const double t = teacher.map[n * S + s], d = student.map[n * S + s] - t;
@@ -220,9 +227,8 @@ SK_DEVICE double conclude_far(const forward_params &params, const network &stude
 
 /* ---- all samples ---- */
 
-/* Leaves the slopes of sample n; every thread returns its |Q - P|^2. */
-SK_DEVICE double conclude(const forward_params &params, const network &student,
-                          const network &teacher, int64_t n) {
+/* Leaves the slopes of sample n; every thread returns its |Q - P|^2, and whether it is far. */
+SK_DEVICE double conclude(const forward_params &params, int64_t n, bool *far) {
     const forward_params *const p = &params;
     const int64_t N = SK_DIM(p, N), S = SK_DIM(p, S);
     const double *const a = (const double *)p->maps.data + n * S, *const b = a + N * S;
@@ -233,9 +239,7 @@ SK_DEVICE double conclude(const forward_params &params, const network &student,
     }
     sk_group_reduce<SK_BLOCK>(squares, sk_add());
     const double long_a = sqrt(squares[0]), long_b = sqrt(squares[1]);
-    const bool wide = student.x.dtype == SK_DT_F64 || teacher.x.dtype == SK_DT_F64;
-    if (wide && !(is_near(long_a) && is_near(long_b)))
-        return conclude_far(params, student, teacher, n);
+    *far = !(is_near(long_a) && is_near(long_b));
     const bool unit_a = !(long_a < p->eps), unit_b = !(long_b < p->eps);
     const double scale_a = 1 / (unit_a ? long_a : p->eps), scale_b = 1 / (unit_b ? long_b : p->eps);
     double apart[1] = {0}; /* exactly 0 for equal maps */
@@ -279,8 +283,11 @@ __global__ void __launch_bounds__(SK_BLOCK)
         const int64_t samples = (N - group + groups - 1) / groups;
         const int64_t tiles = samples * (student.tiles.per_sample + teacher.tiles.per_sample);
         if (!sk_is_last((unsigned *)p->scratch.data + group, (unsigned)tiles)) return;
+        const bool wide = student.x.dtype == SK_DT_F64 || teacher.x.dtype == SK_DT_F64;
         for (int64_t n = group; n < N; n += groups) {
-            const double value = conclude(params, student, teacher, n);
+            bool far;
+            double value = conclude(params, n, &far);
+            if (wide && far) value = conclude_far(params, student, teacher, n);
             if (threadIdx.x == 0) total[0] += value;
         }
         void *const scratch = (char *)p->scratch.data + SK_TICKET_BYTES;
@@ -296,12 +303,18 @@ __global__ void __launch_bounds__(SK_BLOCK)
 
 /* ---- backward ---- */
 
-/* What the student's features are multiplied by once more, after the factor of their position: only
- * doubles are so large or so small that both at once would not do. */
-template <typename real>
-SK_DEVICE double once_more(const backward_params &p, int64_t n) {
-    const double slope = *sk_cell<double>(p.slopes, 1, n);
-    return sizeof(real) == 8 && slope < 0 ? -slope : 1;
+/* Features of a far sample are multiplied by the root of their factor twice: only doubles are so
+ * large or so small that both at once would not do. */
+template <typename T>
+SK_DEVICE bool is_far(const backward_params &p, int64_t n) {
+    return sizeof(T) == 8 && *sk_cell<double>(p.slopes, 1, n) < 0;
+}
+
+/* The second time. */
+template <typename T>
+SK_DEVICE void multiply_again(const backward_params &p, int64_t n, sk_real<T> (&x)[sk_items<T>]) {
+    const double root = -*sk_cell<double>(p.slopes, 1, n);
+    SK_UNROLL for (int i = 0; i < sk_items<T>; i++) x[i] = (sk_real<T>)(x[i] * root);
 }
 
 /* What the student's features at a position are multiplied by. */
@@ -327,11 +340,12 @@ __global__ void __launch_bounds__(SK_BLOCK)
     double factor[kVec];
     SK_UNROLL for (int k = 0; k < kVec; k++) factor[k] =
         factor_of<sk_real<T>>(params, at.n, at.s + k);
-    const double again = once_more<sk_real<T>>(params, at.n);
+    const bool far = is_far<T>(params, at.n);
     for (int64_t c = at.slice; c < C; c += t.slices) {
         sk_real<T> run[sk_items<T>];
         load_run<T, kVec>(p->student, at, c, run);
-        SK_UNROLL for (int k = 0; k < kVec; k++) run[k] = (sk_real<T>)(factor[k] * run[k] * again);
+        SK_UNROLL for (int k = 0; k < kVec; k++) run[k] = (sk_real<T>)(factor[k] * run[k]);
+        if (far) multiply_again<T>(params, at.n, run);
         T *const to = sk_row<T>(p->grad_student, at.n, at.s) + c * p->grad_student.stride[1];
         sk_store<T, 1, kVec>(to, 1, 0, kVec, run);
     }
@@ -346,13 +360,13 @@ __global__ void __launch_bounds__(SK_BLOCK)
     for (int64_t row = sk_first_row<kGroup>(); row < count; row += sk_row_step<kGroup>()) {
         const int64_t n = row / S, s = row % S;
         const double factor = factor_of<sk_real<T>>(params, n, s);
-        const double again = once_more<sk_real<T>>(params, n);
+        const bool far = is_far<T>(params, n);
         for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
             sk_real<T> x[sk_items<T>];
             sk_load<T, kGroup, kVec>(sk_row<T>(p->student, n, s), p->student.stride[1], base, C, 0,
                                      x);
-            SK_UNROLL for (int i = 0; i < sk_items<T>; i++) x[i] =
-                (sk_real<T>)(factor * x[i] * again);
+            SK_UNROLL for (int i = 0; i < sk_items<T>; i++) x[i] = (sk_real<T>)(factor * x[i]);
+            if (far) multiply_again<T>(params, n, x);
             sk_store<T, kGroup, kVec>(sk_row<T>(p->grad_student, n, s), p->grad_student.stride[1],
                                       base, C, x);
         }

@@ -48,22 +48,19 @@ struct factors {
     double part; /* 1, or what they were multiplied by first, for their sum is no number */
 };
 
-/* Leaves the weights, times part, and their sum. */
-SK_DEVICE void add_weights(const fusion &f, double part, factors *k) {
-    k->part = part;
-    k->total = f.eps * part;
-    for (int i = 0; i < f.count; i++) {
-        const double w = f.weight.data ? sk_load_any(f.weight, i * f.weight.stride[0]) : 1;
-        k->of[i] = w <= 0 ? 0 : w * part; /* NaN stays */
-        k->total += k->of[i];
-    }
-}
-
-/* Leaves the factors in shared memory, where a thread may ask for any. */
+/* Leaves them in shared memory, where a thread may ask for any. */
 SK_DEVICE void find_factors(const fusion &f, factors *k) {
     if (threadIdx.x == 0) {
-        add_weights(f, 1, k);
-        if (isinf(k->total)) add_weights(f, 0.25, k);
+        SK_ROLLED for (double part = 1; part > 0.1; part *= 0.25) {
+            k->part = part;
+            k->total = f.eps * part;
+            SK_ROLLED for (int i = 0; i < f.count; i++) {
+                const double w = f.weight.data ? sk_load_any(f.weight, i * f.weight.stride[0]) : 1;
+                k->of[i] = w <= 0 ? 0 : w * part; /* NaN stays */
+                k->total += k->of[i];
+            }
+            if (!isinf(k->total)) break;
+        }
         for (int i = 0; i < f.count && f.weight.data; i++) k->of[i] /= k->total;
     }
     __syncthreads();
@@ -74,7 +71,7 @@ SK_DEVICE void finish(const fusion &f, const factors &k, const double (&d)[kMaps
                       const sk_arg &to) {
     SK_UNROLL for (int i = 0; i < kMaps; i++) {
         if (i >= f.count) break;
-        double slope = d[i] * (f.eps * k.part) / k.total;
+        double slope = d[i] * f.eps / k.total * k.part;
         SK_UNROLL for (int j = 0; j < kMaps; j++) slope +=
             j < f.count ? k.of[j] * (d[i] - d[j]) : 0;
         const bool off = sk_load_any(f.weight, i * f.weight.stride[0]) <= 0;
