@@ -18,7 +18,9 @@ import torch
 from selfkd.contract import contract
 
 Wide = Any  # an array of np.longdouble
-Exact = tuple[Wide, dict[str, Wide], Wide]  # result; gradients; the terms that these are differences of
+Exact = tuple[
+    Wide, dict[str, Wide], Wide
+]  # result; gradients; the terms that these are differences of
 
 MAGNITUDES = (1e30, 3e38, 1e200, 1e300, 1e-30, 1e-200)
 CLASSES = 19  # some in whole vectors, some left over
@@ -137,7 +139,7 @@ def bifpn_fuse(x: Mapping[str, Wide], **options: Any) -> Exact:
             return y, np.ones_like(y)
         if activation == "relu":
             return np.maximum(y, 0), (y > 0).astype(np.longdouble)
-        s = 1 / (1 + np.exp(-y))
+        s = np.exp(-np.logaddexp(0, -y))
         return y * s, s * (1 + y * (1 - s))
 
     r = np.maximum(x["weight"], 0)
@@ -200,9 +202,9 @@ def place(x: torch.Tensor, m: float) -> torch.Tensor:
     rows[0, 1] = m
     rows[1, 2] = -m
     rows[2, 0], rows[2, 3] = m, -m
-    rows[3] *= m / 4
+    rows[3] = (rows[3] * (m / 4)).clamp(-m, m)
     rows[4, 0] = rows[4, 3] = m
-    rows[5] = -m * (1 + rows[5].abs() / 4) / 2
+    rows[5] = -m * (0.5 + rows[5].abs() / 20)
     rows[6, 2], rows[6, 0] = m, m / 2
     return x
 
@@ -242,10 +244,16 @@ for _activation in ("none", "relu", "silu"):
         )
 
 
-def ordinary(op: str, names: tuple[str, ...], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def ordinary(
+    op: str, names: tuple[str, ...], dtype: torch.dtype, classes: int = CLASSES
+) -> dict[str, torch.Tensor]:
     """Ordinary inputs of a call, in float64, with digits that `dtype` holds."""
     g = torch.Generator().manual_seed(1)
-    shapes = {"attention": (ROWS, 5, CLASSES), "bifpn_fuse": (ROWS, 3, 4, 5), "adversarial": (ROWS,)}
+    shapes = {
+        "attention": (ROWS, 5, CLASSES),
+        "bifpn_fuse": (ROWS, 3, 4, 5),
+        "adversarial": (ROWS,),
+    }
     found = {}
     for name in names:
         if name == "target" and op == "distill":
@@ -254,7 +262,7 @@ def ordinary(op: str, names: tuple[str, ...], dtype: torch.dtype) -> dict[str, t
             size = 2 if op == "bifpn_fuse" else ROWS
             found[name] = torch.rand(size, generator=g, dtype=torch.float64).float().double()
         else:
-            x = torch.randn(shapes.get(op, (ROWS, CLASSES)), generator=g, dtype=torch.float64)
+            x = torch.randn(shapes.get(op, (ROWS, classes)), generator=g, dtype=torch.float64)
             found[name] = x.to(dtype).double()
     return found
 
@@ -268,26 +276,33 @@ def magnitudes(dtype: torch.dtype) -> list[float]:
     return [*held, info.smallest_normal, largest]
 
 
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def with_magnitude(
+    op: str, x: dict[str, torch.Tensor], name: str, m: float, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The inputs of a call with m in that of a name, or in all that hold rows."""
+    rows = [key for key, y in x.items() if y.is_floating_point() and key != "weight"]
+    x = dict(x)
+    if name == "weight":
+        x["weight"][0] = m
+    for at, key in enumerate(rows if name == "all" else [name] if name in rows else []):
+        x[key] = place(x[key].roll(at, -1), m).roll(at, -1)
+    if op == "dropout_views":
+        x["seed"] = torch.tensor(3)
+    return harness.cast(x, op, dtype)
+
+
 def inputs(
     op: str, names: tuple[str, ...], dtype: torch.dtype
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """A magnitude in one of the floating inputs, or in all that hold rows."""
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-    floating = [name for name in names if not (op == "distill" and name == "target")]
-    for name in [*floating, "all"]:
-        of = acc if name == "weight" else dtype
-        for m in magnitudes(of):
+    for name in [*(name for name in names if (op, name) != ("distill", "target")), "all"]:
+        for m in magnitudes(accumulator(dtype) if name == "weight" else dtype):
             x = ordinary(op, names, dtype)
-            if name == "weight":
-                x["weight"][0] = m
-            elif name == "all":
-                for at, key in enumerate(key for key in floating if key != "weight"):
-                    x[key] = place(x[key].roll(at, -1), m).roll(at, -1)
-            else:
-                x[name] = place(x[name], m)
-            if op == "dropout_views":
-                x["seed"] = torch.tensor(3)
-            yield f"{m:.3g} in {name}", harness.cast(x, op, dtype)
+            yield f"{m:.3g} in {name}", with_magnitude(op, x, name, m, dtype)
 
 
 # ---- the comparison ----
@@ -303,51 +318,72 @@ def assert_close(found: torch.Tensor, exact: Wide, error: Wide, what: str) -> No
     assert not wrong.any(), f"{what} at {at[0]}: {got[wrong][0]}, expected {exact[wrong][0]}"
 
 
-def check(
-    op: str, backend: harness.Backend, x: dict[str, Any], options: dict[str, Any], what: str
+def assert_result(op: str, found: torch.Tensor, exact: Wide, what: str, largest: Any = 0) -> None:
+    """By the tolerance of values; of a map by its dtype, too, and measured against its largest."""
+    eps = np.longdouble(harness.epsilon(found.dtype))
+    tolerance = 1e-12 if eps < 1e-9 else 3e-6
+    half_ulp, info = harness.HALF_ULP[found.dtype], torch.finfo(found.dtype)
+    of_map = op in ("bifpn_fuse", "dropout_views")
+    floor = largest * tolerance + info.smallest_normal * info.eps if of_map else 1000 * eps**2
+    assert_close(found, exact, np.abs(exact) * (tolerance + half_ulp) + floor, what)
+
+
+def assert_row_gradients(
+    op: str, found: torch.Tensor, wanted: Wide, terms: Wide, roundings: int, what: str
 ) -> None:
-    """Result and gradients of a call."""
-    of_maps = op in ("bifpn_fuse", "dropout_views")
+    """By the tolerance of gradients. `terms` is what they are differences of: a row of probabilities
+    may have nothing but their rounding; elsewhere there are a few roundings in double."""
+    eps = harness.epsilon(found.dtype)
+    row = np.abs(wanted)
+    if op != "adversarial":
+        row = row.max(tuple(range(1, wanted.ndim)) or None, keepdims=True)
+    info, terms = torch.finfo(found.dtype), np.abs(terms)
+    stored = np.abs(wanted) * harness.HALF_ULP[found.dtype] + info.smallest_normal * info.eps
+    rounding: Any = 2.0**-50
+    if op in KL:
+        rounding = np.where(row < 1e-15 * terms, 32 * eps, roundings * eps)
+    tolerance = 1e-12 if eps < 1e-9 else 1e-5
+    assert_close(found, wanted, row * tolerance + stored + rounding * terms, what)
+
+
+def check(
+    op: str,
+    backend: harness.Backend,
+    x: dict[str, Any],
+    options: dict[str, Any],
+    what: str,
+    grad: torch.Tensor | None = None,
+) -> None:
+    """Result and gradients of a call, for an incoming gradient of each row or of 1."""
     narrow = {"dim": 1} if op == "simreg" else {}
     if op == "adversarial" and "fake" not in x and backend.call is not harness.through_torch:
         x = {**x, "fake": x["real"][:0]}  # as the Python function does
-    result, grads = backend.call(op, x, {**options, **narrow})
+    result, grads = backend.call(op, x, {**options, **narrow}, grad)
     if op in ROW_LOSSES and x[contract(op).first].ndim == 3:
         x, grads = ({key: as_rows(y) for key, y in of.items()} for of in (x, grads))
         result = result[0] if result.ndim else result
     exact, exact_grads, terms = reduced(op, {name: wide(y) for name, y in x.items()}, options)
-    eps = np.longdouble(harness.epsilon(result.dtype))
-    tolerance = 1e-12 if eps < 1e-9 else 3e-6
-    half_ulp, smallest = harness.HALF_ULP[result.dtype], torch.finfo(result.dtype).smallest_normal
-    error = np.abs(exact) * (tolerance + half_ulp) + 1000 * eps**2
-    if of_maps:
-        largest = np.abs(wide(x[contract(op).first])).max()
-        error = np.abs(exact) * (tolerance + half_ulp) + smallest * 2 * half_ulp
-        error = error + (largest * tolerance if op == "bifpn_fuse" else 0)
-    assert_close(result, exact, error, f"result, {what}")
-    for name, grad in grads.items():
-        if grad.numel() == 0:
+    largest = np.abs(wide(x[contract(op).first])).max() if op == "bifpn_fuse" else 0
+    assert_result(op, result, exact, f"result, {what}", largest)
+    for name, found in grads.items():
+        if found.numel() == 0:
             continue
-        wanted = exact_grads[name]
-        across = tuple(range(1, wanted.ndim)) or None
-        each = np.abs(wanted) if op == "adversarial" else np.abs(wanted).max(across, keepdims=True)
-        tolerance = 1e-12 if eps < 1e-9 else 1e-5
-        info = torch.finfo(grad.dtype)
-        stored = np.abs(wanted) * harness.HALF_ULP[grad.dtype] + info.smallest_normal * info.eps
-        # A row of probabilities may have nothing but the rounding of them, and has it on a GPU where
-        # the temperatures differ; elsewhere there are a few roundings in double of the terms.
+        wanted, of_terms = exact_grads[name], terms
+        if grad is not None:
+            each = wide(grad).reshape(-1, *[1] * (wanted.ndim - 1))
+            wanted, of_terms = wanted * each, terms * each
+        # On a GPU rows at two temperatures are compared in float.
         apart = backend.name in ("simt", "cuda") and "teacher_temperature" in options
-        rounding = 2.0**-50
-        if op in KL:
-            rounding = np.where(each < 1e-15 * terms, 32 * eps, 8 * eps if apart else 0)
-        assert_close(
-            grad, wanted, each * tolerance + stored + rounding * terms, f"gradient of {name}, {what}"
+        assert_row_gradients(
+            op, found, wanted, of_terms, 8 if apart else 0, f"gradient of {name}, {what}"
         )
 
 
 def as_positions(x: dict[str, Any]) -> dict[str, Any]:
     """Rows as those of an image: classes apart, positions side by side, in whole vectors."""
-    four = {key: torch.cat([y, *[y.clamp(max=1) if key == "weight" else y] * 3]) for key, y in x.items()}
+    four = {
+        key: torch.cat([y, *[y.clamp(max=1) if key == "weight" else y] * 3]) for key, y in x.items()
+    }
     return {key: y.T[None].contiguous() if y.ndim > 1 else y[None] for key, y in four.items()}
 
 
@@ -367,3 +403,68 @@ def test_finite_in_gives_finite(backend: harness.Backend, name: str, dtype: str)
             check(op, backend, x, {**options, **reduction}, f"{what}, {reduction}")
             if op in ROW_LOSSES:
                 check(op, backend, as_positions(x), {**options, **reduction}, f"{what}, positions")
+            if op == "attention":
+                last = {key: harness.channels_last(y) for key, y in x.items()}
+                check(op, backend, last, options, f"{what}, channels_last")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", [name for name, (op, *_) in CALLS.items() if op in ROW_LOSSES])
+@pytest.mark.parametrize("backend", harness.backends(), ids=str)
+def test_rows_in_several_pieces(backend: harness.Backend, name: str, dtype: str) -> None:
+    """More classes than are taken at a time; on a GPU, than a warp takes."""
+    harness.prepare(backend)
+    op, names, options = CALLS[name]
+    of = harness.DTYPES[dtype]
+    for m in (1e30, 1e200 if dtype == "float64" else 3e38, 1e-30):
+        x = with_magnitude(op, ordinary(op, names, of, 2100), "all", m, of)
+        x = {key: y.to(backend.device) for key, y in x.items()}
+        check(op, backend, x, {**options, "reduction": "none"}, f"{m:.3g} in all")
+
+
+@pytest.mark.parametrize("dtype", harness.DTYPES)
+@pytest.mark.parametrize("name", [name for name, (op, *_) in CALLS.items() if op in ROW_LOSSES])
+@pytest.mark.parametrize("backend", harness.backends(), ids=str)
+def test_incoming_gradients(backend: harness.Backend, name: str, dtype: str) -> None:
+    """Of each row: a product with one is finite where the exact one is."""
+    harness.prepare(backend)
+    op, names, options = CALLS[name]
+    of = harness.DTYPES[dtype]
+    x = harness.cast(ordinary(op, names, of), op, of)
+    x = {key: y.to(backend.device) for key, y in x.items()}
+    for m in magnitudes(accumulator(of)):
+        grad = torch.ones(ROWS, dtype=accumulator(of), device=backend.device)
+        grad[1], grad[2] = m, -m
+        check(op, backend, x, {**options, "reduction": "none"}, f"{m:.3g} comes in", grad)
+
+
+@pytest.mark.parametrize("dtype", harness.DTYPES)
+@pytest.mark.parametrize("smooth", [0.0, 0.1])
+@pytest.mark.parametrize("backend", harness.backends(), ids=str)
+def test_rows_of_the_head(backend: harness.Backend, smooth: float, dtype: str) -> None:
+    """The rows operator of sd_dropout_head, which writes gradients over its logits."""
+    harness.prepare(backend)
+    of = harness.DTYPES[dtype]
+    for name in (*"zuv", "all"):
+        for m in magnitudes(of):
+            ones = ordinary("sd_dropout_kl", ("z", "u", "v"), of)
+            x = with_magnitude("sd_dropout_kl", ones, name, m, of) | {
+                "target": torch.arange(ROWS) % 4
+            }
+            exact = {key: wide(y) for key, y in x.items()}
+            written = {key: y.to(backend.device, copy=True) for key, y in x.items()}
+            rows = harness.run_operator(
+                backend, "sd_dropout_head_rows", {**written, "label_smoothing": smooth}
+            )["rows"]
+            found = {key: written[key] for key in "zuv"}
+            ce, grad, _ = distill(
+                {"logits": exact["z"], "target": exact["target"]}, label_smoothing=smooth
+            )
+            kl, grads, terms = sd_dropout_kl(exact)
+            grads["z"] = grad["logits"]
+            what = f"{m:.3g} in {name}"
+            assert_result("sd_dropout_kl", rows, ce + kl, f"rows, {what}")
+            for key, wanted in grads.items():
+                assert_row_gradients(
+                    "sd_dropout_kl", found[key], wanted, terms, 0, f"{key}, {what}"
+                )

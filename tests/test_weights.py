@@ -53,9 +53,18 @@ def test_there_are_weights() -> None:
 @pytest.mark.parametrize("op", WEIGHTED)
 def test_negative_weights(op: str, dtype: torch.dtype, layout: str) -> None:
     function = harness.public(op, selfkd)
-    for trailing, at, place in (((), (2,), "[2]"), ((4,), (0, 3), "[0, 3]"), ((4,), (2, 1), "[2, 1]")):
+    for trailing, at, place in (
+        ((), (2,), "[2]"),
+        ((4,), (0, 3), "[0, 3]"),
+        ((4,), (2, 1), "[2, 1]"),
+    ):
         named = arguments(op, dtype, *trailing)
-        for value, text in ((-1.0, "-1"), (-1e-30, "-1e-30"), (torch.nan, "nan"), (-torch.nan, "nan")):
+        for value, text in (
+            (-1.0, "-1"),
+            (-1e-30, "-1e-30"),
+            (torch.nan, "nan"),
+            (-torch.nan, "nan"),
+        ):
             weight = named["weight"].clone()
             weight[at] = value
             with pytest.raises(ValueError, match=r"expected a number >= 0$") as error:
