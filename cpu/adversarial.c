@@ -170,13 +170,36 @@ static void adversarial_rows(const void *params, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) forward_task(params, i * SCORES);
 }
 
+/* The term of score i of a side, in double where a finite score may have one too large for a float.
+ */
+static double value_of(const forward_params *p, side of, const sk_arg *x, int64_t i) {
+    const int64_t term = term_of(p->mode, p->side);
+    const real y = of.sign * sk_load_one(x, i * x->stride[0]);
+    const double d = (double)y - of.target;
+    return term == SK_LSGAN ? 0.5 * d * d : (double)value(term, y, of.target);
+}
+static double real_value(const void *params, int64_t n, int64_t s) {
+    const forward_params *p = params;
+    (void)s;
+    return value_of(p, REAL, &p->real, n);
+}
+static double fake_value(const void *params, int64_t n, int64_t s) {
+    const forward_params *p = params;
+    (void)s;
+    return value_of(p, FAKE, &p->fake, n);
+}
+
 static void forward_finish(const void *params) {
     const forward_params *p = params;
     const int64_t N = SK_DIM(p, N), M = SK_DIM(p, M);
     const bool mean = p->reduction == SELFKD_MEAN, fakes = M > 0 || p->side == SK_DISCRIMINATOR;
-    double loss = sk_sum(&p->rows, N, 1) / (mean ? (double)N : 1);
-    if (fakes && p->reduction != SELFKD_NONE)
-        loss += sk_sum(&p->fake_rows, M, 1) / (mean ? (double)M : 1);
+    double loss;
+    if (p->reduction == SELFKD_NONE) {
+        loss = sk_sum(&p->rows, N, 1);
+    } else {
+        loss = sk_sum_rows(&p->rows, N, 1, real_value, p) / (mean ? (double)N : 1);
+        if (fakes) loss += sk_sum_rows(&p->fake_rows, M, 1, fake_value, p) / (mean ? (double)M : 1);
+    }
     *(real *)p->loss.data = (real)loss;
 }
 

@@ -2,8 +2,8 @@
  *
  * A task is a run of positions of one sample; the few numbers of all positions are put together
  * when the tasks are done. Squares are summed in double, whatever the dtype: to convert costs less
- * than to read, no square overflows, and maps that nearly agree keep the digits of their
- * difference. */
+ * than to read, no square of a float overflows, and maps that nearly agree keep the digits of their
+ * difference. Samples of doubles whose squares are no numbers are visited again. */
 #include "attention.h"
 #include "cpu/core/chunk.h"
 #include "cpu/core/kernel.h"
@@ -104,11 +104,58 @@ static double distance(double ratio, const double *restrict a, const double *res
     return sum;
 }
 
+/* ---- Samples of doubles too large or too small to square twice: times powers of two ---- */
+
+/* Lengths of maps whose products are sure to be good. */
+static inline bool is_near(double length) { return length > 0x1p-400 && length < 0x1p400; }
+
+/* Replaces a map by its directions, a / max(|a|, eps); returns max(|a|, eps)^(-1/2), and whether
+ * the length is 1. */
+SK_RARE double far_map(const sk_rows *r, const sk_arg *x, double eps, double *a, bool *unit) {
+    double top = 0, square = 0;
+    for (int64_t s = 0; s < r->S; s++)
+        for (int64_t c = 0; c < r->C; c++)
+            top = fmax(top, fabs(sk_load_one(x, sk_class_at(r, x, s, c))));
+    const int exponent = top > 0 && isfinite(top) ? -ilogb(top) : 0;
+    const double by = ldexp(1, exponent < 1023 ? exponent : 1023), least = eps * by * by;
+    for (int64_t s = 0; s < r->S; s++) {
+        a[s] = 0;
+        for (int64_t c = 0; c < r->C; c++) {
+            const double z = sk_load_one(x, sk_class_at(r, x, s, c)) * by;
+            a[s] += z * z / (double)r->C;
+        }
+        square += a[s] * a[s];
+    }
+    *unit = !(sqrt(square) < least);
+    for (int64_t s = 0; s < r->S; s++) a[s] /= *unit ? sqrt(square) : least;
+    return *unit ? by / sqrt(sqrt(square)) : 1 / sqrt(eps);
+}
+
+/* Leaves directions and slopes of such a sample; returns its |Q - P|^2. */
+SK_RARE double conclude_far(const forward_params *p, int64_t n) {
+    const int64_t N = SK_DIM(p, N), S = SK_DIM(p, S);
+    double *const q = (double *)p->maps.data + n * S, *const t = q + N * S;
+    double *const slopes = p->slopes.data;
+    const sk_rows of_x = {.N = N, .C = SK_DIM(p, C), .S = S, .n = n},
+                  of_t = {.N = N, .C = SK_DIM(p, D), .S = S, .n = n};
+    bool unit_q, unit_t;
+    const double root = far_map(&of_x, &p->student, p->eps, q, &unit_q);
+    far_map(&of_t, &p->teacher, p->eps, t, &unit_t);
+    const double value = distance(1, q, t, S), long_t = length(t, S);
+    const double h = unit_q ? (value + (unit_t ? 0 : 1 - long_t * long_t)) / 2 : 0;
+    slopes[n] = 1 - h;
+    slopes[N + n] = -root;
+    return value;
+}
+
+/* ---- all samples ---- */
+
 /* Leaves the slopes of sample n; returns its |Q - P|^2. */
 static double conclude(const forward_params *p, int64_t n) {
     const int64_t N = SK_DIM(p, N), S = SK_DIM(p, S);
     const double *const a = (const double *)p->maps.data + n * S, *const b = a + N * S;
     const double long_a = length(a, S), long_b = length(b, S);
+    if (sizeof(real) == 8 && !(is_near(long_a) && is_near(long_b))) return conclude_far(p, n);
     const bool unit_a = !(long_a < p->eps), unit_b = !(long_b < p->eps);
     const double scale_a = 1 / (unit_a ? long_a : p->eps), scale_b = 1 / (unit_b ? long_b : p->eps);
     const double value = distance(scale_a / scale_b, a, b, S) * scale_b * scale_b;
@@ -122,17 +169,19 @@ static double conclude(const forward_params *p, int64_t n) {
 
 /* ---- Backward ---- */
 
-/* Leaves, for each position of a task, what the features are multiplied by. */
-static void factors_of(const backward_params *p, const sk_rows *r, double *restrict to) {
+/* Leaves, for each position of a task, what the features are multiplied by; returns what they are
+ * multiplied by once more. */
+static double factors_of(const backward_params *p, const sk_rows *r, double *restrict to) {
     const int64_t *const stride = p->maps.stride;
     const double *const a = (const double *)p->maps.data + r->n * stride[1] + r->s * stride[2];
     const double *const b = a + stride[0];
     const double *const slopes = (const double *)p->slopes.data + r->n * p->slopes.stride[1];
     const double ratio = slopes[0], grad = *(const real *)p->grad.data;
-    const double factor =
-        slopes[p->slopes.stride[0]] * grad * 4 / ((double)r->N * (double)r->S * (double)r->C);
+    const double slope = slopes[p->slopes.stride[0]], once_more = slope < 0 ? -slope : 1;
+    const double factor = fabs(slope) * grad * 4 / ((double)r->N * (double)r->S * (double)r->C);
     for (int64_t i = 0; i < r->width; i++)
         to[i] = factor * (ratio * a[i * stride[2]] - b[i * stride[2]]);
+    return once_more;
 }
 
 /* Of a plane, where each element has a factor of its own. */
@@ -147,11 +196,21 @@ static void scale_row(double factor, const real *restrict x, int64_t n, real *re
     for (int64_t i = 0; i < n; i++) to[i] = (real)(factor * (double)x[i]);
 }
 
+/* Multiplies the gradients of a task. */
+SK_RARE void multiply(const sk_arg *grad, const sk_rows *r, double by) {
+    for (int64_t i = 0; i < r->width; i++) {
+        for (int64_t c = 0; c < r->C; c++) {
+            const int64_t at = sk_class_at(r, grad, i, c);
+            sk_store_one(grad, at, (real)(sk_load_one(grad, at) * by));
+        }
+    }
+}
+
 /* Leaves the gradients of a task, in the order of their addresses. */
 static void backward_task(const backward_params *p, const sk_rows *r) {
     SK_ALIGNED real buffer[2][SK_RUN];
     SK_ALIGNED double factor[SK_RUN];
-    factors_of(p, r, factor);
+    const double once_more = factors_of(p, r, factor);
     for (sk_run run = {0}; sk_next_run(r, &run);) {
         const real *const x = sk_read_run(r, &p->student, run, buffer[0]);
         real *const to = sk_begin_run(r, &p->grad_student, run, buffer[1]);
@@ -161,6 +220,7 @@ static void backward_task(const backward_params *p, const sk_rows *r) {
             scale_row(factor[run.row], x, run.n, to);
         sk_end_run(r, &p->grad_student, run, to);
     }
+    if (once_more != 1) multiply(&p->grad_student, r, once_more);
 }
 
 /* ---- The kernels ---- */

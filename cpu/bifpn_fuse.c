@@ -30,7 +30,8 @@ typedef struct fusion {
     int count;
     bool late;                  /* the output is activated */
     double factor[MAPS], total; /* total: what the weights were divided by */
-    int64_t lanes;              /* channels taken together, or 1 where positions are contiguous */
+    double part;   /* 1, or what they were multiplied by first, for their sum is no number */
+    int64_t lanes; /* channels taken together, or 1 where positions are contiguous */
     int64_t groups, bands, height, width, pieces; /* of channels; of rows, of columns */
 } fusion;
 
@@ -47,13 +48,20 @@ typedef struct fusion {
         .activation = (p)->activation, .count = (p)->c.data ? 3 : 2, .late = (p)->activate \
     }
 
-static void set_factors(fusion *f, const sk_arg *weight, double eps) {
-    f->total = eps;
+/* Leaves the weights, times part, and their sum. */
+static void add_weights(fusion *f, const sk_arg *weight, double eps, double part) {
+    f->part = part;
+    f->total = eps * part;
     for (int i = 0; i < f->count; i++) {
-        f->factor[i] = sk_load_one(weight, i * weight->stride[0]);
-        f->factor[i] = f->factor[i] <= 0 ? 0 : f->factor[i]; /* NaN stays */
+        const double w = sk_load_one(weight, i * weight->stride[0]);
+        f->factor[i] = w <= 0 ? 0 : w * part; /* NaN stays */
         f->total += f->factor[i];
     }
+}
+
+static void set_factors(fusion *f, const sk_arg *weight, double eps) {
+    add_weights(f, weight, eps, 1);
+    if (isinf(f->total)) add_weights(f, weight, eps, 0.25);
     for (int i = 0; i < f->count && weight->data; i++) f->factor[i] /= f->total;
 }
 
@@ -282,8 +290,8 @@ static const real *grad_of(const fusion *f, workspace *w, const sk_place *s, con
 }
 
 /* Leaves the gradient of map i from that folded back to a block of it; returns the sum of x g. */
-SK_SPECIAL real conclude_run(int64_t activation, real factor, const real *x, const real *g,
-                             int64_t n, real *to) {
+SK_SPECIAL double conclude_run(int64_t activation, real factor, const real *x, const real *g,
+                               int64_t n, real *to) {
     real sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t k = 0; k < n; k++) {
@@ -291,7 +299,10 @@ SK_SPECIAL real conclude_run(int64_t activation, real factor, const real *x, con
         sum += h == 0 ? 0 : h * act(activation, v);
         to[k] = slope(activation, v, factor * h);
     }
-    return sum;
+    if (isfinite(sum)) return sum;
+    double again = 0; /* too large for a float, perhaps */
+    for (int64_t k = 0; k < n; k++) again += g[k] == 0 ? 0 : (double)g[k] * act(activation, x[k]);
+    return again;
 }
 
 static double conclude(const fusion *f, folding *m, const sk_arg *grad, const sk_place *s, int i,
@@ -533,11 +544,11 @@ static void backward_finish(const void *params) {
         for (int i = 0; i < f.count; i++)
             d[i] += ((const double *)p->scratch.data)[MAPS * task + i];
     for (int i = 0; i < f.count; i++) {
-        double grad = d[i] * p->eps / f.total;
+        double grad = d[i] * (p->eps * f.part) / f.total;
         for (int j = 0; j < f.count; j++) grad += f.factor[j] * (d[i] - d[j]);
         const bool off = sk_load_one(&p->weight, i * p->weight.stride[0]) <= 0;
         sk_store_one(&p->grad_weight, i * p->grad_weight.stride[0],
-                     off ? 0 : (real)(grad / f.total));
+                     off ? 0 : (real)(grad / f.total * f.part));
     }
 }
 

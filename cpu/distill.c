@@ -146,8 +146,9 @@ static void compare_group(const teacher *k, const sk_rows *r, const real *u, con
 }
 
 /* The second visit: leaves the sums. */
-static void add_up(const forward_params *p, const sk_rows *r, bool has_ce, int ce_power,
-                   const teacher *k, real tile[][SK_TILE], const real *x[][SK_GROUPS], sums *m) {
+SK_SPECIAL void add_up(const forward_params *p, const sk_rows *r, bool has_ce, int ce_power,
+                       const teacher *k, real tile[][SK_TILE], const real *x[][SK_GROUPS],
+                       sums *m) {
     SK_ALIGNED real e[SK_ROW_C];
     const int64_t step = sk_tile_classes(r);
     for (int64_t c = 0; c < r->C; c += step) {
@@ -186,38 +187,33 @@ SK_SPECIAL void conclude(enum sk_form form, const sk_rows *r, const teacher *k, 
     }
 }
 
-/* Element c of row i of the teacher, over its temperature. */
-static double teacher_at(const sk_rows *r, const teacher *k, int64_t i, int64_t c) {
-    const double x = sk_load_one(k->x, sk_class_at(r, k->x, i, c));
-    return (k->is_probs ? log(x) : x) / k->own.T;
+static sk_side student_side(const sk_rows *r, const sk_arg *logits, const teacher *k, int64_t i) {
+    return sk_side_of(r, logits, false, k->t.T, i);
+}
+static sk_side teacher_side(const sk_rows *r, const teacher *k, int64_t i) {
+    return sk_side_of(r, k->x, k->is_probs, k->own.T, i);
 }
 
-/* Whether a row of the student is nothing but -inf. */
-static bool is_nothing(const forward_params *p, const sk_rows *r, int64_t i) {
-    bool nothing = true;
-    for (int64_t c = 0; c < r->C && nothing; c++)
-        nothing = sk_load_one(&p->logits, sk_class_at(r, &p->logits, i, c)) == -INFINITY;
-    return nothing;
+/* log p - log q of class c of row i. */
+static double log_ratio_at(const sk_rows *r, const sk_arg *logits, const teacher *k, int64_t i,
+                           int64_t c, sk_side u, sk_side v) {
+    return sk_log_ratio_of(sk_logit_at(r, logits, false, i, c),
+                           sk_logit_at(r, k->x, k->is_probs, i, c), k->t.T, k->own.T, u, v);
 }
 
 /* A row in double, class by class, with 0 log 0 = 0. */
-static void careful_row(const forward_params *p, const sk_rows *r, const teacher *k, int64_t i,
-                        double h, double *level, double *dl, double *kl) {
-    double top = -INFINITY, sum_p = 0, sum_q = 0;
-    for (int64_t c = 0; c < r->C; c++) top = fmax(top, teacher_at(r, k, i, c));
-    for (int64_t c = 0; c < r->C; c++) {
-        sum_p += exp((sk_load_one(&p->logits, sk_class_at(r, &p->logits, i, c)) - h) / k->t.T);
-        const double v = teacher_at(r, k, i, c);
-        sum_q += v == -INFINITY ? 0 : exp(v - top);
-    }
-    *level = log(sum_p);
-    *dl = isnan(h) && is_nothing(p, r, i) ? top + log(sum_q)
-                                          : (h / k->t.T - top) + log(sum_p / sum_q);
-    *kl = 0 * (*level + *dl);
-    for (int64_t c = 0; c < r->C; c++) {
-        const double u = sk_load_one(&p->logits, sk_class_at(r, &p->logits, i, c)) / k->t.T;
-        const double v = teacher_at(r, k, i, c), q = exp((v - top) - log(sum_q));
-        const double d = u - v - *dl, p_c = exp((u - h / k->t.T) - *level);
+SK_RARE void careful_row(const forward_params *p, const sk_rows *r, const teacher *k, int64_t i,
+                         double *level, double *dl, double *kl) {
+    const double T = k->t.T, own = k->own.T;
+    const sk_side u = student_side(r, &p->logits, k, i), v = teacher_side(r, k, i);
+    const bool nothing = u.log_sum == -INFINITY;
+    *level = nothing ? NAN : u.log_sum;
+    *dl = nothing ? sk_lse_of(v, own) : (u.top / T - v.top / own) + (u.log_sum - v.log_sum);
+    *kl = sk_is_finite_side(u) && sk_is_finite_side(v) ? 0 : NAN;
+    for (int64_t c = 0; c < r->C && !isnan(*kl); c++) {
+        const double z = sk_logit_at(r, &p->logits, false, i, c), p_c = exp(sk_log_p(z, T, u));
+        const double q = exp(sk_log_p(sk_logit_at(r, k->x, k->is_probs, i, c), own, v));
+        const double d = log_ratio_at(r, &p->logits, k, i, c, u, v);
         if (q == 0)
             *kl += p_c;
         else
@@ -258,8 +254,7 @@ static void compare_again(const forward_params *p, const sk_rows *r, const teach
         }
     }
     for (int64_t i = 0; i < r->width && open > 0; i++)
-        if (weight[i] != 0 && isnan(kl[i]))
-            careful_row(p, r, &k[j], i, h[i], &level[i], &dl[i], &kl[i]);
+        if (weight[i] != 0 && isnan(kl[i])) careful_row(p, r, &k[j], i, &level[i], &dl[i], &kl[i]);
 }
 
 /* Leaves the task's rows and what is saved; without m all weights are 0. */
@@ -324,6 +319,8 @@ static void forward_task(const forward_params *p, const sk_rows *r) {
             SK_ALIGNED real z[SK_PITCH];
             sk_load_target_logits(r, &p->logits, target, z);
             sk_conclude_ce(r, &m.softmax, z, p->label_smoothing, to.level, to.ce);
+        } else {
+            memset(to.ce, 0, (size_t)r->width * sizeof to.ce[0]);
         }
         for (int j = 0; j < TEACHERS; j++) {
             if (k[j].weight == 0) continue;
@@ -335,12 +332,9 @@ static void forward_task(const forward_params *p, const sk_rows *r) {
                          to.kl[j]);
             compare_again(p, r, k, j, weight, tile, x, &m, &to);
         }
-        for (int64_t i = 0; i < r->width; i++) {
-            to.h[i] = m.softmax.h[i];
-            if (weight[i] != 0 && isnan(to.h[i]) && is_nothing(p, r, i)) to.h[i] = -INFINITY;
-        }
+        memcpy(to.h, m.softmax.h, (size_t)r->width * sizeof to.h[0]);
+        sk_mend_ce(r, &p->logits, weight, target, p->label_smoothing, to.h, to.level, to.ce);
     }
-
     save(p, r, has_ce, k, weight, target, any ? &m : NULL, &to);
 }
 
@@ -370,6 +364,37 @@ static double sum_of_weights(const forward_params *p, bool with_target) {
     return sum;
 }
 
+/* The class of row [n, s], -1 where there is none. */
+static int32_t target_at(const forward_params *p, int64_t n, int64_t s) {
+    const int64_t *const stride = p->target.stride, *const target = p->target.data;
+    const int64_t y = target ? target[n * stride[0] + s * stride[1]] : p->ignore_index;
+    return y == p->ignore_index ? -1 : (int32_t)y;
+}
+
+/* What rows of cross-entropy and of the teachers come to, class by class. */
+static double ce_value(const void *params, int64_t n, int64_t s) {
+    const forward_params *p = params;
+    const sk_rows r = sk_one_row(SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S), n, s);
+    const double w = sk_weight_at(&p->weight, n, s);
+    const sk_side x = sk_side_of(&r, &p->logits, false, 1, 0);
+    return p->ce_weight * w *
+           sk_careful_ce(&r, &p->logits, 0, target_at(p, n, s), p->label_smoothing, x);
+}
+static double kl_value(const void *params, int64_t n, int64_t s) {
+    const forward_params *p = params;
+    TEACHERS_OF(p, k);
+    (void)has_ce, (void)ce_power;
+    const sk_rows r = sk_one_row(SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S), n, s);
+    const double w = sk_weight_at(&p->weight, n, s);
+    double sum = 0;
+    for (int j = 0; j < TEACHERS; j++) {
+        double level, dl, kl = 0;
+        if (k[j].weight != 0) careful_row(p, &r, &k[j], 0, &level, &dl, &kl);
+        sum += k[j].weight * k[j].t.T * k[j].t.T * kl;
+    }
+    return w * sum;
+}
+
 static void forward_finish(const void *params) {
     const forward_params *p = params;
     const int64_t N = SK_DIM(p, N), S = SK_DIM(p, S);
@@ -377,12 +402,13 @@ static void forward_finish(const void *params) {
                         (p->second_teacher.data && p->second_teacher_weight != 0);
     const bool has[2] = {p->target.data && p->ce_weight != 0, has_kl};
     const sk_arg *const rows[2] = {&p->ce_rows, &p->kl_rows};
+    const sk_row_value value[2] = {ce_value, kl_value};
     double part[2], denominator[2] = {1, 1};
     for (int i = 0; i < 2; i++) {
         if (p->reduction == SELFKD_MEAN)
             denominator[i] = p->divisor.data ? sk_load_one(&p->divisor, 0)
                                              : sum_of_weights(p, i == 0 || p->mask_teachers);
-        part[i] = has[i] ? sk_sum(rows[i], N, S) / denominator[i] : 0;
+        part[i] = has[i] ? sk_sum_rows(rows[i], N, S, value[i], p) / denominator[i] : 0;
         ((real *)p->denominators.data)[i] = (real)denominator[i];
     }
     *(real *)p->ce.data = (real)part[0];
@@ -514,7 +540,24 @@ static void load_plane(const sk_rows *r, const sk_arg *x, int plane, real *to) {
     sk_load_reals(r, (const real *)x->data + plane * x->stride[0], x->stride[1], x->stride[2], to);
 }
 
-static void set_teacher_scalars(const backward_params *p, const sk_rows *r, const teacher *k, int j,
+/* Where h, level and dl do not say what p and q are, or a factor is too large for a real. */
+static inline bool is_far_ce(double h, double factor) {
+    return ((h < SK_LEAST) & (h > -INFINITY)) | sk_is_far_factor(factor);
+}
+static inline bool is_far_teacher(double h, double per_T, double dl, double factor) {
+    const double large = fabs(h * per_T) + fabs(dl);
+    return ((large >= SK_FAR_LSE) & (large < (double)INFINITY)) | sk_is_far_factor(factor);
+}
+
+static bool any_far_ce(const sk_rows *r, const real *h, const double *factor) {
+    double far = 0;
+#pragma omp simd reduction(+ : far)
+    for (int64_t i = 0; i < sk_scalars(r); i++) far += is_far_ce(h[i], factor[i]) ? 1 : 0;
+    return far != 0;
+}
+
+/* Returns whether any row is far. */
+static bool set_teacher_scalars(const backward_params *p, const sk_rows *r, const teacher *k, int j,
                                 const double *factor, const real *h, teacher_scalars m) {
     SK_ALIGNED real level[SK_PITCH] = {0};
     SK_ALIGNED double dl[SK_PITCH] = {0};
@@ -524,7 +567,8 @@ static void set_teacher_scalars(const backward_params *p, const sk_rows *r, cons
     load_plane(r, &p->levels, LEVEL_T + j, level);
     sk_load_doubles(r, (const double *)p->ratios.data + j * p->ratios.stride[0],
                     p->ratios.stride[1], p->ratios.stride[2], dl);
-#pragma omp simd
+    double far = 0;
+#pragma omp simd reduction(+ : far)
     for (int64_t i = 0; i < sk_scalars(r); i++) {
         const double lse = (h[i] * per_T + level[i]) - dl[i]; /* the teacher's */
         const real shift = (real)(lse * own.T);
@@ -535,7 +579,9 @@ static void set_teacher_scalars(const backward_params *p, const sk_rows *r, cons
         m[SHIFT][i] = shift;
         m[GAP_HIGH][i] = gap.high;
         m[GAP_LOW][i] = gap.low;
+        far += is_far_teacher(h[i], per_T, dl[i], factor[i]) ? 1 : 0;
     }
+    return far != 0;
 }
 
 static void clear_dead(const sk_rows *r, sk_run run, const real *live, real *grad) {
@@ -546,6 +592,58 @@ static void clear_dead(const sk_rows *r, sk_run run, const real *live, real *gra
     }
 #pragma omp simd
     for (int64_t i = 0; i < run.n; i++) grad[i] = of[i] != 0 ? grad[i] : 0;
+}
+
+/* The gradient of such a row, in double, class by class. */
+SK_RARE void careful_gradient(const backward_params *p, const sk_rows *r, bool has_ce,
+                              const teacher *k, const incoming *in, int64_t i, int64_t classes,
+                              double h, const double *level, const double *dl) {
+    const sk_arg *const z = &p->logits, *const to = &p->grad_logits;
+    sk_side u[TEACHERS], v[TEACHERS];
+    const sk_side x = sk_whole_side(sk_side_of(r, z, false, 1, i), h, level[0]);
+    for (int j = 0; j < TEACHERS; j++) {
+        if (k[j].weight == 0) continue;
+        const double lse = h / k[j].t.T + level[1 + j];
+        u[j] = sk_whole_side(student_side(r, z, &k[j], i), h, level[1 + j]);
+        v[j] = sk_side_within(teacher_side(r, &k[j], i), k[j].own.T, lse, dl[j]);
+    }
+    for (int64_t c = 0; c < r->C; c++) {
+        const double z_c = sk_logit_at(r, z, false, i, c);
+        double grad = 0;
+        if (has_ce && in->ce[i] != 0)
+            grad += in->ce[i] *
+                    sk_careful_ce_slope(z_c, c == in->target[i], p->label_smoothing, classes, x);
+        for (int j = 0; j < TEACHERS; j++) {
+            if (k[j].weight == 0 || in->kl[j][i] == 0) continue;
+            const double t_c = sk_logit_at(r, k[j].x, k[j].is_probs, i, c);
+            const double q = exp(sk_log_p(t_c, k[j].own.T, v[j]));
+            const double d = log_ratio_at(r, z, &k[j], i, c, u[j], v[j]);
+            const double p_q = exp(sk_log_p(z_c, k[j].t.T, u[j])) - q;
+            grad += in->kl[j][i] * (fabs(d) < 0.5 ? q * expm1(d) : p_q);
+        }
+        sk_store_one(to, sk_class_at(r, to, i, c), (real)grad);
+    }
+}
+
+/* Leaves the gradients of all such rows of a task. */
+SK_RARE void differentiate_far(const backward_params *p, const sk_rows *r, bool has_ce,
+                               const teacher *k, const incoming *in, int64_t classes,
+                               const real *h) {
+    const int64_t *const of_level = p->levels.stride, *const of_dl = p->ratios.stride;
+    for (int64_t i = 0; i < r->width; i++) {
+        const int64_t at = sk_row_at(r, of_dl[1], of_dl[2], i),
+                      level_at = sk_row_at(r, of_level[1], of_level[2], i);
+        bool far = has_ce && is_far_ce(h[i], in->ce[i]);
+        double dl[TEACHERS], level[1 + TEACHERS];
+        for (int j = 0; j < TEACHERS; j++) {
+            dl[j] = ((const double *)p->ratios.data)[j * of_dl[0] + at];
+            far |= k[j].weight != 0 && is_far_teacher(h[i], k[j].t.per_T, dl[j], in->kl[j][i]);
+        }
+        if (in->live[i] == 0 || !far || !isfinite(h[i] + dl[0] + dl[1])) continue;
+        for (int j = 0; j < 1 + TEACHERS; j++)
+            level[j] = ((const real *)p->levels.data)[(LEVEL + j) * of_level[0] + level_at];
+        careful_gradient(p, r, has_ce, k, in, i, classes, h[i], level, dl);
+    }
 }
 
 static void backward_task(const backward_params *p, const sk_rows *r) {
@@ -560,8 +658,10 @@ static void backward_task(const backward_params *p, const sk_rows *r) {
     load_plane(r, &p->levels, LEVEL, level);
     const int64_t classes = p->classes > 0 ? p->classes : r->C;
     if (has_ce) sk_set_ce(r, in.ce, in.of_target, level, p->label_smoothing, classes, ce);
+    bool far = has_ce && any_far_ce(r, ce[SK_LARGEST], in.ce);
     for (int j = 0; j < TEACHERS; j++)
-        if (k[j].weight != 0) set_teacher_scalars(p, r, &k[j], j, in.kl[j], ce[SK_LARGEST], of[j]);
+        if (k[j].weight != 0)
+            far |= set_teacher_scalars(p, r, &k[j], j, in.kl[j], ce[SK_LARGEST], of[j]);
     for (sk_run run = {0}; sk_next_run(r, &run);) {
         const real *const z = sk_read_run(r, &p->logits, run, buffer[0]);
         const sk_ahead next = sk_next_read(r, &p->logits, run);
@@ -582,6 +682,7 @@ static void backward_task(const backward_params *p, const sk_rows *r) {
         if (!in.all_live) clear_dead(r, run, in.live, grad);
         sk_end_run(r, &p->grad_logits, run, grad);
     }
+    if (far) differentiate_far(p, r, has_ce, k, &in, classes, ce[SK_LARGEST]);
 }
 
 static sk_bad forward_first_bad(const void *params) {

@@ -56,6 +56,18 @@ static void cross_entropy(const row_params *p, const sk_rows *r, const labels *o
         }
     }
     sk_conclude_ce(r, m, of->of_target, p->label_smoothing, level, ce);
+    sk_mend_ce(r, &p->z, of->weight, of->target, p->label_smoothing, m->h, level, ce);
+}
+
+/* Writes its gradient over row i of z, in double, class by class. */
+SK_RARE void careful_z(const row_params *p, const sk_rows *r, const labels *of, int64_t i) {
+    const sk_side x = sk_side_of(r, &p->z, false, 1, i);
+    for (int64_t c = 0; c < r->C; c++) {
+        const double z = sk_logit_at(r, &p->z, false, i, c);
+        const double slope =
+            sk_careful_ce_slope(z, c == of->target[i], p->label_smoothing, r->C, x);
+        sk_store_one(&p->z, sk_class_at(r, &p->z, i, c), (real)(of->weight[i] * slope));
+    }
 }
 
 /* Writes its gradient over z. */
@@ -73,7 +85,12 @@ static void differentiate_z(const row_params *p, const sk_rows *r, const labels 
     for (sk_run run = {0}; sk_next_run(r, &run);) {
         const real *const z = sk_read_run(r, &p->z, run, buffer[0]);
         real *const grad = buffer[1];
-        const bool used = of->weight[run.row] != 0;
+        const real w = of->weight[run.row];
+        const bool used = w != 0, far = m->h[run.row] < SK_LEAST || sk_is_far_factor(w);
+        if (used && far && isfinite(m->h[run.row])) {
+            if (run.c == 0) careful_z(p, r, of, run.row);
+            continue;
+        }
         if (used)
             sk_ce_run(false, SK_FRESH, run, of->target, ce, z, sk_next_read(r, &p->z, run), NULL,
                       sk_zeros, grad);
@@ -98,7 +115,7 @@ static void differentiate_views(const row_params *p, const sk_rows *r, const sk_
     for (sk_run run = {0}; sk_next_run(r, &run);) {
         const sk_diverged_row row = {x->lse[run.row], x->dl[run.row], x->forward[run.row],
                                      x->reverse[run.row]};
-        if (factor[run.row] != 0 && !sk_is_ordinary(row.forward, row.reverse)) {
+        if (factor[run.row] != 0 && !sk_is_ordinary(row, factor[run.row])) {
             if (run.c == 0)
                 sk_careful_gradient(r, pair, run.row, row, factor[run.row], w, &p->u, &p->v);
             continue;

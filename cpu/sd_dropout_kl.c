@@ -11,6 +11,20 @@ SK_PARAMS(sd_dropout_kl_backward)
 typedef struct sd_dropout_kl_params forward_params;
 typedef struct sd_dropout_kl_backward_params backward_params;
 
+/* What a row's loss is made of: T^2 and the weights of both KL. */
+typedef struct terms {
+    double TT, forward, reverse;
+} terms;
+
+static inline terms terms_of(const forward_params *p) {
+    return (terms){p->temperature * p->temperature, p->forward_weight, p->reverse_weight};
+}
+static inline double value_of(terms w, double weight, double forward, double reverse) {
+    const double sum =
+        (w.forward != 0 ? w.forward * forward : 0) + (w.reverse != 0 ? w.reverse * reverse : 0);
+    return weight * w.TT * sum;
+}
+
 static void forward_task(const forward_params *p, const sk_rows *r, const sk_pair *pair) {
     sk_divergences x;
     SK_ALIGNED real weight[SK_PITCH];
@@ -19,8 +33,7 @@ static void forward_task(const forward_params *p, const sk_rows *r, const sk_pai
     for (int64_t i = 0; i < r->width; i++) any |= weight[i] != 0;
     if (any) sk_diverge(r, pair, weight, &x);
 
-    const double TT = p->temperature * p->temperature;
-    const double wf = p->forward_weight, wr = p->reverse_weight;
+    const terms w = terms_of(p);
     const int64_t plane = p->saved.stride[0], at = r->n * r->S + r->s; /* outputs are compact */
     double *restrict saved = (double *)p->saved.data + at;
     real *restrict rows = (real *)p->rows.data + at;
@@ -28,8 +41,7 @@ static void forward_task(const forward_params *p, const sk_rows *r, const sk_pai
     for (int64_t i = 0; i < r->width; i++) {
         const bool used = any && weight[i] != 0;
         const double forward = used ? x.forward[i] : 0, reverse = used ? x.reverse[i] : 0;
-        const double sum = (wf != 0 ? wf * forward : 0) + (wr != 0 ? wr * reverse : 0);
-        rows[i] = used ? (real)(weight[i] * TT * sum) : 0;
+        rows[i] = used ? (real)value_of(w, weight[i], forward, reverse) : 0;
         saved[i] = used ? x.lse[i] : 0;
         saved[plane + i] = used ? x.dl[i] : 0;
         saved[2 * plane + i] = forward;
@@ -62,6 +74,12 @@ static void load_results(const backward_params *p, const sk_rows *r, sk_divergen
         x->lse[i] = x->dl[i] = x->forward[i] = x->reverse[i] = factor[i] = 0;
 }
 
+/* Whether the gradient of a row is found in double, class by class. */
+static inline bool is_careful(const sk_divergences *x, const double *factor, int64_t i) {
+    const sk_diverged_row row = {x->lse[i], x->dl[i], x->forward[i], x->reverse[i]};
+    return (factor[i] != 0) & !sk_is_ordinary(row, factor[i]);
+}
+
 static void backward_task(const backward_params *p, const sk_rows *r, const sk_pair *pair,
                           sk_term_weights w) {
     SK_ALIGNED real buffer[4][SK_RUN];
@@ -80,9 +98,12 @@ static void backward_task(const backward_params *p, const sk_rows *r, const sk_p
         sk_end_run(r, &p->grad_u, run, grad_u);
         sk_end_run(r, &p->grad_v, run, grad_v);
     }
-    for (int64_t i = 0; i < r->width; i++) {
+    double careful = 0;
+#pragma omp simd reduction(+ : careful)
+    for (int64_t i = 0; i < r->width; i++) careful += is_careful(&x, factor, i) ? 1 : 0;
+    for (int64_t i = 0; i < r->width && careful != 0; i++) {
         const sk_diverged_row row = {x.lse[i], x.dl[i], x.forward[i], x.reverse[i]};
-        if (factor[i] != 0 && !sk_is_ordinary(row.forward, row.reverse))
+        if (is_careful(&x, factor, i))
             sk_careful_gradient(r, pair, i, row, factor[i], w, &p->grad_u, &p->grad_v);
     }
 }
@@ -108,10 +129,18 @@ static void sd_dropout_kl_rows(const void *params, int64_t begin, int64_t end) {
     }
 }
 
+static double row_value(const void *params, int64_t n, int64_t s) {
+    const forward_params *p = params;
+    const int64_t *const stride = p->saved.stride;
+    const double *const saved = (const double *)p->saved.data + n * stride[1] + s * stride[2];
+    return value_of(terms_of(p), sk_weight_at(&p->weight, n, s), saved[2 * stride[0]],
+                    saved[3 * stride[0]]);
+}
+
 static void forward_finish(const void *params) {
     const forward_params *p = params;
-    sk_reduce_rows(&p->rows, &p->weight, &p->divisor, p->reduction, SK_DIM(p, N), SK_DIM(p, S),
-                   &p->loss, &p->denominator);
+    sk_reduce_rows(&p->rows, row_value, p, &p->weight, &p->divisor, p->reduction, SK_DIM(p, N),
+                   SK_DIM(p, S), &p->loss, &p->denominator);
 }
 
 static sk_rows backward_all(const backward_params *p) {

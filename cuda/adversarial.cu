@@ -30,6 +30,14 @@ SK_DEVICE real value(int64_t term, real y, real target) {
     }
 }
 
+/* The same in double where a finite score may have one too large for `real`: lsgan's. */
+template <typename real>
+SK_DEVICE double to_sum(int64_t term, real y, real target, real found) {
+    if (term != SK_LSGAN || !isinf(found)) return found;
+    const double d = (double)y - target;
+    return 0.5 * d * d;
+}
+
 /* Its derivative by y. */
 template <typename real>
 SK_DEVICE real slope(int64_t term, real y, real target) {
@@ -64,14 +72,15 @@ __global__ void __launch_bounds__(SK_BLOCK) adversarial_kernel(const forward_par
     const bool mean = p->reduction == SELFKD_MEAN, none = p->reduction == SELFKD_NONE;
     double total[2] = {0, 0};
     for (int64_t i = sk_first_row<1>(); i < longer; i += sk_row_step<1>()) {
-        const real of_fake = i < M ? value<real>(term, -score<T>(p->fake, i), 0) : 0;
+        const real f = i < M ? -score<T>(p->fake, i) : 0;
+        const real of_fake = i < M ? value<real>(term, f, 0) : 0;
         if (i < M) ((real *)p->fake_rows.data)[i] = of_fake;
-        if (!none) total[1] += of_fake;
+        if (!none) total[1] += to_sum<real>(term, f, 0, of_fake);
         if (i >= N) continue;
-        const real of_real = value<real>(term, score<T>(p->real, i), 1);
+        const real r = score<T>(p->real, i), of_real = value<real>(term, r, 1);
         const real row = none ? of_real + of_fake : of_real;
         ((real *)p->rows.data)[i] = row;
-        total[0] += row;
+        total[0] += none ? row : to_sum<real>(term, r, 1, of_real);
     }
     if (!sk_grid_sum(total, p->scratch.data) || threadIdx.x != 0) return;
     double loss = total[0] / (mean ? (double)N : 1);

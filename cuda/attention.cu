@@ -159,8 +159,76 @@ SK_DEVICE void map_tile(const network &k, unsigned index, double *sums){
                                map_planes<T, 1>(k, index, sums);
                        })}
 
-/* Leaves the slopes of sample n; every thread returns its |Q - P|^2. */
-SK_DEVICE double conclude(const forward_params &params, int64_t n) {
+/* ---- samples of doubles too large or too small to square twice: in units of their largest ---- */
+
+/* Lengths of maps whose products are sure to be good. */
+SK_DEVICE bool is_near(double length) {
+    return length > 0x1p-400 && length < 0x1p400;
+}
+
+/* Replaces a map by its directions, a / max(|a|, eps); returns max(|a|, eps)^(-1/2), and whether
+ * the length is 1. */
+SK_DEVICE double far_map(const network &k, int64_t S, int64_t n, double eps, bool *unit) {
+    double *const a = k.map + n * S;
+    double top[1] = {0}, square[1] = {0};
+    SK_ROLLED for (int64_t s = threadIdx.x; s < S; s += SK_BLOCK) {
+        const int64_t at = n * k.x.stride[0] + s * k.x.stride[2];
+        SK_ROLLED for (int64_t c = 0; c < k.C; c++) top[0] =
+            fmax(top[0], fabs(sk_load_any(k.x, at + c * k.x.stride[1])));
+    }
+    sk_group_reduce<SK_BLOCK>(top, sk_larger());
+    const double by = top[0] > 0 && isfinite(top[0]) ? fmin(1 / top[0], 0x1p1000) : 1;
+    SK_ROLLED for (int64_t s = threadIdx.x; s < S; s += SK_BLOCK) {
+        const int64_t at = n * k.x.stride[0] + s * k.x.stride[2];
+        double sum = 0;
+        SK_ROLLED for (int64_t c = 0; c < k.C; c++) {
+            const double z = sk_load_any(k.x, at + c * k.x.stride[1]) * by;
+            sum += z * z;
+        }
+        sum /= (double)k.C;
+        a[s] = sum;
+        square[0] += sum * sum;
+    }
+    sk_group_reduce<SK_BLOCK>(square, sk_add());
+    const double length = sqrt(square[0]), least = eps * by * by;
+    *unit = !(length < least);
+    const double scale = 1 / (*unit ? length : least);
+    SK_ROLLED for (int64_t s = threadIdx.x; s < S; s += SK_BLOCK) a[s] *= scale;
+    return *unit ? by / sqrt(length) : 1 / sqrt(eps);
+}
+
+/* Leaves directions and slopes of such a sample; every thread returns its |Q - P|^2. */
+SK_DEVICE double conclude_far(const forward_params &params, const network &student,
+                              const network &teacher, int64_t n) {
+    const forward_params *const p = &params;
+    const int64_t S = SK_DIM(p, S);
+    bool unit_q = true, unit_t = true;
+    double root = 0;
+    SK_ROLLED for (int i = 0; i < 2; i++) { /* the teacher, then the student */
+        network k = teacher;
+        if (i == 1) k = student;
+        unit_t = unit_q;
+        root = far_map(k, S, n, p->eps, &unit_q);
+    }
+    double sum[2] = {0, 0};
+    for (int64_t s = threadIdx.x; s < S; s += SK_BLOCK) { /* those that it has written */
+        const double t = teacher.map[n * S + s], d = student.map[n * S + s] - t;
+        sum[0] += d * d;
+        sum[1] += t * t;
+    }
+    sk_group_reduce<SK_BLOCK>(sum, sk_add());
+    if (threadIdx.x == 0) {
+        const double h = unit_q ? (sum[0] + (unit_t ? 0 : 1 - sum[1])) / 2 : 0;
+        *sk_cell<double>(p->slopes, 0, n) = 1 - h;
+        *sk_cell<double>(p->slopes, 1, n) = -root;
+    }
+    return sum[0];
+}
+
+/* ---- all samples ---- */
+
+/* Leaves the slopes of sample n; every thread returns its |Q - P|^2, and whether it is far. */
+SK_DEVICE double conclude(const forward_params &params, int64_t n, bool *far) {
     const forward_params *const p = &params;
     const int64_t N = SK_DIM(p, N), S = SK_DIM(p, S);
     const double *const a = (const double *)p->maps.data + n * S, *const b = a + N * S;
@@ -171,6 +239,7 @@ SK_DEVICE double conclude(const forward_params &params, int64_t n) {
     }
     sk_group_reduce<SK_BLOCK>(squares, sk_add());
     const double long_a = sqrt(squares[0]), long_b = sqrt(squares[1]);
+    *far = !(is_near(long_a) && is_near(long_b));
     const bool unit_a = !(long_a < p->eps), unit_b = !(long_b < p->eps);
     const double scale_a = 1 / (unit_a ? long_a : p->eps), scale_b = 1 / (unit_b ? long_b : p->eps);
     double apart[1] = {0}; /* exactly 0 for equal maps */
@@ -214,8 +283,11 @@ __global__ void __launch_bounds__(SK_BLOCK)
         const int64_t samples = (N - group + groups - 1) / groups;
         const int64_t tiles = samples * (student.tiles.per_sample + teacher.tiles.per_sample);
         if (!sk_is_last((unsigned *)p->scratch.data + group, (unsigned)tiles)) return;
+        const bool wide = student.x.dtype == SK_DT_F64 || teacher.x.dtype == SK_DT_F64;
         for (int64_t n = group; n < N; n += groups) {
-            const double value = conclude(params, n);
+            bool far;
+            double value = conclude(params, n, &far);
+            if (wide && far) value = conclude_far(params, student, teacher, n);
             if (threadIdx.x == 0) total[0] += value;
         }
         void *const scratch = (char *)p->scratch.data + SK_TICKET_BYTES;
@@ -231,13 +303,28 @@ __global__ void __launch_bounds__(SK_BLOCK)
 
 /* ---- backward ---- */
 
+/* Features of a far sample are multiplied by the root of their factor twice: only doubles are so
+ * large or so small that both at once would not do. */
+template <typename T>
+SK_DEVICE bool is_far(const backward_params &p, int64_t n) {
+    return sizeof(T) == 8 && *sk_cell<double>(p.slopes, 1, n) < 0;
+}
+
+/* The second time. */
+template <typename T>
+SK_DEVICE void multiply_again(const backward_params &p, int64_t n, sk_real<T> (&x)[sk_items<T>]) {
+    const double root = -*sk_cell<double>(p.slopes, 1, n);
+    SK_UNROLL for (int i = 0; i < sk_items<T>; i++) x[i] = (sk_real<T>)(x[i] * root);
+}
+
 /* What the student's features at a position are multiplied by. */
 template <typename real>
 SK_DEVICE double factor_of(const backward_params &params, int64_t n, int64_t s) {
     const backward_params *const p = &params;
     const double a = *sk_cell<double>(p->maps, 0, n, s), b = *sk_cell<double>(p->maps, 1, n, s);
     const double ratio = *sk_cell<double>(p->slopes, 0, n),
-                 factor = *sk_cell<double>(p->slopes, 1, n);
+                 slope = *sk_cell<double>(p->slopes, 1, n);
+    const double factor = slope > 0 ? slope : sizeof(real) == 8 ? -slope : slope * slope;
     const double count = (double)SK_DIM(p, N) * (double)SK_DIM(p, S) * (double)SK_DIM(p, C);
     return factor * *(const real *)p->grad.data * 4 / count * (ratio * a - b);
 }
@@ -253,10 +340,12 @@ __global__ void __launch_bounds__(SK_BLOCK)
     double factor[kVec];
     SK_UNROLL for (int k = 0; k < kVec; k++) factor[k] =
         factor_of<sk_real<T>>(params, at.n, at.s + k);
+    const bool far = is_far<T>(params, at.n);
     for (int64_t c = at.slice; c < C; c += t.slices) {
         sk_real<T> run[sk_items<T>];
         load_run<T, kVec>(p->student, at, c, run);
         SK_UNROLL for (int k = 0; k < kVec; k++) run[k] = (sk_real<T>)(factor[k] * run[k]);
+        if (far) multiply_again<T>(params, at.n, run);
         T *const to = sk_row<T>(p->grad_student, at.n, at.s) + c * p->grad_student.stride[1];
         sk_store<T, 1, kVec>(to, 1, 0, kVec, run);
     }
@@ -271,11 +360,13 @@ __global__ void __launch_bounds__(SK_BLOCK)
     for (int64_t row = sk_first_row<kGroup>(); row < count; row += sk_row_step<kGroup>()) {
         const int64_t n = row / S, s = row % S;
         const double factor = factor_of<sk_real<T>>(params, n, s);
+        const bool far = is_far<T>(params, n);
         for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
             sk_real<T> x[sk_items<T>];
             sk_load<T, kGroup, kVec>(sk_row<T>(p->student, n, s), p->student.stride[1], base, C, 0,
                                      x);
             SK_UNROLL for (int i = 0; i < sk_items<T>; i++) x[i] = (sk_real<T>)(factor * x[i]);
+            if (far) multiply_again<T>(params, n, x);
             sk_store<T, kGroup, kVec>(sk_row<T>(p->grad_student, n, s), p->grad_student.stride[1],
                                       base, C, x);
         }

@@ -45,16 +45,21 @@ static fusion fusion_of(const Params &params) {
 
 struct factors {
     double of[kMaps], total; /* total: what the weights were divided by */
+    double part; /* 1, or what they were multiplied by first, for their sum is no number */
 };
 
 /* Leaves them in shared memory, where a thread may ask for any. */
 SK_DEVICE void find_factors(const fusion &f, factors *k) {
     if (threadIdx.x == 0) {
-        k->total = f.eps;
-        for (int i = 0; i < f.count; i++) {
-            const double w = f.weight.data ? sk_load_any(f.weight, i * f.weight.stride[0]) : 1;
-            k->of[i] = w <= 0 ? 0 : w; /* NaN stays */
-            k->total += k->of[i];
+        SK_ROLLED for (double part = 1; part > 0.1; part *= 0.25) {
+            k->part = part;
+            k->total = f.eps * part;
+            SK_ROLLED for (int i = 0; i < f.count; i++) {
+                const double w = f.weight.data ? sk_load_any(f.weight, i * f.weight.stride[0]) : 1;
+                k->of[i] = w <= 0 ? 0 : w * part; /* NaN stays */
+                k->total += k->of[i];
+            }
+            if (!isinf(k->total)) break;
         }
         for (int i = 0; i < f.count && f.weight.data; i++) k->of[i] /= k->total;
     }
@@ -66,11 +71,11 @@ SK_DEVICE void finish(const fusion &f, const factors &k, const double (&d)[kMaps
                       const sk_arg &to) {
     SK_UNROLL for (int i = 0; i < kMaps; i++) {
         if (i >= f.count) break;
-        double slope = d[i] * f.eps / k.total;
+        double slope = d[i] * f.eps / k.total * k.part;
         SK_UNROLL for (int j = 0; j < kMaps; j++) slope +=
             j < f.count ? k.of[j] * (d[i] - d[j]) : 0;
         const bool off = sk_load_any(f.weight, i * f.weight.stride[0]) <= 0;
-        const double grad = off ? 0 : slope / k.total;
+        const double grad = off ? 0 : slope / k.total * k.part;
         if (to.dtype == SK_DT_F64)
             ((double *)to.data)[i * to.stride[0]] = grad;
         else

@@ -95,23 +95,6 @@ SK_DEVICE void add_step(const forward_params &p, const teachers &k, int64_t n, i
     }
 }
 
-/* Leaves a teacher's sums in double: a class at a time, for few rows need it. */
-template <typename T, int kGroup>
-SK_DEVICE void visit_again(const forward_params &p, const teacher &k, int64_t n, int64_t s,
-                           double hu, double hv, double (&sum)[TEACHER_SUMS]) {
-    const anchors<double> h = anchors_at<double>(hu, hv);
-    const T *const u = sk_row<T>(p.logits, n, s);
-    const int64_t v = n * k.x.stride[0] + s * k.x.stride[2];
-    for (int i = 0; i < TEACHER_SUMS; i++) sum[i] = 0;
-    SK_ROLLED for (int64_t c = sk_lane<kGroup>(); c < SK_DIM(&p, C); c += kGroup) {
-        const double a = sk_widen(u[c * p.logits.stride[1]]);
-        const double of_k = sk_load_any(k.x, v + c * k.x.stride[1]);
-        const double b = k.probs ? log(of_k) : of_k;
-        add(sum, compare(sk_at_least(a, kLowest), sk_at_least(b, kLowest), h, k.in_double));
-    }
-    sk_group_reduce<kGroup>(sum, sk_add());
-}
-
 /* Leaves what is saved of a teacher; returns its part of kl_rows, without the row's weight. `far`:
  * how far apart anchors were, which costs digits where logits are compared with each other, at one
  * temperature. */
@@ -122,13 +105,16 @@ SK_DEVICE double teach(const forward_params &p, const teacher &k, int j, int64_t
     const bool rough = k.T != k.own || k.x.dtype != p.logits.dtype;
     const bool is_far = sizeof(T) == 2 && k.T == k.own && far > kFar * k.T;
     teacher_row x = {0, 0, 0, false};
-    SK_ROLLED for (bool again = false; k.weight != 0; again = true) {
+    if (k.weight != 0) {
         x = conclude(k, sum, hu, hv, rough, is_far);
-        if (again || !x.poor) break;
-        visit_again<T, kGroup>(p, k, n, s, hu, hv, sum);
+        x.level += (hu - h) / k.T;
+        if (x.poor) {
+            const stored_row<T> student = {sk_row<T>(p.logits, n, s), p.logits.stride[1]};
+            x = careful<kGroup>(k, student, row_of(k, n, s), SK_DIM(&p, C));
+        }
     }
     if (sk_lane<kGroup>() == 0) {
-        *sk_cell<real>(p.levels, LEVEL_T + j, n, s) = (real)(x.level + (hu - h) / k.T);
+        *sk_cell<real>(p.levels, LEVEL_T + j, n, s) = (real)x.level;
         *sk_cell<double>(p.ratios, j, n, s) = x.dl;
     }
     return k.weight * k.T * k.T * x.kl;
@@ -144,7 +130,9 @@ SK_DEVICE sk_real<T> visit(const forward_params &p, const teachers &k, int64_t n
     SK_UNROLL for (int j = 0; j < kTeachers; j++) x.of_teacher[j] = (real)kLowest;
     SK_ROLLED for (int64_t base = 0; base < C; base += kGroup * sk_items<T>)
         add_step<T, kGroup, kVec, kTeachers>(p, k, n, s, base, &x);
-    const real h = gather_softmax<kGroup>(x.ce, x.of_student, C, sum);
+    const real h =
+        mend_softmax<T, kGroup>(sk_row<T>(p.logits, n, s), p.logits.stride[1], C, p.label_smoothing,
+                                gather_softmax<kGroup>(x.ce, x.of_student, C, sum), sum);
     real top[1 + 2 * kTeachers] = {x.of_student}, of_teacher[kTeachers];
     SK_UNROLL for (int j = 0; j < kTeachers; j++) {
         top[1 + j] = x.of_teacher[j];
@@ -207,7 +195,7 @@ __global__ void __launch_bounds__(SK_BLOCK, 2)
         const int64_t y = target_of(params, n, s, SK_DIM(p, C) - 1);
         const bool labelled = w != 0 && y >= 0;
         const bool taught = w != 0 && (y >= 0 || !p->mask_teachers || !p->target.data);
-        const bool nothing = w != 0 && h <= (real)kLowest; /* but -inf, or NaN */
+        const bool nothing = w != 0 && h == -INFINITY; /* but -inf, or NaN */
         const double level = w == 0 ? 0 : nothing ? NAN : log_sum(sum);
         const double ce =
             labelled && has_ce(params)
@@ -236,6 +224,7 @@ struct slope {
     ce_slope<real> ce;
     teacher_slope<real> of[kTeachers];
     bool zero; /* no gradient, whatever the logits hold */
+    bool far;  /* found class by class */
 };
 
 template <typename T, int kTeachers>
@@ -253,20 +242,71 @@ SK_DEVICE slope<sk_real<T>, kTeachers> slope_of(const backward_params &p, const 
     const double z_y =
         labelled && y < C ? (double)sk_widen(sk_row<T>(p.logits, n, s)[y * p.logits.stride[1]]) : h;
     slope<real, kTeachers> x;
-    x.ce = ce_slope_of<real>(h, level, labelled ? p.ce_weight * factor / denominator[0] : 0,
-                             p.label_smoothing, p.classes > 0 ? p.classes : C, y, z_y);
+    const double of_ce = labelled ? p.ce_weight * factor / denominator[0] : 0;
+    x.ce = ce_slope_of<real>(h, level, of_ce, p.label_smoothing, p.classes > 0 ? p.classes : C, y,
+                             z_y);
     x.zero = x.ce.zero;
+    x.far = labelled && ((h < kLowest && h > -INFINITY) || is_beyond(of_ce, kFarFactor<real>));
     SK_UNROLL for (int j = 0; j < kTeachers; j++) {
         const teacher &t = k.of[j];
-        x.of[j] = teacher_slope_of<real>(
-            t, h / t.T + *sk_cell<real>(p.levels, LEVEL_T + j, n, s),
-            *sk_cell<double>(p.ratios, j, n, s),
+        const double dl = *sk_cell<double>(p.ratios, j, n, s);
+        const double of_teacher =
             taught && t.weight != 0
                 ? t.weight * t.T * factor / denominator[p.denominators.stride[0]]
-                : 0);
+                : 0;
+        x.of[j] = teacher_slope_of<real>(t, h / t.T + *sk_cell<real>(p.levels, LEVEL_T + j, n, s),
+                                         dl, of_teacher);
         x.zero = x.zero && x.of[j].factor == 0;
+        const double large = fabs(h / t.T) + fabs(dl);
+        x.far = x.far || (of_teacher != 0 && (is_beyond(large, kFarLse<real>) ||
+                                              is_beyond(of_teacher, kFarFactor<real>)));
     }
     return x;
+}
+
+/* Leaves the gradient of a far row. */
+template <typename T, int kGroup, int kTeachers>
+SK_DEVICE void differentiate_far(const backward_params &p, const teachers &k, int64_t n,
+                                 int64_t s) {
+    typedef sk_real<T> real;
+    const int64_t C = SK_DIM(&p, C), y = target_of(p, n, s, C);
+    const real *const denominator = (const real *)p.denominators.data;
+    const double factor = *sk_cell<real>(p.grad, n, s) * (double)sk_weight<real>(p.weight, n, s);
+    const double h = *sk_cell<real>(p.levels, LARGEST, n, s);
+    const bool labelled = y >= 0 && has_ce(p);
+    const bool taught = y >= 0 || !p.mask_teachers || !p.target.data;
+    const double of_ce = labelled ? p.ce_weight * factor / denominator[0] : 0;
+    const double of_kl = taught ? factor / denominator[p.denominators.stride[0]] : 0;
+    const stored_row<T> student = {sk_row<T>(p.logits, n, s), p.logits.stride[1]};
+    T *const to = sk_row<T>(p.grad_logits, n, s);
+    side own = {0, 0}, u[kTeachers] = {}, v[kTeachers] = {};
+    if (labelled)
+        own = whole_side<real>(side_of<kGroup>(student, C, 1), h,
+                               *sk_cell<real>(p.levels, LEVEL, n, s));
+    SK_UNROLL for (int j = 0; j < kTeachers; j++) {
+        const teacher &t = k.of[j];
+        if (t.weight == 0) continue;
+        const double level = *sk_cell<real>(p.levels, LEVEL_T + j, n, s);
+        u[j] = whole_side<real>(side_of<kGroup>(student, C, t.T), h, level);
+        v[j] = side_within<real>(side_of<kGroup>(row_of(t, n, s), C, t.own), t.own, h / t.T + level,
+                                 *sk_cell<double>(p.ratios, j, n, s));
+    }
+    SK_ROLLED for (int64_t c = sk_lane<kGroup>(); c < C; c += kGroup) {
+        const double a = student(c);
+        double grad = 0;
+        if (labelled)
+            grad = of_ce * careful_ce_slope(a, c == y, p.label_smoothing,
+                                            p.classes > 0 ? p.classes : C, own);
+        SK_UNROLL for (int j = 0; j < kTeachers; j++) {
+            const teacher &t = k.of[j];
+            if (t.weight == 0) continue;
+            const double b = row_of(t, n, s)(c), q = exp(log_p(b, t.own, v[j]));
+            const double d = log_ratio(a, b, t.T, t.own, u[j], v[j]);
+            const double p_q = exp(log_p(a, t.T, u[j])) - q;
+            grad += t.weight * t.T * of_kl * (fabs(d) < 0.5 ? q * expm1(d) : p_q);
+        }
+        sk_narrow((real)grad, to + c * p.grad_logits.stride[1]);
+    }
 }
 
 /* Leaves grad_logits. */
@@ -279,6 +319,10 @@ __global__ void __launch_bounds__(SK_BLOCK, kTeachers > 1 ? 2 : sk_resident<T, k
     for (int64_t row = sk_first_row<kGroup>(); row < count; row += sk_row_step<kGroup>()) {
         const int64_t n = row / S, s = row % S;
         const slope<real, kTeachers> m = slope_of<T, kTeachers>(params, k, n, s);
+        if (m.far) {
+            differentiate_far<T, kGroup, kTeachers>(params, k, n, s);
+            continue;
+        }
         const T *const from = sk_keep(sk_row<T>(p->logits, n, s));
         T *const to = sk_keep(sk_row<T>(p->grad_logits, n, s));
         SK_ROLLED for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {

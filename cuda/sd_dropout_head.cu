@@ -37,8 +37,10 @@ SK_DEVICE sk_real<T> add_row(const row_params &p, int64_t n, double (&sum)[CE_SU
         add_softmax<T, kGroup, kVec>(a, h, most, &x);
         if (p.label_smoothing != 0) add_minus<T, kGroup, kVec>(a, base, C, h, &x);
     }
-    const real largest = gather_softmax<kGroup>(x, h, C, sum);
-    return largest <= (real)kLowest ? (real)NAN : largest;
+    const real largest =
+        mend_softmax<T, kGroup>(sk_row<T>(p.z, n, 0), p.z.stride[1], C, p.label_smoothing,
+                                gather_softmax<kGroup>(x, h, C, sum), sum);
+    return largest == -INFINITY ? (real)NAN : largest;
 }
 
 /* Writes the gradients of a row over its logits. */
@@ -60,6 +62,26 @@ SK_DEVICE void differentiate_row(const row_params &p, int64_t n, const ce_slope<
         sk_store<T, kGroup, kVec>(u, p.u.stride[1], base, C, a);
         sk_store<T, kGroup, kVec>(v, p.v.stride[1], base, C, b);
     }
+}
+
+/* The same class by class: whatever the logits are. */
+template <typename T, int kGroup>
+SK_DEVICE void differentiate_far_row(const row_params &p, int64_t n, double w, int64_t target,
+                                     const side &of_z, const divergence &x) {
+    typedef sk_real<T> real;
+    const int64_t C = SK_DIM(&p, C);
+    T *const z = sk_row<T>(p.z, n, 0), *const u = sk_row<T>(p.u, n, 0),
+             *const v = sk_row<T>(p.v, n, 0);
+    SK_ROLLED for (int64_t c = sk_lane<kGroup>(); c < C; c += kGroup) {
+        T *const at = z + c * p.z.stride[1];
+        const double slope =
+            careful_ce_slope(sk_widen(*at), c == target, p.label_smoothing, C, of_z);
+        sk_narrow((real)(w * slope), at);
+    }
+    const double factor = w * p.kl_weight;
+    differentiate_far<T, kGroup>({u, v, p.u.stride[1], p.v.stride[1], C, p.temperature}, x,
+                                 factor * p.forward_weight, factor * p.reverse_weight,
+                                 p.detach_target, u, p.u.stride[1], v, p.v.stride[1]);
 }
 
 /* Leaves rows and, over the logits, their gradients. */
@@ -90,10 +112,16 @@ __global__ void __launch_bounds__(SK_BLOCK) sd_dropout_head_kernel(const row_par
         }
         if (sk_lane<kGroup>() == 0) *sk_cell<real>(p->rows, n, 0) = w != 0 ? (real)(w * loss) : 0;
         if (!p->differentiate) continue;
+        const double factor = w * per_kl;
+        if (h < kLowest || is_beyond(w, kFarFactor<real>) ||
+            is_far<real>(x, factor * p->forward_weight, factor * p->reverse_weight)) {
+            differentiate_far_row<T, kGroup>(params, n, w, y, {h, level}, x);
+            continue;
+        }
         differentiate_row<T, kGroup, kVec>(
             params, n, ce_slope_of<real>(h, level, w, p->label_smoothing, C, y, z_y[0]),
-            pair_slope_of<real>(x, p->temperature, w * per_kl * p->forward_weight,
-                                w * per_kl * p->reverse_weight, p->detach_target,
+            pair_slope_of<real>(x, p->temperature, factor * p->forward_weight,
+                                factor * p->reverse_weight, p->detach_target,
                                 w == 0 || per_kl == 0));
     }
 }

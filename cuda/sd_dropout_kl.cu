@@ -55,15 +55,9 @@ __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
 
 /* ---- backward ---- */
 
-template <typename real>
-SK_DEVICE pair_slope<real> slope_of(const backward_params &p, int64_t n, int64_t s) {
-    const double w = sk_weight<real>(p.weight, n, s);
-    const double factor = *sk_cell<real>(p.grad, n, s) * w / *(const real *)p.denominator.data;
-    const divergence x = {*sk_cell<double>(p.saved, 0, n, s), *sk_cell<double>(p.saved, 1, n, s),
-                          *sk_cell<double>(p.saved, 2, n, s), *sk_cell<double>(p.saved, 3, n, s),
-                          false};
-    return pair_slope_of<real>(x, p.temperature, factor * p.forward_weight,
-                               factor * p.reverse_weight, p.detach_target, w == 0);
+SK_DEVICE divergence saved_of(const backward_params &p, int64_t n, int64_t s) {
+    return {*sk_cell<double>(p.saved, 0, n, s), *sk_cell<double>(p.saved, 1, n, s),
+            *sk_cell<double>(p.saved, 2, n, s), *sk_cell<double>(p.saved, 3, n, s), false};
 }
 
 /* Leaves grad_u and grad_v. */
@@ -75,7 +69,21 @@ __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
     const int64_t S = SK_DIM(p, S), C = SK_DIM(p, C), count = SK_DIM(p, N) * S;
     for (int64_t row = sk_first_row<kGroup>(); row < count; row += sk_row_step<kGroup>()) {
         const int64_t n = row / S, s = row % S;
-        const pair_slope<real> k = slope_of<real>(params, n, s);
+        const double w = sk_weight<real>(p->weight, n, s);
+        const double factor =
+            *sk_cell<real>(p->grad, n, s) * w / *(const real *)p->denominator.data;
+        const double forward = factor * p->forward_weight, reverse = factor * p->reverse_weight;
+        const divergence x = saved_of(params, n, s);
+        if (w != 0 && is_far<real>(x, forward, reverse)) {
+            differentiate_far<T, kGroup>({sk_row<T>(p->u, n, s), sk_row<T>(p->v, n, s),
+                                          p->u.stride[1], p->v.stride[1], C, p->temperature},
+                                         x, forward, reverse, p->detach_target,
+                                         sk_row<T>(p->grad_u, n, s), p->grad_u.stride[1],
+                                         sk_row<T>(p->grad_v, n, s), p->grad_v.stride[1]);
+            continue;
+        }
+        const pair_slope<real> k =
+            pair_slope_of<real>(x, p->temperature, forward, reverse, p->detach_target, w == 0);
         const T *const u = sk_keep(sk_row<T>(p->u, n, s)), *const v =
                                                                sk_keep(sk_row<T>(p->v, n, s));
         T *const grad_u = sk_keep(sk_row<T>(p->grad_u, n, s));

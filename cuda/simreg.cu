@@ -64,11 +64,70 @@ SK_DEVICE double distance(const forward_params &p, int64_t n, int64_t s, double 
     return sum[0];
 }
 
+/* ---- rows of doubles too large or too small to square: times powers of two, one by one ---- */
+
+/* Squares of lengths, and factors of features, that are sure to be good. */
+SK_DEVICE bool is_near(double square) { return square > 0x1p-900 && square < 0x1p900; }
+SK_DEVICE bool is_far_scale(double scale) { return scale > 0 && scale < 0x1p-450; }
+
+/* What brings the largest element to between 1 and 2; 1 where there is none. */
+template <int kGroup>
+SK_DEVICE double power_of(const sk_arg &x, int64_t at, int64_t C) {
+    double top[1] = {0};
+    SK_ROLLED for (int64_t c = sk_lane<kGroup>(); c < C; c += kGroup) top[0] =
+        fmax(top[0], fabs(sk_load_any(x, at + c * x.stride[1])));
+    sk_group_reduce<kGroup>(top, sk_larger());
+    const int exponent = top[0] > 0 && isfinite(top[0]) ? -ilogb(top[0]) : 0;
+    return ldexp(1.0, exponent < 1023 ? exponent : 1023);
+}
+
+template <int kGroup>
+SK_DEVICE result compare_far(const forward_params &p, int64_t n, int64_t s) {
+    const forward_params *const params = &p;
+    const int64_t C = SK_DIM(params, C);
+    const sk_arg &student = p.student, &target = p.target;
+    const int64_t at_x = n * student.stride[0] + s * student.stride[2];
+    const int64_t at_t = n * target.stride[0] + s * target.stride[2];
+    const double by_x = power_of<kGroup>(student, at_x, C),
+                 by_t = power_of<kGroup>(target, at_t, C);
+    double sum[3] = {0, 0, 0};
+    SK_ROLLED for (int64_t c = sk_lane<kGroup>(); c < C; c += kGroup) {
+        const double a = sk_load_any(student, at_x + c * student.stride[1]) * by_x;
+        const double b = sk_load_any(target, at_t + c * target.stride[1]) * by_t;
+        sum[XX] += a * a;
+        sum[TT] += b * b;
+        sum[XT] += a * b;
+    }
+    sk_group_reduce<kGroup>(sum, sk_add());
+    const double x = sqrt(sum[XX]), t = sqrt(sum[TT]);
+    const bool unit_x = !(x < kEps * by_x), unit_t = !(t < kEps * by_t);
+    const double scale_x = 1 / (unit_x ? x : kEps * by_x), scale_t = 1 / (unit_t ? t : kEps * by_t);
+    const double xx = unit_x ? 1 : sum[XX] * scale_x * scale_x;
+    const double tt = unit_t ? 1 : sum[TT] * scale_t * scale_t;
+    double value = xx + tt - 2 * (sum[XT] * scale_x * scale_t);
+    if (!(value >= kNear<double>)) {
+        double apart[1] = {0};
+        SK_ROLLED for (int64_t c = sk_lane<kGroup>(); c < C; c += kGroup) {
+            const double a = sk_load_any(student, at_x + c * student.stride[1]) * by_x;
+            const double b = sk_load_any(target, at_t + c * target.stride[1]) * by_t;
+            const double d = a * (scale_x / scale_t) - b;
+            apart[0] += d * d;
+        }
+        sk_group_reduce<kGroup>(apart, sk_add());
+        value = apart[0] * scale_t * scale_t;
+    }
+    return {value, scale_x * by_x, scale_t * by_t, unit_x ? (value + (1 - tt)) / 2 : 0};
+}
+
+/* ---- all rows ---- */
+
 /* Rows of unit length: by their products or, where 2 - 2 cos would cancel, by their differences. */
 template <typename T, int kGroup, int kVec>
 SK_DEVICE result compare(const forward_params &p, int64_t n, int64_t s) {
     double sum[3] = {0, 0, 0};
     multiply<T, kGroup, kVec>(p, n, s, sum);
+    if constexpr (sizeof(T) == 8)
+        if (!is_near(sum[XX]) || !is_near(sum[TT])) return compare_far<kGroup>(p, n, s);
     const double x = sqrt(sum[XX]), t = sqrt(sum[TT]);
     const bool unit_x = !(x < kEps), unit_t = !(t < kEps);
     const double scale_x = 1 / (unit_x ? x : kEps), scale_t = 1 / (unit_t ? t : kEps);
@@ -120,10 +179,11 @@ __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
 
 /* ---- backward ---- */
 
-/* What the gradient of a row needs: dl/dx = factor ((ratio x - t) - along x). */
+/* What the gradient of a row needs: dl/dx = factor ((ratio x - t) - along x), of a far row with x
+ * times by_x and t times by_t. */
 struct slope {
-    bool zero; /* no gradient, whatever the features hold */
-    double factor, ratio, along;
+    bool zero, far; /* zero: no gradient, whatever the features hold */
+    double factor, ratio, along, by_x, by_t;
 };
 
 template <typename real>
@@ -132,9 +192,17 @@ SK_DEVICE slope slope_of(const backward_params &p, int64_t n, int64_t s) {
     const double of_row = 2 * grad * w / *(const real *)p.denominator.data;
     const double scale_x = *sk_cell<double>(p.saved, 0, n, s);
     const double scale_t = *sk_cell<double>(p.saved, 1, n, s);
-    const double ratio = scale_x / scale_t;
-    return {grad == 0 || w == 0, of_row * scale_x * scale_t, ratio,
-            ratio * *sk_cell<double>(p.saved, 2, n, s)};
+    const double h = *sk_cell<double>(p.saved, 2, n, s);
+    slope k = {grad == 0 || w == 0, false, 0, 0, 0, 1, 1};
+    k.far = sizeof(real) == 8 && (is_far_scale(scale_x) || is_far_scale(scale_t));
+    if (k.far) {
+        k.by_x = ldexp(1.0, ilogb(scale_x));
+        k.by_t = ldexp(1.0, ilogb(scale_t));
+    }
+    k.ratio = (scale_x / k.by_x) / (scale_t / k.by_t);
+    k.factor = of_row * scale_x * (scale_t / k.by_t);
+    k.along = k.ratio * h;
+    return k;
 }
 
 /* Leaves grad_student; exactly 0 for equal rows. */
@@ -152,6 +220,12 @@ __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
             sk_load<T, kGroup, kVec>(sk_row<T>(p->student, n, s), p->student.stride[1], base, C, 0,
                                      x);
             sk_load_constant<T, kGroup, kVec>(p->target, n, s, base, C, 0, t);
+            if (sizeof(T) == 8 && k.far) {
+                SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
+                    x[i] *= (real)k.by_x;
+                    t[i] *= (real)k.by_t;
+                }
+            }
             SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
                 const double a = x[i], apart = a * k.ratio - (double)t[i];
                 x[i] = k.zero ? 0 : (real)(k.factor * (apart - a * k.along));

@@ -10,6 +10,9 @@
  *
  * maps holds a of the student, then of the teacher; slopes, for each sample, ratio and factor, with
  *   dl/dx[n,c,s] = 4 / (N S C) * factor * (ratio * a_student - a_teacher) * x
+ * Of a sample with an |a| that float64 could not square, maps holds Q and P, and slopes holds 1 - h
+ * and -r with r = max(|a|, eps)^(-1/2), whose square would be no number:
+ *   dl/dx[n,c,s] = 4 / (N S C) * r * ((1 - h) * Q - P) * x * r
  *
  * Source: Ji, Shin, Hwang, Park, Moon: "Refine Myself by Teaching Myself: Feature Refinement via
  * Self-Knowledge Distillation", arXiv 2103.08273; the loss as in the authors' code, MingiJi/FRSKD,

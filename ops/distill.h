@@ -1,7 +1,7 @@
 /* Distillation: cross-entropy, and the KL divergence from up to two teachers, in one pass over the
  * student's logits.
  *
- *   p_T       = softmax(logits / T) over C;  w = weight[n,s], 1 where none is given
+ *   p_T       = softmax(logits / T) over C;  w = weight[n,s] >= 0, 1 where none is given
  *   q         = softmax(teacher / teacher_temperature), of its logarithm if it holds "probs"
  *   y         = (1 - label_smoothing) * onehot(target) + label_smoothing / C
  *   V         = the positions whose target is not ignore_index; M = V if mask_teachers, else all

@@ -1,6 +1,6 @@
 /* SD-Dropout: KL divergence between two dropout views of one batch, in both directions.
  *
- *   p = softmax(u / T), q = softmax(v / T) over C; w = weight[n,s], 1 where none is given
+ *   p = softmax(u / T), q = softmax(v / T) over C; w = weight[n,s] >= 0, 1 where none is given
  *   l[n,s]    = T^2 * (wf * KL(p||q) + wr * KL(q||p))
  *   rows[n,s] = w * l[n,s], exactly 0 where w is 0 (whatever the logits hold)
  *   loss      = sum(rows) / denominator

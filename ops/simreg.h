@@ -1,6 +1,6 @@
 /* SimReg: regression of a teacher's features, row by row, up to the length of both.
  *
- *   x_hat = x / max(|x|, eps), t_hat = t / max(|t|, eps), eps = 1e-12; w = weight[n,s] or 1
+ *   x_hat = x / max(|x|, eps), t_hat = t / max(|t|, eps), eps = 1e-12; w = weight[n,s] >= 0, or 1
  *   l[n,s]    = |x_hat - t_hat|^2, which is 2 - 2 cos(x, t);  |x - t|^2 if not normalize
  *   rows[n,s] = w * l[n,s], exactly 0 where w is 0 (whatever the features hold)
  *   loss      = sum(rows) / denominator

@@ -12,6 +12,9 @@
 #include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#ifdef __x86_64__
+#include <xmmintrin.h>
+#endif
 
 #include "selfkd.h"
 
@@ -145,6 +148,21 @@ static void descriptors(void **state) {
     assert_int_equal(selfkd_sd_dropout_kl(NULL, NULL), SELFKD_ERROR_VALUE);
 }
 
+static void weights(void **state) {
+    call *const c = *state;
+    float weight[N];
+    const selfkd_tensor t_weight = tensor(weight, 1, c->row, 32);
+    for (int i = 0; i < N; i++) weight[i] = (float)(i % 3);
+    c->args.weight = &t_weight;
+    assert_int_equal(selfkd_sd_dropout_kl(&c->args, NULL), SELFKD_OK);
+    weight[N - 1] = -0.5f;
+    refused(c, SELFKD_ERROR_VALUE,
+            "sd_dropout_kl: weight is -0.5 at position [299], expected a number >= 0");
+    weight[7] = -NAN;
+    refused(c, SELFKD_ERROR_VALUE,
+            "sd_dropout_kl: weight is nan at position [7], expected a number >= 0");
+}
+
 static void memory(void **state) {
     call *const c = *state;
     int64_t strides[2] = {C, INT64_MAX / 8}, none[2] = {0, 1}, gaps[1] = {2}, row[2] = {0, -1};
@@ -263,6 +281,49 @@ static void pool_gives_the_same_bits(void **state) {
     assert_string_equal(selfkd_message(), "selfkd_set_num_threads: n is 0, expected at least 1");
 }
 
+#ifdef __x86_64__
+/* Denormals are flushed, read as 0, kept: as the caller's thread has it, in every thread of the
+ * pool, call by call. */
+static void pool_has_the_mode_of_the_caller(void **state) {
+    call *const c = *state;
+    const unsigned kept = _mm_getcsr() & ~0x3fu, modes[] = {kept, kept | 0x8000, kept | 0x8040};
+    enum { MODES = sizeof modes / sizeof *modes };
+    static float one[MODES][N * C], grad_u[N * C], grad_v[N * C];
+    float tiny = 1e-36f;
+    const selfkd_tensor grad = tensor(&tiny, 0, NULL, 32),
+                        t_grad_u = tensor(grad_u, 2, c->matrix, 32),
+                        t_grad_v = tensor(grad_v, 2, c->matrix, 32);
+    assert_int_equal(selfkd_sd_dropout_kl(&c->args, NULL), SELFKD_OK);
+    const selfkd_sd_dropout_kl_backward_args args = {.struct_size = sizeof args,
+                                                     .grad = &grad,
+                                                     .u = &c->t_u,
+                                                     .v = &c->t_v,
+                                                     .saved = &c->t_saved,
+                                                     .denominator = &c->t_denominator,
+                                                     .temperature = 3,
+                                                     .forward_weight = 1,
+                                                     .reverse_weight = 1,
+                                                     .grad_u = &t_grad_u,
+                                                     .grad_v = &t_grad_v};
+    for (int threads = 1; threads <= 4; threads++) {
+        assert_int_equal(selfkd_set_num_threads(threads), SELFKD_OK);
+        for (int repeat = 0; repeat < 20; repeat++) {
+            for (int i = 0; i < MODES; i++) {
+                _mm_setcsr(modes[i]);
+                const int status = selfkd_sd_dropout_kl_backward(&args, NULL);
+                const unsigned after = _mm_getcsr() & ~0x3fu;
+                _mm_setcsr(kept);
+                assert_int_equal(status, SELFKD_OK);
+                assert_int_equal(after, modes[i]);
+                if (threads == 1) memcpy(one[i], grad_u, sizeof grad_u);
+                assert_memory_equal(grad_u, one[i], sizeof grad_u);
+            }
+        }
+    }
+    assert_memory_not_equal(one[0], one[1], sizeof grad_u);
+}
+#endif
+
 static void *many_calls(void *shared) {
     const call *const c = shared;
     const int count = repeats();
@@ -329,11 +390,15 @@ int main(void) {
         TEST(version_and_catalogue),
         TEST(value_of_a_row),
         TEST(descriptors),
+        TEST(weights),
         TEST(memory),
         TEST(gradients_side_by_side),
         TEST(byte_offset_is_honoured),
         TEST(cuda_is_refused_without_kernels),
         TEST(pool_gives_the_same_bits),
+#ifdef __x86_64__
+        TEST(pool_has_the_mode_of_the_caller),
+#endif
         TEST(callers_at_once),
         TEST(works_in_a_forked_child),
         TEST(variants),

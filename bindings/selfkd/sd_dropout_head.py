@@ -223,6 +223,16 @@ def _explain_target(target: torch.Tensor, classes: int, ignore_index: int) -> No
         )
 
 
+def _check_weights(row_weight: torch.Tensor) -> None:
+    """Raise ValueError if a weight is negative or NaN. (Those of the operator of rows may be: in
+    backward they come times an incoming gradient.)"""
+    if row_weight.dtype != torch.bool and not (row_weight >= 0).all():
+        at = int((~(row_weight >= 0)).nonzero()[0])
+        raise ValueError(
+            f"{_OP}: row_weight is {float(row_weight[at]):g} at position [{at}], expected a number >= 0"
+        )
+
+
 def _fill(to: torch.Tensor, part: slice, found: torch.Tensor) -> torch.Tensor:
     """What was found of a part; nothing is copied where that is all."""
     if len(found) == len(to):
@@ -255,6 +265,9 @@ def _forward(
     """Loss, rows, denominator, logits, and the gradients of the sum of rows that are wanted; the
     others are empty."""
     (N, K), C, acc = features.shape, weight.shape[0], _accumulator(features)
+    in_backward = reduction == _NONE and wanted != 0
+    if row_weight is not None and not row_weight.is_cuda and not in_backward:
+        _check_weights(row_weight)
     size = min(max(N, 1), chunk_bytes // (3 * C * acc.itemsize))
     kept = _kept(target, row_weight, ignore_index)
     skipped = kept == 0

@@ -79,7 +79,6 @@ static inline void sk_load_target_logits(const sk_rows *r, const sk_arg *x, cons
     for (int64_t i = 0; i < r->width; i++)
         c[i] = target[i] < 0 || target[i] >= r->C ? 0 : target[i];
     sk_load_classes(r, x, c, to);
-    for (int64_t i = 0; i < r->width; i++) to[i] = sk_logit(to[i], SK_LEAST);
 }
 
 /* Leaves log P and the loss of each row whose target has logit z: -sum y log p with y = (1 -
@@ -90,12 +89,59 @@ static inline void sk_conclude_ce(const sk_rows *r, const sk_softmax *m, const r
 #pragma omp simd
     for (int64_t i = 0; i < r->width; i++) {
         const real log_sum = sk_log_sum(m, i);
-        const double below = m->h[i] - z[i], above = m->sum[SK_ABOVE][i]; /* 0 if not smooth */
-        const double hard = below > -SK_LEAST / 2 ? (double)INFINITY : below + log_sum;
+        const double below = (double)m->h[i] - z[i],
+                     above = m->sum[SK_ABOVE][i]; /* 0: not smooth */
+        const double hard = z[i] == -INFINITY ? INFINITY + 0 * log_sum : below + log_sum;
         const double soft = smooth != 0 ? smooth * (log_sum + above * per_class) : 0;
         level[i] = log_sum;
         ce[i] = (smooth != 1 ? (1 - smooth) * hard : 0) + soft;
     }
+}
+
+/* The same of a row class by class, in double: where the first results are not finite, for its
+ * logits lie below SK_LEAST or the sum of h - z is too large for a real. */
+SK_RARE double sk_careful_ce(const sk_rows *r, const sk_arg *logits, int64_t i, int32_t target,
+                             double smooth, sk_side x) {
+    const double z = sk_logit_at(r, logits, false, i, target), C = (double)r->C;
+    const double hard = z == -INFINITY ? INFINITY + 0 * x.log_sum : (x.top - z) + x.log_sum;
+    double above = 0;
+    for (int64_t c = 0; c < r->C && smooth != 0; c++)
+        above += (x.top - sk_logit_at(r, logits, false, i, c)) / C;
+    return (smooth != 1 ? (1 - smooth) * hard : 0) +
+           (smooth != 0 ? smooth * (x.log_sum + above) : 0);
+}
+
+/* Leaves h of rows that have no anchor, -inf of nothing but -inf; and level and loss of those and
+ * of rows with a class whose loss is not finite. */
+SK_RARE void sk_mend_ce_rows(const sk_rows *r, const sk_arg *logits, const real *weight,
+                             const int32_t *target, double smooth, real *h, double *level,
+                             double *ce) {
+    for (int64_t i = 0; i < r->width; i++) {
+        const bool lost = target[i] >= 0 && !(ce[i] < INFINITY);
+        if (weight[i] == 0 || !(isnan(h[i]) || lost)) continue;
+        const sk_side x = sk_side_of(r, logits, false, 1, i);
+        if (isnan(h[i]) && !isnan(x.log_sum)) h[i] = (real)x.top;
+        level[i] = isinf(x.log_sum) ? NAN : x.log_sum;
+        if (lost) ce[i] = sk_careful_ce(r, logits, i, target[i], smooth, x);
+    }
+}
+static inline void sk_mend_ce(const sk_rows *r, const sk_arg *logits, const real *weight,
+                              const int32_t *target, double smooth, real *h, double *level,
+                              double *ce) {
+    double open = 0;
+#pragma omp simd reduction(+ : open)
+    for (int64_t i = 0; i < r->width; i++) {
+        const bool lost = (target[i] >= 0) & !(ce[i] < (double)INFINITY);
+        open += (weight[i] != 0) & ((h[i] != h[i]) | lost) ? 1 : 0;
+    }
+    if (open != 0) sk_mend_ce_rows(r, logits, weight, target, smooth, h, level, ce);
+}
+
+/* p - y of a class of logit z, in double; `classes` share the smoothing. */
+static inline double sk_careful_ce_slope(double z, bool is_target, double smooth, int64_t classes,
+                                         sk_side x) {
+    const double log_p = sk_log_p(z, 1, x);
+    return (is_target ? expm1(log_p) + smooth : exp(log_p)) - smooth / (double)classes;
 }
 
 /* What the gradients of a row need: p - y is FACTOR e^(z - LARGEST) + OTHER, OF_TARGET for the

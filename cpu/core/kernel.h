@@ -41,6 +41,9 @@ enum sk_isa { SK_ISA_BASE, SK_ISA_V3, SK_ISA_V4, SK_ISA_F64, SK_ISA_COUNT };
 /* A function whose calls each get a copy of their own, with constant arguments folded in. */
 #define SK_SPECIAL static inline __attribute__((always_inline))
 
+/* A function that few rows need: it is kept out of the loops of the others. */
+#define SK_RARE static __attribute__((noinline, cold, unused))
+
 #ifdef SK_REAL_IS_DOUBLE
 typedef double real;
 #else

@@ -38,9 +38,16 @@ static inline real sk_exp_of(real x, const sk_scale *t) {
     return sk_exp2_scaled(x, t->log2e_T, t->lowest);
 }
 
-/* What the largest logit of a row makes its anchor: NaN where all are -inf, as softmax has it. */
-static inline real sk_anchor(real top) {
-    return top == -INFINITY ? (real)NAN : sk_logit(top, SK_LEAST);
+/* What the largest logit of a row makes its anchor: NaN where all are -inf, as softmax has it, or
+ * below SK_LEAST, so that no sum is taken for good. */
+static inline real sk_anchor(real top) { return top < SK_LEAST ? (real)NAN : top; }
+
+/* A log-sum-exp beyond this does not say what p is to the last digits, a factor beyond that may
+ * leave the range of a real: gradients of such rows are found in double, class by class. */
+#define SK_FAR_LSE (sizeof(real) == 8 ? 0x1p10 : 0x1p30)
+#define SK_FAR_FACTOR (SK_REAL_MAX / 1024)
+static inline bool sk_is_far_factor(double x) {
+    return (fabs(x) >= SK_FAR_FACTOR) & (fabs(x) < (double)INFINITY);
 }
 
 /* How y = u/T - v/T' - gap is found: PLAIN is right as long as y is not much smaller than the gap,
@@ -112,9 +119,8 @@ SK_SPECIAL void sk_compare_group(enum sk_form form, bool both, enum sk_exps exps
     sk_to_lanes(r, g, m->hu, hu);
     sk_to_lanes(r, g, m->hv, hv);
     for (int k = 0; k < SK_LANES; k++) {
-        const double apart =
-            form == SK_APART ? hu[k] * t.per_T - hv[k] * t_v.per_T : (double)hu[k] - hv[k];
-        const sk_split gap = sk_split_of(apart);
+        const sk_split gap = form == SK_APART ? sk_split_of(hu[k] * t.per_T - hv[k] * t_v.per_T)
+                                              : sk_split_difference(hu[k], hv[k]);
         high[k] = gap.high;
         low[k] = gap.low;
     }
@@ -162,8 +168,8 @@ static inline double sk_log_gap(double r, double log1p_r) {
 
 /* log-ratio dl, KL(p||q) (if both are wanted) and KL(q||p); both KL are NaN where they lost too
  * many digits: to the subtraction of h(r), to that of gq from gp + gq, to the rounding of u - v
- * (2^-25 of the gap, to be small against the spread of y, which is sqrt(2 KL)), or to infinities.
- */
+ * (2^-25 of the gap, to be small against the spread of y, which is sqrt(2 KL)), to that of u/T and
+ * v/T', or to infinities. */
 typedef struct sk_concluded {
     double dl, forward, reverse;
 } sk_concluded;
@@ -187,8 +193,11 @@ static inline sk_concluded sk_conclude(enum sk_form form, bool both, const sk_co
     const double forward = both ? gp - (r * d / p - h) : reverse;
     const double least = forward < reverse ? forward : reverse;
     const double most = forward < reverse ? reverse : forward;
+    const double large = fabs(m->hu[i] * t->per_T) + fabs(m->hv[i] * t_v->per_T);
     const bool good = (gp <= 6 * forward) & (gq <= 6 * reverse) & (most < SK_INFINITE) &
-                      (!both | (gq <= 16 * gp)) & ((form != SK_PLAIN) | (gap * gap <= 512 * least));
+                      (!both | (gq <= 16 * gp)) &
+                      ((form != SK_PLAIN) | (gap * gap <= 512 * least)) &
+                      ((form != SK_APART) | (large < SK_FAR_LSE));
     return (sk_concluded){gap + (r - h), good ? forward : (double)NAN,
                           good ? reverse : (double)NAN};
 }
@@ -196,4 +205,62 @@ static inline sk_concluded sk_conclude(enum sk_form form, bool both, const sk_co
 /* log P, to the precision of its sum. */
 static inline real sk_level(const sk_comparison *m, int64_t i) {
     return sk_log_of((real)m->sum[SK_P][i]);
+}
+
+/* ---- a row in double, class by class: whatever its logits are ---- */
+
+/* A side of a row: its largest logit, and the logarithm of the sum of e^((z - top)/T). Kept apart,
+ * for log_sum would be lost in the log-sum-exp of large logits. */
+typedef struct sk_side {
+    double top, log_sum; /* -inf of nothing but -inf, NaN of a row that holds NaN or inf */
+} sk_side;
+
+/* Class c of row i; of probabilities the logarithm. */
+static inline double sk_logit_at(const sk_rows *r, const sk_arg *x, bool probs, int64_t i,
+                                 int64_t c) {
+    const double z = sk_load_one(x, sk_class_at(r, x, i, c));
+    return probs ? log(z) : z;
+}
+
+SK_RARE sk_side sk_side_of(const sk_rows *r, const sk_arg *x, bool probs, double T, int64_t i) {
+    double top = -INFINITY, sum = 0;
+    for (int64_t c = 0; c < r->C; c++) top = fmax(top, sk_logit_at(r, x, probs, i, c));
+    for (int64_t c = 0; c < r->C; c++) {
+        const double z = sk_logit_at(r, x, probs, i, c);
+        sum += z == -INFINITY ? 0 : exp((z - top) / T);
+    }
+    return (sk_side){top, log(sum)};
+}
+
+static inline bool sk_is_finite_side(sk_side x) { return isfinite(x.log_sum); }
+
+static inline double sk_lse_of(sk_side x, double T) { return x.top / T + x.log_sum; }
+
+/* What was saved says of which row the classes are a part: a log_sum; or lse(u/T) and dl, of which
+ * follows lse(v/T). But where that is no more than what they are, x knows the digits that were
+ * rounded away. */
+#define SK_ROUNDED (sizeof(real) == 8 ? 4 * DBL_EPSILON : 1e-6)
+
+static inline sk_side sk_whole_side(sk_side x, double top, double log_sum) {
+    const bool same = fabs(log_sum - x.log_sum) <= SK_ROUNDED * (1 + fabs(x.log_sum));
+    return x.top == top && same ? x : (sk_side){top, log_sum};
+}
+static inline sk_side sk_side_within(sk_side x, double T, double lse_u, double dl) {
+    if (x.top == -INFINITY) return (sk_side){0, lse_u - dl};
+    const double log_sum = (lse_u - dl) - x.top / T;
+    const double rounded = SK_ROUNDED + 4 * DBL_EPSILON * (fabs(lse_u) + fabs(dl));
+    return (sk_side){x.top, fabs(log_sum - x.log_sum) <= rounded ? x.log_sum : log_sum};
+}
+
+/* log p */
+static inline double sk_log_p(double z, double T, sk_side x) { return (z - x.top) / T - x.log_sum; }
+
+/* log p - log q, infinite for a class at -inf on one side. At one temperature from the exact
+ * difference of (u - v) and (top - top), however large they are. */
+static inline double sk_log_ratio_of(double u, double v, double T, double T_v, sk_side x,
+                                     sk_side y) {
+    if (isinf(u) || isinf(v)) return u - v;
+    if (T != T_v) return sk_log_p(u, T, x) - sk_log_p(v, T_v, y);
+    const sk_two a = sk_two_of(u, v), b = sk_two_of(x.top, y.top);
+    return ((a.high - b.high) + (a.low - b.low)) / T - (x.log_sum - y.log_sum);
 }

@@ -182,11 +182,26 @@ static inline sk_split sk_split_of(double x) {
     return (sk_split){high, (real)(x - high)};
 }
 
-/* a - b - k of finite numbers, rounded about once however large they are (Knuth's two-sum), if
+/* a - b, exactly (Knuth). */
+static inline sk_split sk_split_difference(real a, real b) {
+    const real high = a - b, minus_b = high - a;
+    return (sk_split){high, (a - (high - minus_b)) - (b + minus_b)};
+}
+
+/* a - b - k of finite numbers, rounded about once however large they are if
  * exact is 1, and (a - b) - k.high if it is 0; exactly -k.high where a == b, so that equal logits
  * give exactly 0 when k is 0. */
 static inline real sk_difference(real a, real b, sk_split k, real exact) {
-    const real sum = a - b, minus_b = sum - a;
-    const real error = (a - (sum - minus_b)) - (b + minus_b);
-    return (sum - k.high) + exact * (error - k.low);
+    const sk_split x = sk_split_difference(a, b);
+    return (x.high - k.high) + exact * (x.low - k.low);
+}
+
+/* The same in double. */
+typedef struct sk_two {
+    double high, low;
+} sk_two;
+
+static inline sk_two sk_two_of(double a, double b) {
+    const double high = a - b, minus_b = high - a;
+    return (sk_two){high, (a - (high - minus_b)) - (b + minus_b)};
 }

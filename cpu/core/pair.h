@@ -19,77 +19,61 @@ typedef struct sk_divergences {
     SK_ALIGNED double lse[SK_PITCH], dl[SK_PITCH], forward[SK_PITCH], reverse[SK_PITCH];
 } sk_divergences;
 
-/* Rows with a KL beyond this are computed in double (careful_*): in float, d would be too coarse
- * for d - KL. */
-enum { SK_FAR = 64 };
-
-static inline bool sk_is_ordinary(double forward, double reverse) {
-    return forward < SK_FAR && reverse < SK_FAR;
-}
-
-/* ---- A row in double, class by class ---- */
-
+/* Per row: lse(u/T), and what it lies above lse(v/T); both KL. */
 typedef struct sk_diverged_row {
     double lse_u, dl, forward, reverse;
 } sk_diverged_row;
 
-/* Class c of row i of both logits, over T: p, q and d = log p - log q. */
+/* Rows with a KL beyond this are computed in double (careful_*): in float, d would be too coarse
+ * for d - KL. */
+enum { SK_FAR = 64 };
+
+static inline bool sk_is_ordinary(sk_diverged_row x, double factor) {
+    return (x.forward < SK_FAR) & (x.reverse < SK_FAR) & (fabs(x.lse_u) < SK_FAR_LSE) &
+           (fabs(x.dl) < SK_FAR_LSE) & !sk_is_far_factor(factor);
+}
+
+/* ---- A row in double, class by class ---- */
+
+/* Class c of row i of both logits: p, q and d = log p - log q. */
 typedef struct sk_class_terms {
     double p, q, d;
     bool no_p, no_q; /* u, v infinite */
 } sk_class_terms;
 
-static inline sk_class_terms sk_class_of(const sk_rows *r, const sk_pair *x, sk_diverged_row row,
-                                         int64_t i, int64_t c) {
-    const double a = sk_load_one(x->u, sk_class_at(r, x->u, i, c)) / x->t.T,
-                 b = sk_load_one(x->v, sk_class_at(r, x->v, i, c)) / x->t.T;
-    return (sk_class_terms){exp(a - row.lse_u), exp(b - (row.lse_u - row.dl)), a - b - row.dl,
-                            isinf(a), isinf(b)};
+static inline sk_class_terms sk_class_of(const sk_rows *r, const sk_pair *x, sk_side of_u,
+                                         sk_side of_v, int64_t i, int64_t c) {
+    const double u = sk_logit_at(r, x->u, false, i, c), v = sk_logit_at(r, x->v, false, i, c);
+    const double T = x->t.T;
+    return (sk_class_terms){exp(sk_log_p(u, T, of_u)), exp(sk_log_p(v, T, of_v)),
+                            sk_log_ratio_of(u, v, T, T, of_u, of_v), isinf(u), isinf(v)};
 }
 
-/* The log-sum-exp of a row over T: -inf of nothing but -inf. */
-static inline double sk_careful_lse(const sk_rows *r, const sk_arg *x, double T, int64_t i) {
-    double top = -INFINITY, sum = 0;
-    for (int64_t c = 0; c < r->C; c++) top = fmax(top, sk_load_one(x, sk_class_at(r, x, i, c)));
-    for (int64_t c = 0; c < r->C; c++) {
-        const double z = sk_load_one(x, sk_class_at(r, x, i, c));
-        sum += z == -INFINITY ? 0 : exp((z - top) / T);
+/* A row that is far or holds infinities, with 0 log 0 = 0; both KL are NaN for one with a NaN or a
+ * side of nothing but -inf, whose other results are those of the contract. */
+SK_RARE sk_diverged_row sk_careful_divergence(const sk_rows *r, const sk_pair *x, int64_t i) {
+    const double T = x->t.T;
+    const sk_side u = sk_side_of(r, x->u, false, T, i), v = sk_side_of(r, x->v, false, T, i);
+    if (!sk_is_finite_side(u) || !sk_is_finite_side(v)) {
+        const double lse_u = sk_lse_of(u, T), lse_v = sk_lse_of(v, T);
+        return (sk_diverged_row){lse_u, lse_u == -INFINITY ? lse_v : lse_u - lse_v, NAN, NAN};
     }
-    return top / T + log(sum);
-}
-
-/* Both KL of a row that is far or holds infinities, with 0 log 0 = 0; NaN for a row with a NaN or
- * nothing but -inf, whose other results are those of the contract. */
-static inline void sk_careful_divergence(const sk_rows *r, const sk_pair *x, int64_t i,
-                                         sk_diverged_row *row) {
-    if (isnan(row->dl)) {
-        const double u = sk_careful_lse(r, x->u, x->t.T, i), v = sk_careful_lse(r, x->v, x->t.T, i);
-        *row = (sk_diverged_row){u, u == -INFINITY ? v : u - v, NAN, NAN};
-        return;
-    }
-    double sum_p = 0, sum_q = 0; /* 1, but for the float rounding of lse */
+    sk_diverged_row row = {sk_lse_of(u, T), (u.top - v.top) / T + (u.log_sum - v.log_sum), 0, 0};
     for (int64_t c = 0; c < r->C; c++) {
-        const sk_class_terms k = sk_class_of(r, x, *row, i, c);
-        sum_p += k.p;
-        sum_q += k.q;
-    }
-    row->lse_u += log(sum_p);
-    row->dl += log(sum_p / sum_q);
-    row->forward = row->reverse = 0 * (row->lse_u + row->dl);
-    for (int64_t c = 0; c < r->C; c++) {
-        const sk_class_terms k = sk_class_of(r, x, *row, i, c);
+        const sk_class_terms k = sk_class_of(r, x, u, v, i, c);
         if (k.no_p && k.no_q) continue;
         const double diff = k.p - k.q, dd = k.d * k.d;
         const bool near = fabs(k.d) < 0.5; /* as in kl.h: nothing cancels */
-        row->forward += k.no_p   ? k.q
-                        : k.no_q ? INFINITY
-                        : near   ? k.p * dd * sk_exp_rest(-(real)k.d)
-                                 : k.p * k.d - diff;
-        row->reverse += k.no_q   ? k.p
-                        : k.no_p ? INFINITY
-                        : near   ? k.q * dd * sk_exp_rest((real)k.d)
-                                 : diff - k.q * k.d;
+        row.forward += k.no_p   ? k.q
+                       : k.no_q ? INFINITY
+                       : near   ? k.p * dd * sk_exp_rest(-(real)k.d)
+                                : k.p * k.d - diff;
+        row.reverse += k.no_q   ? k.p
+                       : k.no_p ? INFINITY
+                       : near   ? k.q * dd * sk_exp_rest((real)k.d)
+                                : diff - k.q * k.d;
     }
+    return row;
 }
 
 /* ---- Forward ---- */
@@ -184,8 +168,7 @@ static inline void sk_diverge(const sk_rows *r, const sk_pair *x, const real *we
     sk_compare_pair_again(r, x, &m, to);
     for (int64_t i = 0; i < r->width; i++) {
         if (weight[i] == 0 || !isnan(to->forward[i])) continue;
-        sk_diverged_row row = {to->lse[i], to->dl[i], 0, 0};
-        sk_careful_divergence(r, x, i, &row);
+        const sk_diverged_row row = sk_careful_divergence(r, x, i);
         to->lse[i] = row.lse_u;
         to->dl[i] = row.dl;
         to->forward[i] = row.forward;
@@ -264,11 +247,14 @@ static inline void sk_pair_run(const sk_rows *r, bool all_close, const sk_scale 
 
 /* The gradient of a row that is far or holds infinities or NaN: terms of weight 0 are left out, 0
  * log 0 = 0. */
-static inline void sk_careful_gradient(const sk_rows *r, const sk_pair *x, int64_t i,
-                                       sk_diverged_row row, double factor, sk_term_weights w,
-                                       const sk_arg *grad_u, const sk_arg *grad_v) {
+SK_RARE void sk_careful_gradient(const sk_rows *r, const sk_pair *x, int64_t i, sk_diverged_row row,
+                                 double factor, sk_term_weights w, const sk_arg *grad_u,
+                                 const sk_arg *grad_v) {
+    const double T = x->t.T;
+    const sk_side u = sk_side_within(sk_side_of(r, x->u, false, T, i), T, row.lse_u, 0);
+    const sk_side v = sk_side_within(sk_side_of(r, x->v, false, T, i), T, row.lse_u, row.dl);
     for (int64_t c = 0; c < r->C; c++) {
-        const sk_class_terms k = sk_class_of(r, x, row, i, c);
+        const sk_class_terms k = sk_class_of(r, x, u, v, i, c);
         const double forward = k.no_p && !isnan(row.forward) ? 0 : k.p * (k.d - row.forward);
         const double reverse = k.no_q && !isnan(row.reverse) ? 0 : k.q * (k.d + row.reverse);
         double to_u = 0, to_v = 0;

@@ -1,11 +1,46 @@
 /* Runs independent tasks on several threads: PyTorch's when the process has them, else a small pool
- * of our own. */
+ * of our own. Every thread has the caller's floating-point mode meanwhile, so that it does not show
+ * which of them did a task. */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <sched.h>
 #include <stdlib.h>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 #include "core/op.h"
+
+/* ---- a job, and the mode of a thread: how it rounds, and whether denormals are flushed ---- */
+
+#if defined(__x86_64__)
+static uint64_t mode_of_thread(void) { return _mm_getcsr() & ~(unsigned)_MM_EXCEPT_MASK; }
+static void set_mode(uint64_t mode) { _mm_setcsr((unsigned)mode); }
+#elif defined(__aarch64__)
+static uint64_t mode_of_thread(void) {
+    uint64_t mode;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+    return mode;
+}
+static void set_mode(uint64_t mode) { __asm__ volatile("msr fpcr, %0" ::"r"(mode)); }
+#else
+static uint64_t mode_of_thread(void) { return 0; }
+static void set_mode(uint64_t mode) { (void)mode; }
+#endif
+
+typedef struct job {
+    sk_part rows;
+    const void *params;
+    uint64_t mode; /* the caller's */
+} job;
+
+static void run_range(int64_t begin, int64_t end, void *context) {
+    const job *const j = context;
+    const uint64_t own = mode_of_thread();
+    if (own != j->mode) set_mode(j->mode);
+    j->rows(j->params, begin, end);
+    if (own != j->mode) set_mode(own);
+}
 
 /* The pool: workers sleep until `ticket` changes, take pieces of the job until none is left, and
  * report back. */
@@ -15,8 +50,7 @@ static struct {
     pthread_cond_t wake, done;
     int workers;
     uint64_t ticket;
-    sk_part rows;
-    const void *params;
+    job job; /* rows NULL: none */
     int64_t count, piece;
     _Atomic int64_t next;
     int busy;
@@ -57,11 +91,11 @@ int sk_num_threads(void) {
     return sched_getaffinity(0, sizeof cores, &cores) == 0 ? CPU_COUNT(&cores) : 1;
 }
 
-static void take_pieces(sk_part rows, const void *params, int64_t count, int64_t piece) {
+static void take_pieces(job j, int64_t count, int64_t piece) {
     for (;;) {
         const int64_t begin = atomic_fetch_add(&pool.next, piece);
         if (begin >= count) return;
-        rows(params, begin, count - begin < piece ? count : begin + piece);
+        run_range(begin, count - begin < piece ? count : begin + piece, &j);
     }
 }
 
@@ -72,13 +106,12 @@ static void *work(void *unused) {
     for (;;) {
         while (pool.ticket == seen) pthread_cond_wait(&pool.wake, &pool.lock);
         seen = pool.ticket;
-        if (!pool.rows) continue; /* woke after the job had ended */
+        if (!pool.job.rows) continue; /* woke after the job had ended */
         pool.busy++;
-        const sk_part rows = pool.rows;
-        const void *const params = pool.params;
+        const job j = pool.job;
         const int64_t count = pool.count, piece = pool.piece;
         pthread_mutex_unlock(&pool.lock);
-        take_pieces(rows, params, count, piece);
+        take_pieces(j, count, piece);
         pthread_mutex_lock(&pool.lock);
         if (--pool.busy == 0) pthread_cond_signal(&pool.done);
     }
@@ -96,33 +129,21 @@ static void grow_pool(int workers) {
     pthread_attr_destroy(&attributes);
 }
 
-static void run_on_pool(int64_t count, int64_t piece, int threads, sk_part rows,
-                        const void *params) {
+static void run_on_pool(int64_t count, int64_t piece, int threads, job j) {
     pthread_mutex_lock(&pool.lock);
     grow_pool(threads - 1);
-    pool.rows = rows;
-    pool.params = params;
+    pool.job = j;
     pool.count = count;
     pool.piece = piece;
     atomic_store(&pool.next, 0);
     pool.ticket++;
     pthread_cond_broadcast(&pool.wake);
     pthread_mutex_unlock(&pool.lock);
-    take_pieces(rows, params, count, piece);
+    take_pieces(j, count, piece);
     pthread_mutex_lock(&pool.lock);
-    pool.rows = NULL;
+    pool.job.rows = NULL;
     while (pool.busy) pthread_cond_wait(&pool.done, &pool.lock);
     pthread_mutex_unlock(&pool.lock);
-}
-
-typedef struct range {
-    sk_part rows;
-    const void *params;
-} range;
-
-static void run_range(int64_t begin, int64_t end, void *context) {
-    const range *const r = context;
-    r->rows(r->params, begin, end);
 }
 
 void sk_parallel(int64_t count, int64_t grain, sk_part rows, const void *params) {
@@ -135,10 +156,10 @@ void sk_parallel(int64_t count, int64_t grain, sk_part rows, const void *params)
     if (piece >= count || threads == 1 || atomic_load(&forked)) {
         rows(params, 0, count);
     } else if (torch) {
-        range context = {rows, params};
-        torch(0, count, piece, run_range, &context);
+        job j = {rows, params, mode_of_thread()};
+        torch(0, count, piece, run_range, &j);
     } else if (pthread_mutex_trylock(&pool.one_job) == 0) {
-        run_on_pool(count, piece, threads, rows, params);
+        run_on_pool(count, piece, threads, (job){rows, params, mode_of_thread()});
         pthread_mutex_unlock(&pool.one_job);
     } else {
         rows(params, 0, count); /* the pool serves another caller */

@@ -72,6 +72,42 @@ SK_DEVICE real gather_softmax(const softmax<real> &x, real h, int64_t C, double 
     return top[0];
 }
 
+/* Leaves the sums of a row class by class, in double, where the first are no numbers: for its
+ * logits lie below kLowest, or the sum of h - z is too large for `real`. Returns its largest logit;
+ * -inf, and sums as they were, of nothing but -inf. */
+template <int kGroup, typename Row>
+SK_DEVICE double softmax_again(const Row &row, int64_t C, double (&sum)[CE_SUMS]) {
+    double top[1] = {-INFINITY};
+    SK_ROLLED for (int64_t c = sk_lane<kGroup>(); c < C; c += kGroup) top[0] = fmax(top[0], row(c));
+    sk_group_reduce<kGroup>(top, sk_larger());
+    if (top[0] == -INFINITY) return top[0];
+    sum[REST] = sum[TIES] = sum[ABOVE] = 0;
+    SK_ROLLED for (int64_t c = sk_lane<kGroup>(); c < C; c += kGroup) {
+        const double z = row(c);
+        sum[TIES] += z == top[0] ? 1 : 0;
+        sum[REST] += z == top[0] ? 0 : exp(z - top[0]);
+        sum[ABOVE] += top[0] - z;
+    }
+    sk_group_reduce<kGroup>(sum, sk_add());
+    return top[0];
+}
+
+/* The same in all threads of the group: the largest logit h, with sums that are numbers. */
+template <typename T, int kGroup>
+SK_DEVICE sk_real<T> mend_softmax(const T *row, int64_t stride, int64_t C, double smooth,
+                                  sk_real<T> h, double (&sum)[CE_SUMS]) {
+    const bool good = h > (sk_real<T>)kLowest && !(smooth != 0 && isinf(sum[ABOVE]));
+    if (good) return h;
+    return (sk_real<T>)softmax_again<kGroup>(stored_row<T>{row, stride}, C, sum);
+}
+
+/* p - y of a class of logit z, in double. C classes share the smoothing. */
+SK_DEVICE double careful_ce_slope(double z, bool is_target, double smooth, int64_t C,
+                                  const side &x) {
+    const double of = log_p(z, 1, x);
+    return (is_target ? expm1(of) + smooth : exp(of)) - smooth / C;
+}
+
 /* log sum e^(z - h) */
 SK_DEVICE double log_sum(const double *sum) {
     return log(sum[TIES]) + log1p(sum[REST] / sum[TIES]);
@@ -80,7 +116,7 @@ SK_DEVICE double log_sum(const double *sum) {
 /* -sum y log p; z_y is the target's logit, level the log_sum. */
 SK_DEVICE double conclude_ce(double smooth, int64_t C, const double *sum, double level, double h,
                              double z_y) {
-    const double hard = z_y <= kLowest ? INFINITY + 0 * level : (h - z_y) + level;
+    const double hard = z_y == -INFINITY ? INFINITY + 0 * level : (h - z_y) + level;
     const double soft = smooth != 0 ? smooth * (level + sum[ABOVE] / C) : 0;
     return (smooth != 1 ? (1 - smooth) * hard : 0) + soft;
 }

@@ -8,16 +8,15 @@
  *     dl = (hu - hv)/T + log1p(D/Q)     KL(q||p) = Gq/Q - h(D/Q)
  * where h(r) = r - log(1 + r) >= 0. Both terms of a KL are of second order, so rows close to each
  * other keep their digits. Where the first term is much larger than the KL (y = 0 lies far from the
- * middle of the row's y) or the KL is very large, the row is read once more, in double and with
- * T*lse as anchors: then y = log p - log q, D = 0, and the sums are the two KL themselves. */
+ * middle of the row's y) or the KL is very large, the row is read once more, class by class and in
+ * double, with y = log p - log q: then the sums are the two KL themselves, whatever the logits. */
 #pragma once
 #include <type_traits>
 
 #include "core/rows.cuh"
 
-/* -inf is computed with as -2^110 (1e33): 0 * y stays 0, and a KL past 1e13 can only come from such
- * a class. */
-constexpr double kLowest = -0x1p110, kInfinite = 1e13;
+/* -inf is computed with as -2^110 (1e33): 0 * y stays 0. */
+constexpr double kLowest = -0x1p110;
 
 /* Anchors of u and v that are more than 16 T apart: then a - b may be near their distance, so that
  * y is small, though a is thousands of times b; and kShort leaves out a part of y that counts. */
@@ -237,11 +236,6 @@ SK_DEVICE double log_gap(double r, double log1p_r) {
     return s * (r - 2 * z * series);
 }
 
-/* The log-sum-exp of a row, from its sum against h: -inf of nothing but -inf. */
-SK_DEVICE double lse_of(double h, double temperature, double sum) {
-    return h <= kLowest ? -INFINITY + 0 * sum : h / temperature + log(sum);
-}
-
 /* A row with a side of nothing but -inf: what the contracts say of it. */
 SK_DEVICE divergence undefined(double lse_u, double lse_v) {
     return {lse_u, lse_u == -INFINITY ? lse_v : lse_u - lse_v, NAN, NAN, false};
@@ -250,8 +244,7 @@ SK_DEVICE divergence undefined(double lse_u, double lse_v) {
 /* poor also where anchors were `far` apart. */
 SK_DEVICE divergence conclude(const double (&sum)[SUMS], double hu, double hv, double temperature,
                               bool far) {
-    if (hu <= kLowest || hv <= kLowest)
-        return undefined(lse_of(hu, temperature, sum[P]), lse_of(hv, temperature, sum[Q]));
+    if (hu <= kLowest || hv <= kLowest) return {0, 0, 0, 0, true}; /* -inf, or finite still */
     const double gp = sum[GP] / sum[P], gq = sum[GQ] / sum[Q], r = sum[D] / sum[Q];
     const double log_ratio = fabs(r) < 0.5 ? log1p(r) : log(sum[P] / sum[Q]);
     divergence x;
@@ -261,25 +254,109 @@ SK_DEVICE divergence conclude(const double (&sum)[SUMS], double hu, double hv, d
     x.reverse = gq - log_gap(r, log_ratio);
     /* float sums are good to 1e-7 of their terms, the gradient's d - KL to 1e-7 of the KL, and GP
      * to 1e-7 of GP + GQ */
-    x.poor = far || gp > 16 * x.forward || gq > 16 * x.reverse || x.forward > 32 ||
-             x.reverse > 32 || sum[GQ] > 16 * sum[GP];
-    if (x.forward > kInfinite) x.forward = INFINITY;
-    if (x.reverse > kInfinite) x.reverse = INFINITY;
+    x.poor = far || !(gp <= 16 * x.forward && gq <= 16 * x.reverse && x.forward <= 32 &&
+                      x.reverse <= 32 && sum[GQ] <= 16 * sum[GP]);
     return x;
 }
 
-/* Leaves the sums of the row in double, against the anchors hu and hv: a class at a time, for few
- * rows need it. */
-template <typename T, int kGroup>
-SK_DEVICE void visit_again(const rows<T> &r, double hu, double hv, double (&sum)[SUMS]) {
-    const scale<double> t = scale_of<double>(r.temperature);
-    const anchors<double> h = anchors_at<double>(hu, hv);
-    for (int k = 0; k < SUMS; k++) sum[k] = 0;
-    SK_ROLLED for (int64_t c = sk_lane<kGroup>(); c < r.C; c += kGroup) {
-        const double a = sk_widen(r.u[c * r.u_stride]), b = sk_widen(r.v[c * r.v_stride]);
-        add(sum, compare<false, double>(sk_at_least(a, kLowest), sk_at_least(b, kLowest), h, t));
+/* ---- a row in double, class by class: whatever its logits are ---- */
+
+/* A side of a row: its largest logit, and the logarithm of the sum of e^((z - top)/T). Kept apart,
+ * for log_sum would be lost in the log-sum-exp of large logits. */
+struct side {
+    double top, log_sum; /* -inf of nothing but -inf, NaN of a row that holds NaN or inf */
+};
+
+/* Logits as they are stored. */
+template <typename T>
+struct stored_row {
+    const T *at;
+    int64_t stride;
+    __device__ double operator()(int64_t c) const { return sk_widen(at[c * stride]); }
+};
+
+/* The same in all threads of the group. */
+template <int kGroup, typename Row>
+SK_DEVICE side side_of(const Row &row, int64_t C, double temperature) {
+    double top[1] = {-INFINITY}, sum[1] = {0};
+    SK_ROLLED for (int64_t c = sk_lane<kGroup>(); c < C; c += kGroup) top[0] = fmax(top[0], row(c));
+    sk_group_reduce<kGroup>(top, sk_larger());
+    SK_ROLLED for (int64_t c = sk_lane<kGroup>(); c < C; c += kGroup) {
+        const double z = row(c);
+        sum[0] += z == -INFINITY ? 0 : exp((z - top[0]) / temperature);
     }
     sk_group_reduce<kGroup>(sum, sk_add());
+    return {top[0], log(sum[0])};
+}
+
+SK_DEVICE double lse_of(const side &x, double temperature) {
+    return x.top / temperature + x.log_sum;
+}
+
+/* A log-sum-exp beyond this does not say what p is to the last digits, a factor beyond that may
+ * leave the range of `real`: gradients of such rows are found class by class. */
+template <typename real>
+constexpr double kFarLse = sizeof(real) == 8 ? 0x1p10 : 0x1p30;
+template <typename real>
+constexpr double kFarFactor = sizeof(real) == 8 ? 0x1p1014 : 0x1p118;
+
+SK_DEVICE bool is_beyond(double x, double limit) { return fabs(x) >= limit && fabs(x) < INFINITY; }
+
+/* What was saved says of which row the classes are a part: a log_sum; or lse(u/T) and dl, of which
+ * follows lse(v/T). But where that is no more than what they are, x knows the digits that were
+ * rounded away. */
+template <typename real>
+constexpr double kRounded = sizeof(real) == 8 ? 1e-15 : 1e-6;
+template <typename real>
+SK_DEVICE side whole_side(const side &x, double top, double log_sum) {
+    const bool same = fabs(log_sum - x.log_sum) <= kRounded<real> * (1 + fabs(x.log_sum));
+    return x.top == top && same ? x : side{top, log_sum};
+}
+template <typename real>
+SK_DEVICE side side_within(const side &x, double temperature, double lse_u, double dl) {
+    if (x.top == -INFINITY) return {0, lse_u - dl};
+    const double log_sum = (lse_u - dl) - x.top / temperature;
+    const double rounded = kRounded<real> + 1e-15 * (fabs(lse_u) + fabs(dl));
+    return {x.top, fabs(log_sum - x.log_sum) <= rounded ? x.log_sum : log_sum};
+}
+
+SK_DEVICE double log_p(double z, double temperature, const side &x) {
+    return (z - x.top) / temperature - x.log_sum;
+}
+
+/* log p - log q, infinite for a class at -inf on one side. At one temperature from the exact
+ * difference of (u - v) and (top - top), however large they are. */
+SK_DEVICE double log_ratio(double u, double v, double T, double T_v, const side &x, const side &y) {
+    if (isinf(u) || isinf(v)) return u - v;
+    if (T != T_v) return log_p(u, T, x) - log_p(v, T_v, y);
+    return distance(difference(u, v), difference(x.top, y.top)) / T - (x.log_sum - y.log_sum);
+}
+
+/* Both KL, with 0 log 0 = 0. */
+template <typename T, int kGroup>
+SK_DEVICE divergence careful(const rows<T> &r) {
+    const stored_row<T> u = {r.u, r.u_stride}, v = {r.v, r.v_stride};
+    const double t = r.temperature;
+    const side x = side_of<kGroup>(u, r.C, t), y = side_of<kGroup>(v, r.C, t);
+    if (!isfinite(x.log_sum) || !isfinite(y.log_sum)) return undefined(lse_of(x, t), lse_of(y, t));
+    double kl[2] = {0, 0};
+    SK_ROLLED for (int64_t c = sk_lane<kGroup>(); c < r.C; c += kGroup) {
+        const double a = u(c), b = v(c);
+        if (isinf(a) && isinf(b)) continue;
+        const double p = exp(log_p(a, t, x)), q = exp(log_p(b, t, y));
+        const double d = log_ratio(a, b, t, t, x, y), diff = p - q;
+        const bool near = fabs(d) < 0.5; /* nothing cancels */
+        kl[0] += isinf(a)   ? q
+                 : isinf(b) ? (double)INFINITY
+                 : near     ? p * d * d * curvature(-d)
+                            : p * d - diff;
+        kl[1] += isinf(b)   ? p
+                 : isinf(a) ? (double)INFINITY
+                 : near     ? q * d * d * curvature(d)
+                            : diff - q * d;
+    }
+    sk_group_reduce<kGroup>(kl, sk_add());
+    return {lse_of(x, t), (x.top - y.top) / t + (x.log_sum - y.log_sum), kl[0], kl[1], false};
 }
 
 /* The same result in all threads of the group. */
@@ -289,14 +366,8 @@ SK_DEVICE divergence diverge(const rows<T> &r) {
     double sum[SUMS];
     visit<T, kGroup, kVec>(r, top, sum);
     const bool far = sizeof(T) == 2 && top[2] > kFar * r.temperature;
-    double hu = top[0], hv = top[1];
-    SK_ROLLED for (bool again = false;; again = true) {
-        const divergence x = conclude(sum, hu, hv, r.temperature, far);
-        if (again || !x.poor) return x;
-        hu = r.temperature * x.lse;
-        hv = r.temperature * (x.lse - x.dl);
-        visit_again<T, kGroup>(r, hu, hv, sum);
-    }
+    const divergence x = conclude(sum, top[0], top[1], r.temperature, far);
+    return x.poor ? careful<T, kGroup>(r) : x;
 }
 
 /* ---- gradients ---- */
@@ -370,4 +441,34 @@ SK_DEVICE void differentiate(const pair_slope<sk_real<T>> &k, int64_t base, int6
     }
     if (!k.zero) return;
     SK_UNROLL for (int i = 0; i < sk_items<T>; i++) a[i] = b[i] = 0;
+}
+
+/* Whether the gradients of a row are found class by class. */
+template <typename real>
+SK_DEVICE bool is_far(const divergence &x, double f, double r) {
+    const double limit = kFarLse<real>;
+    return is_beyond(x.lse, limit) || is_beyond(x.dl, limit) || is_beyond(x.forward, limit) ||
+           is_beyond(x.reverse, limit) || is_beyond(f, kFarFactor<real>) ||
+           is_beyond(r, kFarFactor<real>);
+}
+
+/* Leaves them; they may lie over the logits. */
+template <typename T, int kGroup>
+SK_DEVICE void differentiate_far(const rows<T> &r, const divergence &of, double f, double rev,
+                                 bool detach, T *grad_u, int64_t u_stride, T *grad_v,
+                                 int64_t v_stride) {
+    typedef sk_real<T> real;
+    const stored_row<T> u = {r.u, r.u_stride}, v = {r.v, r.v_stride};
+    const double t = r.temperature;
+    const side x = side_within<real>(side_of<kGroup>(u, r.C, t), t, of.lse, 0);
+    const side y = side_within<real>(side_of<kGroup>(v, r.C, t), t, of.lse, of.dl);
+    SK_ROLLED for (int64_t c = sk_lane<kGroup>(); c < r.C; c += kGroup) {
+        const double a = u(c), b = v(c), p = exp(log_p(a, t, x)), q = exp(log_p(b, t, y));
+        const double d = log_ratio(a, b, t, t, x, y), diff = p - q;
+        double to_u = rev != 0 ? rev * diff : 0, to_v = f != 0 ? -f * diff : 0;
+        if (!detach && f != 0) to_u += p == 0 && isinf(a) ? 0 : f * p * (d - of.forward);
+        if (!detach && rev != 0) to_v -= q == 0 && isinf(b) ? 0 : rev * q * (d + of.reverse);
+        sk_narrow((real)(t * to_u), grad_u + c * u_stride);
+        sk_narrow((real)(t * to_v), grad_v + c * v_stride);
+    }
 }

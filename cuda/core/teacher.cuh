@@ -71,6 +71,20 @@ SK_DEVICE sk_real<T> load_teacher(const teacher &k, int64_t n, int64_t s, int64_
     return largest;
 }
 
+/* A teacher's logits in double, class by class; `at` is that of class 0. */
+struct teacher_row_of {
+    const teacher *k;
+    int64_t at;
+    __device__ double operator()(int64_t c) const {
+        const double x = sk_load_any(k->x, at + c * k->x.stride[1]);
+        return k->probs ? log(x) : x;
+    }
+};
+
+SK_DEVICE teacher_row_of row_of(const teacher &k, int64_t n, int64_t s) {
+    return {&k, n * k.x.stride[0] + s * k.x.stride[2]};
+}
+
 /* A student's and a teacher's logit; kShort as in core/kl.cuh, kSame: at one temperature. */
 template <bool kShort, bool kSame, typename real>
 SK_DEVICE pair<real> compare(real a, real b, const anchors<real> &h, const warmth<real> &w) {
@@ -178,19 +192,33 @@ struct teacher_row {
  * few digits. */
 SK_DEVICE teacher_row conclude(const teacher &k, const double (&sum)[TEACHER_SUMS], double hu,
                                double hv, bool rough, bool far) {
-    if (hu <= kLowest || hv <= kLowest) {
-        const divergence none =
-            undefined(lse_of(hu, k.T, sum[SUM_P]), lse_of(hv, k.own, sum[SUM_Q]));
-        return {none.lse - hu / k.T, none.dl, none.reverse, none.poor};
-    }
+    if (hu <= kLowest || hv <= kLowest) return {0, 0, 0, true}; /* -inf, or finite still */
     const double gq = sum[SUM_GQ] / sum[SUM_Q], r = sum[SUM_D] / sum[SUM_Q];
     const double log_ratio = fabs(r) < 0.5 ? log1p(r) : log(sum[SUM_P] / sum[SUM_Q]);
     teacher_row x;
     x.level = log(sum[SUM_P]);
     x.dl = (hu / k.T - hv / k.own) + log_ratio;
     x.kl = gq - log_gap(r, log_ratio);
-    x.poor = far || gq > 16 * x.kl || x.kl < 0 || x.kl > 32 || (rough && x.kl < 1e-3);
-    if (x.kl > kInfinite) x.kl = INFINITY;
+    x.poor = far || !(gq <= 16 * x.kl && x.kl >= 0 && x.kl <= 32) || (rough && x.kl < 1e-3);
     if (x.kl < 0) x.kl = 0;
     return x;
+}
+
+/* The same of a row class by class, in double, with 0 log 0 = 0: whatever its logits are. */
+template <int kGroup, typename Row>
+SK_DEVICE teacher_row careful(const teacher &k, const Row &student, const teacher_row_of &own,
+                              int64_t C) {
+    const side u = side_of<kGroup>(student, C, k.T), v = side_of<kGroup>(own, C, k.own);
+    const divergence none = undefined(lse_of(u, k.T), lse_of(v, k.own));
+    if (!isfinite(u.log_sum) || !isfinite(v.log_sum)) return {u.log_sum, none.dl, NAN, false};
+    double kl[1] = {0};
+    SK_ROLLED for (int64_t c = sk_lane<kGroup>(); c < C; c += kGroup) {
+        const double a = student(c), b = own(c);
+        const double p = exp(log_p(a, k.T, u)), q = exp(log_p(b, k.own, v));
+        const double d = log_ratio(a, b, k.T, k.own, u, v);
+        const double far = (p - q) - q * d;
+        kl[0] += q == 0 ? p : fabs(d) < 0.5 ? q * d * d * curvature(d) : far;
+    }
+    sk_group_reduce<kGroup>(kl, sk_add());
+    return {u.log_sum, (u.top / k.T - v.top / k.own) + (u.log_sum - v.log_sum), kl[0], false};
 }

@@ -23,6 +23,8 @@ static int run_cpu(sk_call *call) {
     const sk_cpu_kernel *const kernel = call->op->cpu[isa];
     const sk_work work = kernel->work(params);
     snprintf(path, sizeof path, "cpu %s %s", names[isa], work.path);
+    const int status = sk_check_weights(call);
+    if (status) return status;
     if (kernel->first_bad) {
         const sk_bad bad = kernel->first_bad(params);
         for (int i = 0; i < call->op->count && bad.row >= 0; i++)

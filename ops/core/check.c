@@ -310,7 +310,8 @@ static int check_resize(const sk_call *call, int item) {
 
 /* ---- values ---- */
 
-/* The sentence for row `row` of an INDEX or TEACHER tensor, which the kernel found to be wrong. */
+/* The sentence for row `row` of a tensor: an INDEX or TEACHER, whose kernel found it to be wrong,
+ * or a WEIGHT. */
 int sk_fail_value(const sk_call *call, int item, int64_t row, double value) {
     const sk_item *const it = &call->op->items[item];
     const int trailing = trailing_rank(call);
@@ -330,6 +331,9 @@ int sk_fail_value(const sk_call *call, int item, int64_t row, double value) {
         return sk_fail(SELFKD_ERROR_VALUE,
                        "%s: %s has probabilities that sum to %.4g at position [%s], expected 1", op,
                        it->name, value, end);
+    if (it->rule == SK_WEIGHT)
+        return sk_fail(SELFKD_ERROR_VALUE, "%s: %s is %g at position [%s], expected a number >= 0",
+                       op, it->name, isnan(value) ? (double)NAN : value, end);
     long long ignored = 0;
     for (int i = 0; i < call->op->count; i++)
         if (strcmp(call->op->items[i].name, "ignore_index") == 0)
@@ -337,6 +341,44 @@ int sk_fail_value(const sk_call *call, int item, int64_t row, double value) {
     return sk_fail(SELFKD_ERROR_VALUE,
                    "%s: %s is %.0f at position [%s], expected 0 to %lld, or ignore_index, %lld", op,
                    it->name, value, end, (long long)call->params.dims.size['C' - 'A'] - 1, ignored);
+}
+
+static double weight_at(const sk_arg *x, int64_t at) {
+    return x->dtype == SK_DT_F64 ? ((const double *)x->data)[at] : ((const float *)x->data)[at];
+}
+
+/* Which of n weights, `step` apart from `at` on, is the first that is negative or NaN; n if none
+ * is. */
+static int64_t first_negative(const sk_arg *x, int64_t at, int64_t step, int64_t n) {
+    const float *const single = (const float *)x->data + at;
+    const bool plain = x->dtype == SK_DT_F32 && step == 1; /* a loop that becomes vectors */
+    int bad = 0;
+    for (int64_t i = 0; i < n && plain; i++) bad |= !(single[i] >= 0);
+    int64_t i = plain && !bad ? n : 0;
+    while (i < n && weight_at(x, at + i * step) >= 0) i++;
+    return i;
+}
+
+/* The weights of a checked call. Not those of a gradient's operator, which are the forward's, nor
+ * of one that writes over its inputs, whose rows may come times an incoming gradient. */
+int sk_check_weights(const sk_call *call) {
+    const sk_op *const op = call->op;
+    for (int i = 0; i < op->count; i++)
+        if (op->items[i].kind == SK_GRAD || op->items[i].kind == SK_INOUT) return SELFKD_OK;
+    const int64_t N = call->params.dims.size['N' - 'A'];
+    const int64_t S = call->trailing < 0 ? 1 : call->params.dims.size['S' - 'A'];
+    for (int i = 0; i < op->count; i++) {
+        const sk_arg *const x = (const sk_arg *)(call->params.bytes + op->items[i].in_params);
+        if (!sk_is_input(&op->items[i]) || op->items[i].rule != SK_WEIGHT || !x->data) continue;
+        const bool merged = S == 1 || x->stride[0] == S * x->stride[1]; /* one run of N * S */
+        const int64_t runs = merged ? 1 : N, length = merged ? N * S : S, step = x->stride[S > 1];
+        for (int64_t n = 0; n < runs && x->dtype != SK_DT_BOOL; n++) {
+            const int64_t at = n * x->stride[0], k = first_negative(x, at, step, length);
+            if (k == length) continue;
+            return sk_fail_value(call, i, n * S + k, weight_at(x, at + k * step));
+        }
+    }
+    return SELFKD_OK;
 }
 
 /* ---- a call ---- */

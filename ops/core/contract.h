@@ -32,8 +32,9 @@
  * float64), WEIGHT ACC or bool. F64 is always float64. CONSTANT is any floating dtype, whatever the
  * call's, of a tensor that never gets a gradient; TEACHER the same, with classes that sum to 1 if
  * CHOICE <name>_kind says that it holds probabilities. INDEX is int64, each a class, 0 .. C - 1, or
- * the INT ignore_index. (Values are looked at on the CPU only: by the kernel's `first_bad`.) SEED
- * is int64, of any value.
+ * the INT ignore_index. A WEIGHT is >= 0 (of an operator with a GRAD or an INOUT it may be anything).
+ * (Values are looked at on the CPU only: weights by sk_check_weights, the others by the kernel's
+ * `first_bad`.) SEED is int64, of any value.
  *
  * Ranges of numbers: ANY, POSITIVE, NONNEGATIVE, FRACTION (0 to 1), BELOW_ONE (0 to 1, but not 1);
  * all finite. */

@@ -67,6 +67,7 @@ int sk_check_descriptor(const sk_call *call, int item);
 int sk_check_own_memory(const sk_call *call, int item);
 int sk_bind(sk_call *call, int item);
 int sk_run(sk_call *call, void *stream);
+int sk_check_weights(const sk_call *call);
 int sk_fail_value(const sk_call *call, int item, int64_t row, double value);
 int sk_call_from_c(const sk_op *op, const void *args, void *stream);
 void sk_call_from_torch(const sk_op *op, uint64_t *stack);

@@ -1,0 +1,470 @@
+"""Finite in gives finite, or the infinity that the exact result rounds to: the largest and the smallest
+numbers in every floating input of every operator, forward and backward.
+
+What is exact is found in 80 bits, whose exponents hold the fourth power of any float64; formula and
+gradient are those of ops/<operator>.h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import harness
+import numpy as np
+import pytest
+import selfkd
+import torch
+from selfkd.contract import contract
+
+Wide = Any  # an array of np.longdouble
+Exact = tuple[
+    Wide, dict[str, Wide], Wide
+]  # result; gradients; the terms that these are differences of
+
+MAGNITUDES = (1e30, 3e38, 1e200, 1e300, 1e-30, 1e-200)
+CLASSES = 19  # some in whole vectors, some left over
+KL = ("sd_dropout_kl", "distill")
+ROW_LOSSES = ("sd_dropout_kl", "distill", "simreg")
+ROWS = 8  # one for each way of placing a magnitude
+
+
+def wide(x: torch.Tensor) -> Wide:
+    """The same numbers in 80 bits; integers and masks stay as they are."""
+    found = x.detach().cpu()
+    return found.double().numpy().astype(np.longdouble) if x.is_floating_point() else found.numpy()
+
+
+# ---- the formulas ----
+
+
+def log_softmax(z: Wide, temperature: float) -> Wide:
+    """Relative to the largest, before it is divided: nothing is rounded away."""
+    below = (z - z.max(1, keepdims=True)) / np.longdouble(temperature)
+    return below - np.log(np.exp(below).sum(1, keepdims=True))
+
+
+def log_ratio(u: Wide, v: Wide, temperature: float, other: float) -> Wide:
+    return log_softmax(u, temperature) - log_softmax(v, other)
+
+
+def sd_dropout_kl(x: Mapping[str, Wide], **options: Any) -> Exact:
+    temperature = options.get("temperature", 3.0)
+    own = 0 if options.get("detach_target") else 1
+    wf, wr = options.get("forward_weight", 1.0), options.get("reverse_weight", 1.0)
+    p, q = (np.exp(log_softmax(x[name], temperature)) for name in "uv")
+    d = log_ratio(x["u"], x["v"], temperature, temperature)
+    forward, reverse = (p * d).sum(1, keepdims=True), -(q * d).sum(1, keepdims=True)
+    rows = temperature**2 * (wf * forward + wr * reverse)[:, 0]
+    grad_u = temperature * (own * wf * p * (d - forward) + wr * (p - q))
+    grad_v = temperature * (-own * wr * q * (d + reverse) - wf * (p - q))
+    terms = np.full((len(p), 1), temperature, np.longdouble)
+    return rows, {"u": grad_u, "v": grad_v}, terms
+
+
+def distill(x: Mapping[str, Wide], **options: Any) -> Exact:
+    z, smooth = x["logits"], np.longdouble(options.get("label_smoothing", 0.0))
+    rows, grad = np.zeros(len(z), np.longdouble), np.zeros_like(z)
+    if "target" in x:
+        log_p = log_softmax(z, 1.0)
+        y = (1 - smooth) * np.eye(z.shape[1], dtype=np.longdouble)[x["target"]]
+        y = y + smooth / z.shape[1]
+        rows -= (y * log_p).sum(1)
+        grad += np.exp(log_p) - y
+    for k in ("", "second_"):
+        if f"{k}teacher" not in x:
+            continue
+        temperature = options.get(f"{k}temperature", 4.0)
+        own = options.get(f"{k}teacher_temperature", 4.0)
+        teacher = x[f"{k}teacher"]
+        p, q = np.exp(log_softmax(z, temperature)), np.exp(log_softmax(teacher, own))
+        rows -= temperature**2 * (q * log_ratio(z, teacher, temperature, own)).sum(1)
+        grad += temperature * (p - q)
+    return rows, {"logits": grad}, np.full((len(z), 1), 4, np.longdouble)
+
+
+def simreg(x: Mapping[str, Wide], **options: Any) -> Exact:
+    a, b = x["student"], x["target"]
+    if not options.get("normalize", True):
+        return ((a - b) ** 2).sum(1), {"student": 2 * (a - b)}, 0 * a
+    eps = np.longdouble(1e-12)
+    long_a, long_b = (np.sqrt((y * y).sum(1, keepdims=True)) for y in (a, b))
+    a_hat, b_hat = a / np.maximum(long_a, eps), b / np.maximum(long_b, eps)
+    apart = a_hat - b_hat
+    h = np.where(long_a < eps, 0, (a_hat * apart).sum(1, keepdims=True))
+    scale = 2 / np.maximum(long_a, eps)
+    return (apart**2).sum(1), {"student": scale * (apart - a_hat * h)}, scale
+
+
+def attention(x: Mapping[str, Wide], **options: Any) -> Exact:
+    eps = np.longdouble(options.get("eps", 1e-12))
+    a, b = ((x[name] ** 2).mean(1) for name in ("student", "teacher"))
+    long_a, long_b = (np.sqrt((y * y).sum(1, keepdims=True)) for y in (a, b))
+    q, p = a / np.maximum(long_a, eps), b / np.maximum(long_b, eps)
+    h = np.where(long_a < eps, 0, (q * (q - p)).sum(1, keepdims=True))
+    scale = 4 / np.maximum(long_a, eps)[:, None] / x["student"].size * x["student"]
+    slope = (q - p) - q * h
+    return ((q - p) ** 2).mean(), {"student": slope[:, None] * scale}, np.abs(scale)
+
+
+def adversarial(x: Mapping[str, Wide], mode: str, side: str, reduction: str) -> Exact:
+    open_hinge = mode == "hinge" and side == "generator"
+
+    def term(y: Wide, target: int) -> tuple[Wide, Wide]:
+        if mode == "bce":
+            decay = np.exp(-np.abs(y))
+            slope = -np.where(y > 0, decay, 1) / (1 + decay)
+            return np.maximum(-y, 0) + np.log1p(decay), slope
+        if mode == "lsgan":
+            return (y - target) ** 2 / 2, y - target
+        if mode == "hinge" and not open_hinge:
+            return np.maximum(1 - y, 0), np.where(1 - y > 0, -1, 0).astype(np.longdouble)
+        return -y, np.full_like(y, -1)
+
+    r, slope = term(x["real"], 1)
+    scale = 1 / np.longdouble(len(r)) if reduction == "mean" else np.longdouble(1)
+    if side == "generator":
+        return (r if reduction == "none" else r.sum() * scale), {"real": slope * scale}, 0 * scale
+    f, slope_f = term(-x["fake"], 0)
+    rows = r + f if reduction == "none" else (r.sum() + f.sum()) * scale
+    return rows, {"real": slope * scale, "fake": -slope_f * scale}, 0 * scale
+
+
+def bifpn_fuse(x: Mapping[str, Wide], **options: Any) -> Exact:
+    maps, eps = [x["a"], x["b"]], np.longdouble(1e-6)
+    activation, late = options["activation"], options["activate"] == "output"
+
+    def act(y: Wide) -> tuple[Wide, Wide]:
+        if activation == "none":
+            return y, np.ones_like(y)
+        if activation == "relu":
+            return np.maximum(y, 0), (y > 0).astype(np.longdouble)
+        s = np.exp(-np.logaddexp(0, -y))
+        return y * s, s * (1 + y * (1 - s))
+
+    r = np.maximum(x["weight"], 0)
+    total = r.sum() + eps
+    operands, slopes = zip(*((y, 1) if late else act(y) for y in maps), strict=True)
+    result = sum(f * y for f, y in zip(r / total, operands, strict=True))
+    g: Any = np.ones_like(result)
+    if late:
+        result, g = act(result)
+    d = [(g * y).sum() for y in operands]
+    grad_weight = [
+        0 if w <= 0 else (eps * d[i] + sum(r[j] * (d[i] - d[j]) for j in range(2))) / total**2
+        for i, w in enumerate(x["weight"])
+    ]
+    grads = [f * g * s for f, s in zip(r / total, slopes, strict=True)]
+    return result, {"a": grads[0], "b": grads[1], "weight": np.array(grad_weight)}, 0 * total
+
+
+def dropout_views(x: Mapping[str, Wide], **options: Any) -> Exact:
+    ones = torch.ones(x["features"].shape, dtype=torch.float64)
+    kept = wide(selfkd.reference.dropout_views(ones, torch.tensor(3), **options))
+    return kept * x["features"], {"features": kept.sum(0)}, np.zeros(1)
+
+
+EXACT: dict[str, Callable[..., Exact]] = {
+    "sd_dropout_kl": sd_dropout_kl,
+    "distill": distill,
+    "simreg": simreg,
+    "attention": attention,
+    "adversarial": adversarial,
+    "bifpn_fuse": bifpn_fuse,
+    "dropout_views": dropout_views,
+}
+
+
+def reduced(op: str, x: Mapping[str, Wide], options: Mapping[str, Any]) -> Exact:
+    """The exact result and gradients of a call, with its weights and reduction."""
+    options = dict(options)
+    if op not in ROW_LOSSES:
+        return EXACT[op](x, **options)
+    reduction = options.pop("reduction")
+    rows, grads, terms = EXACT[op](x, **options)
+    w = x.get("weight", np.ones_like(rows))
+    scale = w / w.sum() if reduction == "mean" else w
+    found = {name: scale[:, None] * grad for name, grad in grads.items()}
+    result = (rows * scale).sum() if reduction == "mean" else rows * scale
+    return result, found, terms * scale[:, None]
+
+
+# ---- the inputs ----
+
+
+def place(x: torch.Tensor, m: float) -> torch.Tensor:
+    """Rows with numbers of magnitude m, one way each; float64."""
+    x = x.clone()
+    rows = x.flatten(1) if x.ndim > 1 else x.view(-1, 1)
+    if rows.shape[1] < 4:  # of a weight or a score there is one in a row
+        rows[0], rows[3], rows[5] = m, -m, m / 2
+        return x
+    rows[0, 1] = m
+    rows[1, 2] = -m
+    rows[2, 0], rows[2, 3] = m, -m
+    rows[3] = (rows[3] * (m / 4)).clamp(-m, m)
+    rows[4, 0] = rows[4, 3] = m
+    rows[5] = -m * (0.5 + rows[5].abs() / 20)
+    rows[6, 2], rows[6, 0] = m, m / 2
+    return x
+
+
+# A call for each formula: its name, the operator and its options.
+CALLS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
+    "sd_dropout_kl": ("sd_dropout_kl", ("u", "v"), {}),
+    "sd_dropout_kl, weighted": ("sd_dropout_kl", ("u", "v", "weight"), {"temperature": 1.0}),
+    "sd_dropout_kl, detached": ("sd_dropout_kl", ("u", "v"), {"detach_target": True}),
+    "sd_dropout_kl, one way": ("sd_dropout_kl", ("u", "v"), {"reverse_weight": 0.0}),
+    "distill, target": ("distill", ("logits", "target"), {}),
+    "distill, weighted": ("distill", ("logits", "target", "weight"), {}),
+    "distill, smooth": ("distill", ("logits", "target"), {"label_smoothing": 0.1}),
+    "distill, teacher": ("distill", ("logits", "teacher"), {}),
+    "distill, apart": ("distill", ("logits", "teacher"), {"teacher_temperature": 2.0}),
+    "distill, two": (
+        "distill",
+        ("logits", "target", "teacher", "second_teacher"),
+        {"second_temperature": 1.0, "second_teacher_temperature": 1.0},
+    ),
+    "simreg": ("simreg", ("student", "target"), {}),
+    "simreg, weighted": ("simreg", ("student", "target", "weight"), {}),
+    "simreg, as they are": ("simreg", ("student", "target"), {"normalize": False}),
+    "attention": ("attention", ("student", "teacher"), {}),
+    "attention, eps": ("attention", ("student", "teacher"), {"eps": 1e-300}),
+    "dropout_views": ("dropout_views", ("features",), {"p": 0.25}),
+}
+for _mode in ("bce", "hinge", "lsgan", "wgan"):
+    for _side, _names in (("discriminator", ("real", "fake")), ("generator", ("real",))):
+        CALLS[f"{_mode}, {_side}"] = ("adversarial", _names, {"mode": _mode, "side": _side})
+for _activation in ("none", "relu", "silu"):
+    for _activate in ("inputs", "output"):
+        CALLS[f"bifpn_fuse, {_activation} of {_activate}"] = (
+            "bifpn_fuse",
+            ("a", "b", "weight"),
+            {"activation": _activation, "activate": _activate},
+        )
+
+
+def ordinary(
+    op: str, names: tuple[str, ...], dtype: torch.dtype, classes: int = CLASSES
+) -> dict[str, torch.Tensor]:
+    """Ordinary inputs of a call, in float64, with digits that `dtype` holds."""
+    g = torch.Generator().manual_seed(1)
+    shapes = {
+        "attention": (ROWS, 5, CLASSES),
+        "bifpn_fuse": (ROWS, 3, 4, 5),
+        "adversarial": (ROWS,),
+    }
+    found = {}
+    for name in names:
+        if name == "target" and op == "distill":
+            found[name] = torch.arange(ROWS) % 4
+        elif name == "weight":
+            size = 2 if op == "bifpn_fuse" else ROWS
+            found[name] = torch.rand(size, generator=g, dtype=torch.float64).float().double()
+        else:
+            x = torch.randn(shapes.get(op, (ROWS, classes)), generator=g, dtype=torch.float64)
+            found[name] = x.to(dtype).double()
+    return found
+
+
+def magnitudes(dtype: torch.dtype) -> list[float]:
+    """Those that `dtype` holds, its smallest, and its largest: less in float64, where differences and
+    sums must be numbers too."""
+    info = torch.finfo(dtype)
+    largest = info.max / 4096 if dtype == torch.float64 else info.max
+    held = [m for m in MAGNITUDES if info.smallest_normal <= m <= largest]
+    return [*held, info.smallest_normal, largest]
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def with_magnitude(
+    op: str, x: dict[str, torch.Tensor], name: str, m: float, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The inputs of a call with m in that of a name, or in all that hold rows."""
+    rows = [key for key, y in x.items() if y.is_floating_point() and key != "weight"]
+    x = dict(x)
+    if name == "weight":
+        x["weight"][0] = m
+    for at, key in enumerate(rows if name == "all" else [name] if name in rows else []):
+        x[key] = place(x[key].roll(at, -1), m).roll(at, -1)
+    if op == "dropout_views":
+        x["seed"] = torch.tensor(3)
+    return harness.cast(x, op, dtype)
+
+
+def inputs(
+    op: str, names: tuple[str, ...], dtype: torch.dtype
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A magnitude in one of the floating inputs, or in all that hold rows."""
+    for name in [*(name for name in names if (op, name) != ("distill", "target")), "all"]:
+        for m in magnitudes(accumulator(dtype) if name == "weight" else dtype):
+            x = ordinary(op, names, dtype)
+            yield f"{m:.3g} in {name}", with_magnitude(op, x, name, m, dtype)
+
+
+# ---- the comparison ----
+
+
+def assert_close(found: torch.Tensor, exact: Wide, error: Wide, what: str) -> None:
+    """Within `error`; where the exact number is too large for the dtype, infinite."""
+    dtype, got = found.dtype, wide(found)
+    largest = np.longdouble(torch.finfo(dtype).max)
+    too_large = (np.abs(exact) + error > largest) & (np.sign(got) == np.sign(exact))
+    wrong = np.where(np.isfinite(got), np.abs(got - exact) > error, ~np.isinf(got) | ~too_large)
+    at = np.argwhere(wrong)
+    assert not wrong.any(), f"{what} at {at[0]}: {got[wrong][0]}, expected {exact[wrong][0]}"
+
+
+def assert_result(op: str, found: torch.Tensor, exact: Wide, what: str, largest: Any = 0) -> None:
+    """By the tolerance of values; of a map by its dtype, too, and measured against its largest."""
+    eps = np.longdouble(harness.epsilon(found.dtype))
+    tolerance = 1e-12 if eps < 1e-9 else 3e-6
+    half_ulp, info = harness.HALF_ULP[found.dtype], torch.finfo(found.dtype)
+    of_map = op in ("bifpn_fuse", "dropout_views")
+    floor = largest * tolerance + info.smallest_normal * info.eps if of_map else 1000 * eps**2
+    assert_close(found, exact, np.abs(exact) * (tolerance + half_ulp) + floor, what)
+
+
+def assert_row_gradients(
+    op: str, found: torch.Tensor, wanted: Wide, terms: Wide, roundings: int, what: str
+) -> None:
+    """By the tolerance of gradients. `terms` is what they are differences of: a row of probabilities
+    may have nothing but their rounding; elsewhere there are a few roundings in double."""
+    eps = harness.epsilon(found.dtype)
+    row = np.abs(wanted)
+    if op != "adversarial":
+        row = row.max(tuple(range(1, wanted.ndim)) or None, keepdims=True)
+    info, terms = torch.finfo(found.dtype), np.abs(terms)
+    stored = np.abs(wanted) * harness.HALF_ULP[found.dtype] + info.smallest_normal * info.eps
+    rounding: Any = 2.0**-50
+    if op in KL:
+        rounding = np.where(row < 1e-15 * terms, 32 * eps, roundings * eps)
+    tolerance = 1e-12 if eps < 1e-9 else 1e-5
+    assert_close(found, wanted, row * tolerance + stored + rounding * terms, what)
+
+
+def check(
+    op: str,
+    backend: harness.Backend,
+    x: dict[str, Any],
+    options: dict[str, Any],
+    what: str,
+    grad: torch.Tensor | None = None,
+) -> None:
+    """Result and gradients of a call, for an incoming gradient of each row or of 1."""
+    narrow = {"dim": 1} if op == "simreg" else {}
+    if op == "adversarial" and "fake" not in x and backend.call is not harness.through_torch:
+        x = {**x, "fake": x["real"][:0]}  # as the Python function does
+    result, grads = backend.call(op, x, {**options, **narrow}, grad)
+    if op in ROW_LOSSES and x[contract(op).first].ndim == 3:
+        x, grads = ({key: as_rows(y) for key, y in of.items()} for of in (x, grads))
+        result = result[0] if result.ndim else result
+    exact, exact_grads, terms = reduced(op, {name: wide(y) for name, y in x.items()}, options)
+    largest = np.abs(wide(x[contract(op).first])).max() if op == "bifpn_fuse" else 0
+    assert_result(op, result, exact, f"result, {what}", largest)
+    for name, found in grads.items():
+        if found.numel() == 0:
+            continue
+        wanted, of_terms = exact_grads[name], terms
+        if grad is not None:
+            each = wide(grad).reshape(-1, *[1] * (wanted.ndim - 1))
+            wanted, of_terms = wanted * each, terms * each
+        # On a GPU rows at two temperatures are compared in float.
+        apart = backend.name in ("simt", "cuda") and "teacher_temperature" in options
+        assert_row_gradients(
+            op, found, wanted, of_terms, 8 if apart else 0, f"gradient of {name}, {what}"
+        )
+
+
+def as_positions(x: dict[str, Any]) -> dict[str, Any]:
+    """Rows as those of an image: classes apart, positions side by side, in whole vectors."""
+    four = {
+        key: torch.cat([y, *[y.clamp(max=1) if key == "weight" else y] * 3]) for key, y in x.items()
+    }
+    return {key: y.T[None].contiguous() if y.ndim > 1 else y[None] for key, y in four.items()}
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    return x[0].T if x.ndim == 3 else x[0]
+
+
+@pytest.mark.parametrize("dtype", harness.DTYPES)
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("backend", harness.backends(), ids=str)
+def test_finite_in_gives_finite(backend: harness.Backend, name: str, dtype: str) -> None:
+    harness.prepare(backend)
+    op, names, options = CALLS[name]
+    for what, x in inputs(op, names, harness.DTYPES[dtype]):
+        x = {key: y.to(backend.device) for key, y in x.items()}
+        for reduction in harness.reductions(op, harness.ORDINARY):
+            check(op, backend, x, {**options, **reduction}, f"{what}, {reduction}")
+            if op in ROW_LOSSES:
+                check(op, backend, as_positions(x), {**options, **reduction}, f"{what}, positions")
+            if op == "attention":
+                last = {key: harness.channels_last(y) for key, y in x.items()}
+                check(op, backend, last, options, f"{what}, channels_last")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", [name for name, (op, *_) in CALLS.items() if op in ROW_LOSSES])
+@pytest.mark.parametrize("backend", harness.backends(), ids=str)
+def test_rows_in_several_pieces(backend: harness.Backend, name: str, dtype: str) -> None:
+    """More classes than are taken at a time; on a GPU, than a warp takes."""
+    harness.prepare(backend)
+    op, names, options = CALLS[name]
+    of = harness.DTYPES[dtype]
+    for m in (1e30, 1e200 if dtype == "float64" else 3e38, 1e-30):
+        x = with_magnitude(op, ordinary(op, names, of, 2100), "all", m, of)
+        x = {key: y.to(backend.device) for key, y in x.items()}
+        check(op, backend, x, {**options, "reduction": "none"}, f"{m:.3g} in all")
+
+
+@pytest.mark.parametrize("dtype", harness.DTYPES)
+@pytest.mark.parametrize("name", [name for name, (op, *_) in CALLS.items() if op in ROW_LOSSES])
+@pytest.mark.parametrize("backend", harness.backends(), ids=str)
+def test_incoming_gradients(backend: harness.Backend, name: str, dtype: str) -> None:
+    """Of each row: a product with one is finite where the exact one is."""
+    harness.prepare(backend)
+    op, names, options = CALLS[name]
+    of = harness.DTYPES[dtype]
+    x = harness.cast(ordinary(op, names, of), op, of)
+    x = {key: y.to(backend.device) for key, y in x.items()}
+    for m in magnitudes(accumulator(of)):
+        grad = torch.ones(ROWS, dtype=accumulator(of), device=backend.device)
+        grad[1], grad[2] = m, -m
+        check(op, backend, x, {**options, "reduction": "none"}, f"{m:.3g} comes in", grad)
+
+
+@pytest.mark.parametrize("dtype", harness.DTYPES)
+@pytest.mark.parametrize("smooth", [0.0, 0.1])
+@pytest.mark.parametrize("backend", harness.backends(), ids=str)
+def test_rows_of_the_head(backend: harness.Backend, smooth: float, dtype: str) -> None:
+    """The rows operator of sd_dropout_head, which writes gradients over its logits."""
+    harness.prepare(backend)
+    of = harness.DTYPES[dtype]
+    for name in (*"zuv", "all"):
+        for m in magnitudes(of):
+            ones = ordinary("sd_dropout_kl", ("z", "u", "v"), of)
+            x = with_magnitude("sd_dropout_kl", ones, name, m, of) | {
+                "target": torch.arange(ROWS) % 4
+            }
+            exact = {key: wide(y) for key, y in x.items()}
+            written = {key: y.to(backend.device, copy=True) for key, y in x.items()}
+            rows = harness.run_operator(
+                backend, "sd_dropout_head_rows", {**written, "label_smoothing": smooth}
+            )["rows"]
+            found = {key: written[key] for key in "zuv"}
+            ce, grad, _ = distill(
+                {"logits": exact["z"], "target": exact["target"]}, label_smoothing=smooth
+            )
+            kl, grads, terms = sd_dropout_kl(exact)
+            grads["z"] = grad["logits"]
+            what = f"{m:.3g} in {name}"
+            assert_result("sd_dropout_kl", rows, ce + kl, f"rows, {what}")
+            for key, wanted in grads.items():
+                assert_row_gradients(
+                    "sd_dropout_kl", found[key], wanted, terms, 0, f"{key}, {what}"
+                )
