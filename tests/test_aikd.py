@@ -8,16 +8,18 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import harness
+import numpy as np
 import pytest
 import selfkd
 import torch
 import torch.nn.functional as F
 from selfkd.nn import AIKDLoss, Discriminator, PreviousEpoch, sigmoid_rampup
+from torch.nn.utils import parametrizations
 
 pytestmark = pytest.mark.skipif(
     bool(harness.SIMT_LIBRARY), reason="the emulator has no PyTorch binding"
@@ -104,6 +106,37 @@ def test_indices_and_shapes_that_do_not_fit() -> None:
     table.update(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3))
 
 
+def test_an_epoch_that_was_not_ended_is_noticed() -> None:
+    """Without end_epoch() lookup() would give None for ever, and AIKDLoss leave out a term unseen."""
+    table, logits = PreviousEpoch(4, 3), torch.randn(2, 3)
+    table.update(torch.tensor([0, 1]), logits)
+    table.update(torch.tensor([3, 3]), logits)  # twice in one batch: the first row counts
+    with pytest.raises(ValueError, match=r"index 1 is written again, expected end_epoch\(\) after"):
+        table.update(torch.tensor([2, 1]), logits)
+    table.end_epoch()
+    table.update(torch.tensor([0, 1]), logits)
+    resumed = PreviousEpoch(4, 3)
+    resumed.load_state_dict(table.state_dict())
+    resumed.update(torch.tensor([0, 1]), logits)  # its epoch is run again
+    free = PreviousEpoch(4, 3, rewrite=True)
+    for _ in range(2):
+        free.update(torch.tensor([0, 1]), logits)
+    assert torch.equal(free.current[:2], logits.softmax(1).half())
+
+
+def test_probabilities_are_noticed(generator: torch.Generator) -> None:
+    logits = torch.randn(6, 5, generator=generator)
+    table = PreviousEpoch(6, 5)
+    for probs in (logits.softmax(1), logits.softmax(1).half(), F.one_hot(torch.arange(6) % 5)):
+        with pytest.raises(
+            ValueError, match=r"PreviousEpoch: logits has rows of prob.*probs.log\(\)"
+        ):
+            table.update(torch.arange(6), probs)
+    table.update(torch.arange(6), logits.log_softmax(1))
+    one = PreviousEpoch(2, 1)
+    one.update(torch.arange(2), torch.ones(2, 1))  # of one class anything may be a logit
+
+
 def test_first_row_of_a_repeated_index_counts(generator: torch.Generator) -> None:
     table = PreviousEpoch(3, 4, dtype=torch.float32)
     logits = torch.randn(5, 4, generator=generator)
@@ -134,9 +167,9 @@ def test_resume_in_the_middle_of_an_epoch(generator: torch.Generator) -> None:
     assert straight.lookup(halves[0]) is not None
 
 
-def test_to_moves_and_casts_the_tables() -> None:
+def test_to_moves_the_tables_and_casts_nothing() -> None:
     table = PreviousEpoch(6, 4)
-    assert sum(x.nbytes for x in table.buffers()) == 2 * 6 * 4 * 2 + 2 * 6
+    assert sum(x.nbytes for x in table.buffers()) == 2 * 6 * 4 * 2 + 3 * 6
     assert {x.device.type for x in table.to("meta").buffers()} == {"meta"}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     table = PreviousEpoch(6, 4).to(device)
@@ -146,7 +179,11 @@ def test_to_moves_and_casts_the_tables() -> None:
     assert found is not None
     assert found.device.type == device
     assert (found == 0.25).all()
-    assert table.double().previous.dtype == torch.float64
+    before = table.previous.clone()
+    for cast in (table.double, table.half, table.bfloat16, torch.nn.Sequential(table).float):
+        cast()
+        assert table.previous.dtype == table.current.dtype == torch.float16
+        assert torch.equal(table.previous, before)
 
 
 RANKS = """
@@ -272,16 +309,16 @@ def test_loss_is_the_sum_of_its_terms(
     z, t, r, y = given.values()
     loss, parts = criterion(z, t, None if first_epoch else r, y)
     ce = F.cross_entropy(z, y, label_smoothing=0.1)
-    distilled = 0.7 * 9 * kl(F.log_softmax(t.detach() / 3, 1), F.log_softmax(z / 3, 1))
-    if not first_epoch:
-        softened = F.log_softmax(r.log() / 2, 1)
-        distilled = distilled + 0.4 * 4 * kl(softened, F.log_softmax(z / 2, 1))
-    game = 0.2 * selfkd.reference.adversarial(judge(z), mode=mode, side="generator")
-    torch.testing.assert_close(loss, ce + distilled + game)
-    torch.testing.assert_close(tuple(parts), (ce.detach(), distilled.detach(), game.detach()))
+    terms = [ce, 0.7 * 9 * kl(F.log_softmax(t.detach() / 3, 1), F.log_softmax(z / 3, 1))]
+    softened = F.log_softmax(r.log() / 2, 1)
+    previous = 0.4 * 4 * kl(softened, F.log_softmax(z / 2, 1))
+    terms.append(torch.zeros_like(ce) if first_epoch else previous)
+    terms.append(0.2 * selfkd.reference.adversarial(judge(z), mode=mode, side="generator"))
+    torch.testing.assert_close(loss, sum(terms))
+    torch.testing.assert_close(tuple(parts), tuple(x.detach() for x in terms))
     torch.testing.assert_close(sum(parts), loss.detach())
     assert not any(x.requires_grad for x in parts)
-    expected = torch.autograd.grad(ce + distilled + game, z)[0]
+    expected = torch.autograd.grad(sum(terms), z)[0]
     loss.backward()
     torch.testing.assert_close(z.grad, expected)
     assert t.grad is None
@@ -315,7 +352,7 @@ def test_weights_may_change_between_epochs(
             judge, pretrained_weight=weight, previous_weight=weight, adversarial_weight=weight
         )(*given.values())[1]
         torch.testing.assert_close(parts, expected)
-    assert parts.kl == 0
+    assert parts.pretrained == parts.previous == 0
     assert parts.adversarial == 0
 
 
@@ -356,3 +393,100 @@ def test_sigmoid_rampup() -> None:
     assert sigmoid_rampup(0, 0) == 1
     values = [sigmoid_rampup(x / 4, 10) for x in range(41)]
     assert values == sorted(values)
+
+
+# ---- discriminators of other kinds, dtypes, and wrong things ----
+
+
+def spectral(norm: Callable[..., Any]) -> torch.nn.Module:
+    return torch.nn.Sequential(
+        torch.nn.Softmax(1),
+        norm(torch.nn.Linear(5, 8)),
+        torch.nn.ReLU(),
+        norm(torch.nn.Linear(8, 1)),
+    )
+
+
+JUDGES: dict[str, Callable[[], torch.nn.Module]] = {
+    "spectral norm": lambda: spectral(parametrizations.spectral_norm),
+    "weight norm": lambda: spectral(parametrizations.weight_norm),
+    "old spectral norm": lambda: spectral(torch.nn.utils.spectral_norm),
+}
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_normed_discriminators(name: str, generator: torch.Generator) -> None:
+    """The student's gradient is that through the norm; the discriminator's parameters get none."""
+    z, t = (torch.randn(6, 5, generator=generator) for _ in range(2))
+    z.requires_grad_()
+    torch.manual_seed(3)
+    judge = JUDGES[name]().eval()  # no power iteration, so that two calls agree
+    y = torch.arange(6) % 5
+    criterion = copy.deepcopy(AIKDLoss(judge, adversarial_weight=0.5))
+    without = AIKDLoss(judge, adversarial_weight=0.0)
+    with_game, plain = (
+        torch.autograd.grad(c(z, t, None, y)[0], z)[0] for c in (criterion, without)
+    )
+    game = selfkd.reference.adversarial(judge(z), side="generator")
+    torch.testing.assert_close(with_game - plain, 0.5 * torch.autograd.grad(game, z)[0])
+    criterion.train()
+    criterion(z, t, None, y)[0].backward()
+    assert all(x.grad is None for x in criterion.parameters())
+    criterion.discriminator_loss(z, t).backward()
+    assert all(x.grad is not None for x in criterion.parameters())
+    twin = AIKDLoss(JUDGES[name](), adversarial_weight=0.5)
+    twin.load_state_dict(saved_and_loaded(criterion))
+    if name != "old spectral norm":  # whose module PyTorch cannot copy once it was called
+        averaged = torch.optim.swa_utils.AveragedModel(criterion)
+        averaged.update_parameters(criterion)
+        averaged(z, t, None, y)
+    for one, other in zip(twin.state_dict().values(), criterion.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_logits_outside_of_autocast(dtype: torch.dtype, generator: torch.Generator) -> None:
+    """The discriminator is float32 and sees float32."""
+    z, t = (torch.randn(6, 5, generator=generator).to(dtype) for _ in range(2))
+    y = torch.arange(6) % 5
+    judge = Discriminator(5, (8,))
+    for made in (judge, spectral(lambda x: x)):
+        criterion = AIKDLoss(made)
+        wide = criterion.discriminator_loss(z.float(), t.float())
+        assert torch.equal(criterion.discriminator_loss(z, t), wide)
+        torch.testing.assert_close(
+            criterion(z, t, None, y)[0], criterion(z.float(), t.float(), None, y)[0]
+        )
+        criterion.to(dtype)
+        criterion.discriminator_loss(z.float(), t.float()).backward()
+    assert judge.to(dtype)(z).dtype == dtype
+
+
+def test_what_aikd_refuses(given: dict[str, torch.Tensor], judge: Discriminator) -> None:
+    z, t, r, y = given.values()
+    one = torch.nn.Parameter(torch.ones(()))
+    for name in ("pretrained_weight", "previous_weight", "temperature", "previous_temperature"):
+        with pytest.raises(ValueError, match=f"AIKDLoss: {name} requires grad"):
+            AIKDLoss(judge, **{name: one})(z, t, r, y)
+        AIKDLoss(judge, **{name: np.float32(0.5)})(z, t, r, y)
+        AIKDLoss(judge, **{name: torch.tensor(0.5)})(z, t, r, y)
+    criterion, table = AIKDLoss(judge), PreviousEpoch(6, 5)
+    for sentence, call in {
+        "AIKDLoss: logits is a list, expected a tensor": lambda: criterion([1], t, r, y),
+        "AIKDLoss: pretrained_logits is None, expected a": lambda: criterion(z, None, r, y),
+        "AIKDLoss: previous_probs is a NumPy array": lambda: criterion(z, t, np.ones(3), y),
+        "AIKDLoss: target is the string": lambda: criterion(z, t, r, "y"),
+        "AIKDLoss: logits is None": lambda: criterion.discriminator_loss(None, t),
+        "Discriminator: logits is a list": lambda: judge([1.0]),
+        "PreviousEpoch: index is a list, expected a tensor": lambda: table.update([0], z),
+        "PreviousEpoch: logits is None": lambda: table.update(y, None),
+    }.items():
+        with pytest.raises(TypeError, match=sentence):
+            call()
+    with torch.inference_mode():
+        index, probs = torch.arange(6), r.clone()
+        logits = z.detach().clone()
+    table.update(index, logits)
+    table.end_epoch()
+    criterion(z, logits, table.lookup(index), y)[0].backward()
+    criterion(z, t, probs, y)[0].backward()

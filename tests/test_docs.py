@@ -141,7 +141,8 @@ def situations() -> dict[str, Any]:
     maps, teacher_maps = torch.randn(2, 2, 4, 3, 3)
     x, features = torch.randn(2, 8, 6)
     real, fake = torch.randn(2, 8)
-    class_weights = torch.rand(5)
+    class_weights, learned = torch.rand(5), torch.nn.Parameter(torch.tensor(2.0))
+    cosine_classifier = torch.nn.Sequential(fc)
     h, q, count, mask, epoch = torch.randn(8, 6), t.softmax(1), 11, targets != -100, 41
     return locals() | {"F": F}
 
@@ -161,6 +162,9 @@ def test_calls_of_choosing(call: str) -> None:
     found = run_situation(call, selfkd)
     if "selfkd.nn" in call:
         assert isinstance(found, (torch.nn.Module, float))
+        return
+    if "selfkd.reference" in call:
+        assert found.requires_grad  # of what is learned
         return
     expected = run_situation(call, selfkd.reference)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)

@@ -102,6 +102,25 @@ def test_exported(op: str) -> None:
         assert equal(found, Calls(op)(given))
 
 
+@harness.needs_operators
+@pytest.mark.parametrize("space", [selfkd, selfkd.reference], ids=["fused", "reference"])
+@each_operator
+def test_on_the_meta_device(op: str, space: Any) -> None:
+    """Shapes and dtypes without values, forward and backward: of a model under torch.device("meta")."""
+    with torch.device("meta"):
+        live, fixed = CALLS[op].tensors(6, "meta")
+        live = [x.detach().requires_grad_() for x in live]
+        result = CALLS[op].call(getattr(space, op), *live, *fixed)
+    grads = torch.autograd.grad(total(result), live)
+    expected = CALLS[op].call(getattr(space, op), *(x for y in CALLS[op].tensors(6) for x in y))
+    assert (result.device.type, result.shape, result.dtype) == (
+        "meta",
+        expected.shape,
+        expected.dtype,
+    )
+    assert [x.shape for x in grads] == [x.shape for x in live]
+
+
 LOAD = """
 import sys, torch
 import torch._inductor.codecache  # PyTorch 2.10 needs it and does not load it

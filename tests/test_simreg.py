@@ -501,6 +501,21 @@ def test_head(layers: int, parameters: int) -> None:
 
 
 @needs_torch_backend
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_a_head_of_one_row(layers: int) -> None:
+    """Batch statistics of one row are none: what a last batch of one brings."""
+    head = selfkd.nn.SimRegHead(5, 6, layers)
+    if layers > 1:
+        with pytest.raises(
+            ValueError, match=r"SimRegHead: x has 1 row, expected 2 or .*drop_last=True"
+        ):
+            head(torch.randn(1, 5))
+    assert head.eval()(torch.randn(1, 5)).shape == (1, 6)
+    with pytest.raises(TypeError, match="SimRegHead: x is None, expected a tensor"):
+        head(None)
+
+
+@needs_torch_backend
 def test_module_is_the_mean_over_teachers(generator: torch.Generator) -> None:
     one, other = (list(pair(6, n)(generator).values()) for n in (5, 9))
     for x in (one[0], other[0]):

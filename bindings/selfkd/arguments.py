@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.nn.functional as F
 
+from . import contract
 from .contract import described, number_rule
 
 _P = ParamSpec("_P")
@@ -82,38 +82,15 @@ def number(op: str, name: str, value: Any, way: str | None = None) -> Any:
         return value
     if isinstance(value, torch.Tensor):
         without_gradient(op, name, value, way)
-    found = value
-    if hasattr(value, "item") and hasattr(value, "shape"):  # PyTorch's and NumPy's
-        if math.prod(value.shape) != 1:
-            raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}, expected a number")
-        found = value.item()
-    elif isinstance(value, numbers.Real) and kind is not bool:
-        found = float(value)
-    if type(found) is float or type(found) is int:
-        return found
-    raise TypeError(f"{op}: {name} is {described(value)}, expected a number")
+    return contract.number(op, name, value)
 
 
 def integer(op: str, name: str, value: Any) -> Any:
     """`value` as a Python int; otherwise as :func:`number`."""
-    if type(value) is int:
-        return value
-    found = number(op, name, value)
-    if isinstance(found, float):
-        raise TypeError(f"{op}: {name} is {described(found)}, expected a whole number")
-    return found
+    return value if type(value) is int else contract.whole(op, name, number(op, name, value))
 
 
-def flag(op: str, name: str, value: Any) -> bool:
-    """`value` as True or False: a bool of Python or NumPy, a tensor with one, or 0 or 1."""
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, torch.Tensor):
-        if value.dtype == torch.bool and value.numel() == 1:
-            return bool(value)
-    elif type(value).__name__ in ("bool", "bool_") or (type(value) is int and value in (0, 1)):
-        return bool(value)
-    raise TypeError(f"{op}: {name} is {described(value)}, expected True or False")
+flag = contract.flag
 
 
 # ---- every wrong call gets a sentence ----
@@ -328,9 +305,15 @@ def divisor_tensor(op: str, divisor: Any, reduction: str, like: torch.Tensor) ->
     return torch.full((), divisor, dtype=dtype, device=like.device)
 
 
+def under_autocast(x: torch.Tensor) -> bool:
+    """Whether autocast is on for the device of `x`; the meta device has none."""
+    device = x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def same_dtype(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Under autocast two live inputs may differ: the narrower is cast to the wider."""
-    if u.dtype != v.dtype and torch.is_autocast_enabled(u.device.type):
+    if u.dtype != v.dtype and under_autocast(u):
         dtype = torch.promote_types(u.dtype, v.dtype)
         return u.to(dtype), v.to(dtype)
     return u, v

@@ -192,7 +192,7 @@ def bifpn_fuse(
     ways = _ways(resize, len(inputs))
     codes = [choice(way) for choice, way in zip(_resize[: len(ways)], ways, strict=True)]
     first = inputs[0]
-    if torch.is_autocast_enabled(first.device.type):
+    if arguments.under_autocast(first):
         dtype = functools.reduce(torch.promote_types, [x.dtype for x in inputs])
         inputs = tuple(x.to(dtype) for x in inputs)
         first = inputs[0]

@@ -51,15 +51,57 @@ _capsule_pointer.restype, _capsule_pointer.argtypes = (
 )
 
 
-def describe(array: Any) -> tuple[Tensor, Any]:
-    """The descriptor of a DLPack producer, and the capsule that keeps its memory alive.
+_CODES = {"i": 0, "u": 1, "f": 2, "c": 5, "b": 6}  # NumPy's kinds, DLPack's codes
 
-    The capsule is never renamed, so its producer's destructor frees it: the array is only looked
-    at.
+
+def _of_numpy(op: str, name: str, array: Any, written: bool) -> tuple[Tensor, Any]:
+    """The descriptor of a NumPy array; its own export refuses arrays that are read-only.
+
+    An input whose elements do not lie on multiples of their size is copied.
     """
-    if hasattr(array, "detach"):  # PyTorch refuses to export what requires grad
+    interface = array.__array_interface__
+    address, is_constant = interface["data"]
+    strides = interface["strides"] or contracts.compact_strides(array.shape, array.itemsize)
+    if written and is_constant:
+        raise ValueError(f"{op}: {name} is read-only, expected an array that can be written")
+    if any(x % array.itemsize for x in (address, *strides)) and array.size:
+        if written:
+            raise ValueError(
+                f"{op}: {name} has elements that do not lie on multiples of their size, expected an "
+                "array that is aligned"
+            )
+        return _of_numpy(op, name, array.copy(), written)
+    numbers = [(ctypes.c_int64 * array.ndim)(*x) for x in (array.shape, strides)]
+    for k in range(array.ndim):
+        numbers[1][k] //= array.itemsize
+    dtype = _Dtype(_CODES[interface["typestr"][1]], 8 * array.itemsize, 1)
+    shape, steps = (ctypes.cast(x, ctypes.POINTER(ctypes.c_int64)) for x in numbers)
+    return Tensor(address, _Device(1, 0), array.ndim, dtype, shape, steps, 0), (array, numbers)
+
+
+def _as_in_memory(array: Any) -> Any:
+    """A tensor of PyTorch without gradient, its numbers with the sign that they have in memory."""
+    if hasattr(array, "detach"):
         array = array.detach()
-    capsule = array.__dlpack__()
+    return array.resolve_conj().resolve_neg() if hasattr(array, "resolve_neg") else array
+
+
+def describe(op: str, name: str, array: Any, written: bool = False) -> tuple[Tensor, Any]:
+    """The descriptor of an array, and what keeps its memory alive.
+
+    A capsule of DLPack is never renamed, so its producer's destructor frees it: the array is only
+    looked at.
+    """
+    dtype: Any = getattr(array, "dtype", None)
+    if hasattr(array, "__array_interface__") and dtype.kind in _CODES and dtype.isnative:
+        return _of_numpy(op, name, array, written)
+    try:
+        capsule = _as_in_memory(array).__dlpack__()
+    except (AttributeError, BufferError, TypeError, ValueError, NotImplementedError) as error:
+        raise TypeError(
+            f"{op}: {name} is {contracts.described(array)} that DLPack does not hand over ({error}), "
+            "expected a dense array in memory"
+        ) from error
     return Tensor.from_address(_capsule_pointer(capsule, b"dltensor")), capsule
 
 
@@ -95,7 +137,7 @@ def run(
         if value is None or item.kind == "SCRATCH":
             continue
         if not item.is_number:
-            tensor, capsule = describe(value)
+            tensor, capsule = describe(op, item.name, value, item.is_output or item.kind == "INOUT")
             if device is not None:
                 tensor.device.device_type = device
             alive.append((tensor, capsule))
@@ -107,13 +149,18 @@ def run(
     return status
 
 
-def _array(value: Any) -> Any:
-    """A DLPack producer: `value` itself, or an array of a number or NumPy scalar."""
+def _array(op: str, name: str, value: Any) -> Any:
+    """A DLPack producer: `value` itself, or an array of a number, list or NumPy scalar."""
     if hasattr(value, "__dlpack__"):
         return value
     import numpy as np
 
-    return np.array(value)
+    try:
+        return np.array(value)
+    except ValueError as error:  # lists of several lengths
+        raise TypeError(
+            f"{op}: {name} is {contracts.described(value)}, expected an array"
+        ) from error
 
 
 def _dtype_name(array: Any) -> str:
@@ -129,14 +176,33 @@ def new_outputs(
     checker = contracts.check(of, arguments)
     logits = _dtype_name(arguments[of.first])
     dtypes = {"ACC": contracts.accumulator(logits), "F64": "float64", "SAME": logits}
-    return {
-        item.name: given.get(item.name)
-        if item.name in given or contracts.is_absent(item, arguments)
-        else np.empty_like(np.asarray(arguments[item.shape]))
-        if item.kind == "LIKE"
-        else np.empty(contracts.output_shape(item, checker), dtype=dtypes[item.rule])
-        for item in of.outputs
-    }
+
+    def new(item: contracts.Item) -> Any:
+        if item.name in given or contracts.is_absent(item, arguments):
+            return given.get(item.name)
+        if dtypes[item.rule] == "bfloat16":
+            raise TypeError(
+                f"{of.name}: {item.name} has dtype bfloat16, which NumPy does not have, expected an array"
+                f" for it in out={{'{item.name}': ...}}"
+            )
+        if item.kind == "LIKE":
+            return np.empty_like(np.asarray(_as_in_memory(arguments[item.shape])))
+        return np.empty(contracts.output_shape(item, checker), dtype=dtypes[item.rule])
+
+    return {item.name: new(item) for item in of.outputs}
+
+
+def _whole(op: str, name: str, value: Any) -> int:
+    return contracts.whole(op, name, contracts.number(op, name, value))
+
+
+_NUMBERS = {
+    "REAL": contracts.number,
+    "INT": _whole,
+    "BOOL": contracts.flag,
+    "CHOICE": _whole,
+    "RESIZE": _whole,
+}
 
 
 def _function(op: str) -> Callable[..., Any]:
@@ -148,15 +214,30 @@ def _function(op: str) -> Callable[..., Any]:
     def call(
         *values: Any, out: Mapping[str, Any] | None = None, stream: int | None = None, **named: Any
     ) -> Any:
-        arguments = defaults | dict(zip(positional, values, strict=False)) | named
+        if len(values) > len(positional):
+            raise TypeError(
+                f"{op}: {len(values)} arguments are given, expected at most {len(positional)}: "
+                f"{', '.join(positional)}"
+            )
+        given = dict(zip(positional, values, strict=False))
+        if twice := sorted(set(given) & set(named)):
+            raise TypeError(f"{op}: {twice[0]} is given twice, expected once")
+        arguments = defaults | given | named
         unknown = sorted(set(arguments) - set(positional))
         if unknown:
             raise TypeError(f"{op}: {unknown[0]} is no argument, expected {', '.join(positional)}")
+        unknown = sorted(set(out or {}) - {item.name for item in of.outputs})
+        if unknown:
+            expected = ", ".join(item.name for item in of.outputs)
+            raise TypeError(f"{op}: {unknown[0]} is no result, expected {expected}")
         for item in of.items:
-            if item.choices and isinstance(arguments.get(item.name), str):
-                arguments[item.name] = contracts.Choice(op, item.name)(arguments[item.name])
-            if item.is_input and arguments.get(item.name) is not None:
-                arguments[item.name] = _array(arguments[item.name])
+            value = arguments.get(item.name)
+            if item.choices and isinstance(value, str):
+                arguments[item.name] = contracts.Choice(op, item.name)(value)
+            elif item.is_number:
+                arguments[item.name] = _NUMBERS[item.kind](op, item.name, value)
+            elif item.is_input and value is not None:
+                arguments[item.name] = _array(op, item.name, value)
         outputs = new_outputs(of, arguments, out or {})
         library.check(run(library.library(), op, arguments | outputs, stream))
         return result(**outputs)

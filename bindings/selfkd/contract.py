@@ -175,9 +175,65 @@ def described(value: Any) -> str:
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
+def number(op: str, name: str, value: Any) -> float | int:
+    """`value` as a Python number: that of a scalar of NumPy or of a tensor of one element.
+
+    Raises
+    ------
+    TypeError
+        It is no number; True and False are none.
+    ValueError
+        More elements than one.
+    """
+    found = value
+    if hasattr(value, "item") and hasattr(value, "shape"):
+        if math.prod(value.shape) != 1:
+            raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}, expected a number")
+        found = value.item()
+    elif isinstance(value, numbers.Real) and not isinstance(value, (bool, int)):
+        found = float(value)
+    if type(found) is float or type(found) is int:
+        return found
+    raise TypeError(f"{op}: {name} is {described(value)}, expected a number")
+
+
+def whole(op: str, name: str, value: float | int) -> int:
+    """A number that is an int.
+
+    Raises
+    ------
+    TypeError
+        A float.
+    """
+    if isinstance(value, float):
+        raise TypeError(f"{op}: {name} is {described(value)}, expected a whole number")
+    return value
+
+
+def flag(op: str, name: str, value: Any) -> bool:
+    """`value` as True or False: a bool of Python or NumPy, an array or tensor with one, or 0 or 1.
+
+    Raises
+    ------
+    TypeError
+        Anything else.
+    """
+    found = value
+    if hasattr(value, "item") and hasattr(value, "shape") and math.prod(value.shape) == 1:
+        found = value.item()
+    if isinstance(found, bool) or (type(value) is int and value in (0, 1)):
+        return bool(found)
+    raise TypeError(f"{op}: {name} is {described(value)}, expected True or False")
+
+
 def _dtype(tensor: Any) -> str:
-    name = str(tensor.dtype).removeprefix("torch.")
-    return name if name in _KNOWN else "an unsupported dtype"
+    dtype = tensor.dtype
+    name = str(dtype).removeprefix("torch.")
+    if name in _KNOWN:
+        return name
+    if not type(dtype).__module__.startswith("numpy"):
+        return "an unsupported dtype"
+    return f"{name} (big-endian)" if getattr(dtype, "byteorder", "") == ">" else name
 
 
 def _device(tensor: Any) -> str:
@@ -347,6 +403,15 @@ def check(contract: Contract, arguments: Mapping[str, Any]) -> _Checker:
             if item.kind == "RESIZE":
                 checker.resize(item, number)
     return checker
+
+
+def compact_strides(shape: Sequence[int], step: int = 1) -> tuple[int, ...]:
+    """Strides of a compact array, the last dimension's being `step`."""
+    found = []
+    for size in reversed(shape):
+        found.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(found))
 
 
 def is_absent(item: Item, arguments: Mapping[str, Any]) -> bool:

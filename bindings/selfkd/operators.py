@@ -46,7 +46,14 @@ def _registry() -> torch.library.Library | None:
             return None
         raise ImportError(f"selfkd: {library.library_path()}: {why}")
     library.library().selfkd_release_autograd_guard()
-    return torch.library.Library("selfkd", "FRAGMENT")  # type: ignore[no-untyped-call]
+    # What an earlier import of this package registered would be in the way: it is kept where deleting or
+    # reloading the package does not reach.
+    kept = vars(torch.ops.selfkd)
+    if earlier := kept.get("_registry_of_python"):
+        earlier._destroy()
+    made = torch.library.Library("selfkd", "FRAGMENT")  # type: ignore[no-untyped-call]
+    kept["_registry_of_python"] = made
+    return made
 
 
 def by_name(of: Contract, values: tuple[Any, ...]) -> dict[str, Any]:

@@ -513,9 +513,8 @@ def sd_dropout_head(
     code = _reduction(reduction)
     if row_weight is not None:
         arguments.without_gradient(_OP, "row_weight", row_weight)
-    device = features.device.type
-    if torch.is_autocast_enabled(device) and features.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    if arguments.under_autocast(features) and features.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(features.device.type)
         features, weight = features.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     if divisor is not None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import gc
 import math
+import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -25,6 +27,9 @@ COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 SAMPLE_SECONDS = 5e-3  # short calls are repeated until a sample takes this long
 GIVEN_BACK = 32 << 20  # bytes; glibc returns larger blocks, so that resident memory tells something
 GRAPHED = 1 << 30  # bytes of inputs; beyond it launches cost nothing, and a graph keeps its memory
+SLOW_COPY = 18e9  # bytes/s; a CPU below it is busy with something else
+LACKING = 0.25  # cores that others had and this process wanted
+UNSTEADY = 2.5  # of the quartiles of a contender's times, when a quiet machine gives 1.1 to 1.5
 OWN = ("selfkd", "graph selfkd")
 Errors = tuple[float, float]  # of the loss, of the gradients
 Result = dict[str, Any]
@@ -233,6 +238,38 @@ def seconds(function: Pass, device: str, calls: int = 1) -> float:
     return float(first.elapsed_time(last)) / 1e3 / calls
 
 
+def busy_seconds(stat: str) -> tuple[float, int]:
+    """The time that all CPUs have worked, by the text of /proc/stat, and how many they are."""
+    lines = stat.splitlines()
+    user, nice, system, _, _, irq, softirq, steal, *_ = map(int, lines[0].split()[1:])
+    ticks = user + nice + system + irq + softirq + steal
+    count = sum(re.match(r"cpu\d", line) is not None for line in lines)
+    return ticks / os.sysconf("SC_CLK_TCK"), count
+
+
+class Others:
+    """What other programs take of the CPUs while samples are taken; also other guests of the machine."""
+
+    def __enter__(self) -> Others:
+        self.cores, self.lacking = 0.0, 0.0
+        self.start = self.now()
+        return self
+
+    @staticmethod
+    def now() -> tuple[float, float, float, int]:
+        path = Path("/proc/stat")
+        all_of_them, count = busy_seconds(path.read_text()) if path.exists() else (0.0, 0)
+        return time.perf_counter(), all_of_them, time.process_time(), count
+
+    def __exit__(self, *exception: Any) -> None:
+        """`cores`: how many others kept busy. `lacking`: how many more this process would have used."""
+        begin, busy, own, count = self.start
+        end, busy_then, own_then, _ = self.now()
+        passed = max(end - begin, 1e-9)
+        self.cores = max(0.0, (busy_then - busy) - (own_then - own)) / passed
+        self.lacking = max(0.0, self.cores + torch.get_num_threads() - count) if count else 0.0
+
+
 def take_samples(
     passes: Mapping[str, Pass], device: str, repeat: int, say: Say
 ) -> dict[str, list[float]]:
@@ -289,7 +326,27 @@ def compare(
         "fastest": fastest,
         "ratios": ratios,
         "bytes_per_second": bandwidth,
+        "busy": [],
     }
+
+
+def disturbances(figures: Result, device: str, others: float, lacking: float) -> list[str]:
+    """How it shows that something else was running; then no ratio means anything.
+
+    `others` and `lacking` are those of :class:`Others`.
+    """
+    found = []
+    bandwidth = figures["bytes_per_second"]
+    if device == "cpu" and bandwidth < SLOW_COPY:
+        found.append(
+            f"copied at {bandwidth / 1e9:.1f} GB/s, expected {SLOW_COPY / 1e9:.0f} or more"
+        )
+    if device == "cpu" and lacking > LACKING:
+        found.append(f"other programs kept {others:.1f} cores busy")
+    for name, (low, _, high) in figures["quartiles"].items():
+        if high > UNSTEADY * low:
+            found.append(f"{name} took {high / low:.1f} times as long in one quarter as in another")
+    return found
 
 
 def measure(
@@ -329,7 +386,10 @@ def measure(
         passes |= graphs(case, inputs, grad)
     if case.part:
         passes["part"] = partial(loss_and_gradients, case.part, inputs, grad)
-    samples = take_samples(passes, device, repeat, say)
+    with Others() as others:
+        samples = take_samples(passes, device, repeat, say)
+    figures = compare(case, samples, memory, device)
+    figures["busy"] = disturbances(figures, device, others.cores, others.lacking)
     return {
         "case": case.name,
         "operator": case.operator,
@@ -343,5 +403,5 @@ def measure(
         "out_of_memory": failed,
         "part_name": case.part_name,
         "need": dict(case.need),
-        **compare(case, samples, memory, device),
+        **figures,
     }

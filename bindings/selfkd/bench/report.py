@@ -11,7 +11,6 @@ from typing import Any
 Result = dict[str, Any]
 Table = list[list[str]]  # the first row is the head
 AT_MOST = ("copy", "part", "memory")  # ratios that must not be larger than needed; others: smaller
-SLOW_COPY = 18e9  # bytes/s; a CPU below it is busy with something else
 NAMES = {"eager": "eager", "compile": "torch.compile", "graph": "CUDA graph", "liger": "Liger"}
 
 
@@ -20,7 +19,7 @@ NAMES = {"eager": "eager", "compile": "torch.compile", "graph": "CUDA graph", "l
 
 def unmet(result: Result) -> list[str]:
     """Return the names of the ratios that miss what they must be; what was not measured is left out."""
-    ratios, need = result["ratios"], result["need"]
+    ratios, need = ({} if disturbances(result) else result["ratios"]), result["need"]
     return [
         k
         for k, n in need.items()
@@ -28,16 +27,32 @@ def unmet(result: Result) -> list[str]:
     ]
 
 
-def is_busy(result: Result) -> bool:
-    """Tell whether something else was running: then no ratio means anything."""
-    on_cpu = result.get("device", "cpu") == "cpu"
-    return bool(on_cpu and result["bytes_per_second"] < SLOW_COPY)
+def disturbances(result: Result) -> list[str]:
+    """How it showed that something else was running: then no ratio means anything, and none is used."""
+    return list(result.get("busy", ()))
+
+
+def in_words(result: Result, kind: str) -> str:
+    """A ratio, and what it must be."""
+    ratio, need = result["ratios"][kind], result["need"][kind]
+    what = {
+        "copy": "the time of copying its bytes",
+        "memory": "the peak memory of eager",
+        "part": result["part_name"],
+    }.get(kind, f"the speed of {NAMES.get(kind, kind)}")
+    least = "at most" if kind in AT_MOST else "at least"
+    return f"{result['case']} has {ratio:.2f}x {what}, {least} {need:.4g}x is required"
 
 
 def missed(results: Sequence[Result]) -> list[str]:
-    """What does not hold, case by case."""
-    found = [f"{result['case']}: {kind}" for result in results for kind in unmet(result)]
-    return found + [f"{result['case']}: quiet machine" for result in results if is_busy(result)]
+    """What does not hold, case by case, in words."""
+    found = [in_words(result, kind) for result in results for kind in unmet(result)]
+    return found + [
+        f"{result['case']} was measured on a busy machine ({', '.join(disturbances(result))}) and does"
+        " not count"
+        for result in results
+        if disturbances(result)
+    ]
 
 
 def hardware(about: Result) -> str:
@@ -117,7 +132,8 @@ def notes(result: Result) -> list[str]:
 
 
 def title(result: Result) -> str:
-    busy = "; THE MACHINE IS BUSY, repeat the run" if is_busy(result) else ""
+    found = ", ".join(disturbances(result))
+    busy = f"; THE MACHINE IS BUSY ({found}), repeat the run" if found else ""
     return f"{result['case']}: copy {result['bytes_per_second'] / 1e9:.1f} GB/s{busy}"
 
 
@@ -155,15 +171,12 @@ def summary(results: Sequence[Result], named: bool = False) -> Table:
     head = ["case", "ms", *(f"against {NAMES[kind]}" for kind in kinds), "of copy bandwidth"]
     table = [[*head, "gradient error / eager's"]]
     for result in results:
-        table.append(
-            [
-                result["case"],
-                milliseconds(result["quartiles"]["selfkd"])[0],
-                *(faster(result, kind, named) for kind in kinds),
-                share(result),
-                gradient_errors(result),
-            ]
-        )
+        figures = [faster(result, kind, named) for kind in kinds]
+        figures.append(share(result))
+        if disturbances(result):
+            figures = ["busy"] * len(figures)
+        time = milliseconds(result["quartiles"]["selfkd"])[0]
+        table.append([result["case"], time, *figures, gradient_errors(result)])
     return table
 
 

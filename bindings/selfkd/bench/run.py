@@ -229,6 +229,10 @@ def verdict(options: argparse.Namespace, found: dict[str, Any]) -> int:
     print(f"missed: {'; '.join(missed)}" if missed else "all required ratios hold")
     code = 1 if found["failed"] or (missed and options.require) else 0
     for result in found["results"] if options.min_speedup is not None else ():
+        if report.disturbances(result):
+            print(f"{result['case']}: not compared with --min-speedup, as the machine was busy")
+            code = 1
+            continue
         speedup = result["ratios"].get("eager", math.inf)  # no eager form had memory enough
         if speedup < options.min_speedup:
             print(

@@ -18,8 +18,20 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .. import arguments
 from ..adversarial import adversarial
 from ..distill import distill
+
+_LEARNS = "call selfkd.reference.distill, which gives it one"
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+
+def _in_dtype_of(judge: nn.Module, logits: torch.Tensor) -> torch.Tensor:
+    """Logits in the dtype that a discriminator computes in; autocast sees to it itself."""
+    if arguments.under_autocast(logits):
+        return logits
+    floating = (x.dtype for x in judge.parameters() if x.is_floating_point())
+    return logits.to(next(floating, logits.dtype))
 
 
 class Discriminator(nn.Module):
@@ -55,6 +67,9 @@ class Discriminator(nn.Module):
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
+        temperature = arguments.number(
+            "Discriminator", "temperature", temperature, "leave it to a layer"
+        )
         if not 0 < temperature < float("inf"):
             raise ValueError(
                 f"Discriminator: temperature is {temperature:g}, expected a finite number > 0"
@@ -70,6 +85,7 @@ class Discriminator(nn.Module):
             width = wide
         self.layers = nn.Sequential(*layers, nn.Linear(width, 1))
 
+    @arguments.public("Discriminator")
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
         """Scores (N,) of logits (N, C): high where the pre-trained model is taken for their source."""
         if logits.ndim != 2 or logits.shape[1] != self.num_classes:
@@ -77,6 +93,7 @@ class Discriminator(nn.Module):
                 f"Discriminator: logits has shape {tuple(logits.shape)}, "
                 f"expected (N, {self.num_classes})"
             )
+        logits = _in_dtype_of(self, logits)
         scores: torch.Tensor = self.layers(torch.softmax(logits / self.temperature, 1))
         return scores.squeeze(1)
 
@@ -97,11 +114,16 @@ class PreviousEpoch(nn.Module):
     num_samples, num_classes
         Size of the data set, and of a prediction.
     dtype
-        Of the tables. In float16 a probability below 3e-8 becomes 0.
+        Of the tables. In float16 a probability below 3e-8 becomes 0. ``.half()`` and the like of a model
+        that holds this module leave the tables as they are.
+    rewrite
+        Allow an index to be written again in one epoch (several views of a sample, sampling with
+        replacement): the last write counts. Otherwise that is an error, since it is what happens where
+        ``end_epoch()`` is forgotten.
 
     Notes
     -----
-    Memory: two tables of num_samples x num_classes, on every rank, and 2 bytes a sample. In
+    Memory: two tables of num_samples x num_classes, on every rank, and 3 bytes a sample. In
     float16: 20 MB for CIFAR-100, 5.1 GB for ImageNet-1k; ``.to(device)`` decides where. Where that is
     a GPU, the check of the indices waits for it once in each call.
 
@@ -129,16 +151,27 @@ class PreviousEpoch(nn.Module):
     current: torch.Tensor
     previous_written: torch.Tensor
     current_written: torch.Tensor
+    _own: torch.Tensor
 
     def __init__(
-        self, num_samples: int, num_classes: int, dtype: torch.dtype = torch.float16
+        self,
+        num_samples: int,
+        num_classes: int,
+        dtype: torch.dtype = torch.float16,
+        *,
+        rewrite: bool = False,
     ) -> None:
         super().__init__()
+        self.rewrite = rewrite
         for name in ("previous", "current"):
             self.register_buffer(name, torch.zeros(num_samples, num_classes, dtype=dtype))
             self.register_buffer(f"{name}_written", torch.zeros(num_samples, dtype=torch.bool))
+        # What this process has written in this epoch: not what other ranks wrote, nor what a checkpoint
+        # holds, whose epoch may be run again from its start.
+        self.register_buffer("_own", torch.zeros(num_samples, dtype=torch.bool), persistent=False)
         self.epochs = 0  # that have ended
 
+    @arguments.public("PreviousEpoch")
     @torch.no_grad()
     def update(self, index: torch.Tensor, logits: torch.Tensor) -> None:
         """Write the probabilities softmax(logits) of this epoch.
@@ -153,7 +186,8 @@ class PreviousEpoch(nn.Module):
         Raises
         ------
         ValueError
-            A shape that does not fit, or an index out of range.
+            A shape that does not fit, an index out of range, one written before in this epoch, or
+            probabilities in place of logits.
         """
         index = self._checked(index)
         expected = (len(index), self.current.shape[1])
@@ -162,12 +196,49 @@ class PreviousEpoch(nn.Module):
                 f"PreviousEpoch: logits has shape {tuple(logits.shape)}, expected {expected}"
             )
         acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        self._check_update(index, logits.to(acc))
         probs = logits.softmax(1, dtype=acc).to(self.current)
         ordered = index.sort(stable=True)
         first = ordered.indices[torch.searchsorted(ordered.values, index)]
         self.current[index] = probs[first]  # rows of one index are equal: any order of writing
         self.current_written[index] = True
+        self._own[index] = True
 
+    def _check_update(self, index: torch.Tensor, logits: torch.Tensor) -> None:
+        """Raise for what is written a second time, and for probabilities. Waits for a GPU once."""
+        again = self._own[index]
+        sums = (logits.sum(1) - 1).abs() < 1e-3
+        probabilities = (sums & (logits >= 0).all(1)).all()
+        was_written, are_probabilities = torch.stack(
+            [again.any(), probabilities.to(again.device)]
+        ).tolist()
+        if are_probabilities and logits.numel() and logits.shape[1] > 1:
+            raise ValueError(
+                "PreviousEpoch: logits has rows of probabilities, which sum to 1, expected logits: what "
+                "goes into the softmax, or probs.log()"
+            )
+        if was_written and not self.rewrite:
+            raise ValueError(
+                f"PreviousEpoch: index {index[again][0].item()} is written again, expected end_epoch() "
+                "after each epoch; where an epoch holds a sample more than once, PreviousEpoch(..., "
+                "rewrite=True)"
+            )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any) -> PreviousEpoch:
+        """Move the tables, but keep their dtype: of integers nothing is cast."""
+        names = ("previous", "current")
+        dtypes = [self._buffers[name].dtype for name in names]  # type: ignore[union-attr]
+        for name in names:
+            table = getattr(self, name)
+            self._buffers[name] = table.view(_INTEGERS[table.itemsize])
+        try:
+            super()._apply(fn, *args)  # type: ignore[no-untyped-call]
+        finally:
+            for name, dtype in zip(names, dtypes, strict=True):
+                self._buffers[name] = getattr(self, name).view(dtype)
+        return self
+
+    @arguments.public("PreviousEpoch")
     @torch.no_grad()
     def lookup(self, index: torch.Tensor) -> torch.Tensor | None:
         """Return the previous epoch's probabilities, (N, num_classes) on the tables' device.
@@ -212,6 +283,7 @@ class PreviousEpoch(nn.Module):
         self.previous, self.current = self.current, self.previous
         self.previous_written, self.current_written = self.current_written, self.previous_written
         self.current_written.zero_()
+        self._own.zero_()
         self.epochs += 1
 
     def _checked(self, index: torch.Tensor) -> torch.Tensor:
@@ -241,10 +313,14 @@ class PreviousEpoch(nn.Module):
 
 
 class AIKDParts(NamedTuple):
-    """The weighted terms of :class:`AIKDLoss`, detached: their sum is the loss."""
+    """The weighted terms of :class:`AIKDLoss`, detached: their sum is the loss.
+
+    `previous` is 0 in the first epoch; if it stays 0, ``PreviousEpoch.end_epoch()`` is not called.
+    """
 
     ce: torch.Tensor
-    kl: torch.Tensor
+    pretrained: torch.Tensor
+    previous: torch.Tensor
     adversarial: torch.Tensor
 
 
@@ -256,7 +332,8 @@ class AIKDLoss(nn.Module):
         + w_{adv} A(D(z))
 
     with p the student's distribution of logits z, q the pre-trained model's, r the previous epoch's,
-    and A the generator's :func:`selfkd.adversarial` of the discriminator's scores.
+    and A the generator's :func:`selfkd.adversarial` of the discriminator's scores. q and r are detached
+    here: the method learns from both and teaches neither.
 
     Parameters
     ----------
@@ -308,6 +385,7 @@ class AIKDLoss(nn.Module):
         self.temperature, self.previous_temperature = temperature, previous_temperature
         self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
 
+    @arguments.public("AIKDLoss")
     def forward(
         self,
         logits: torch.Tensor,
@@ -326,31 +404,42 @@ class AIKDLoss(nn.Module):
         target
             Class of each row, (N,) int64. `ignore_index` counts in the other terms all the same.
         """
-        teachers, weights = [pretrained_logits], [self.pretrained_weight]
-        temperatures, kinds = [self.temperature], ["logits"]
-        if previous_probs is not None:
-            teachers.append(previous_probs)
-            weights.append(self.previous_weight)
-            temperatures.append(self.previous_temperature)
-            kinds.append("probs")
+        names = ["pretrained_weight", "previous_weight", "temperature", "previous_temperature"]
+        numbers = [arguments.number("AIKDLoss", x, getattr(self, x), _LEARNS) for x in names]
+        weights, temperatures = numbers[:2], numbers[2:]
         loss, ce, kl = distill(
             logits,
             target,
-            teachers,
+            (pretrained_logits.detach(), previous_probs),
             teacher_weights=weights,
             temperature=temperatures,
             teacher_temperature=temperatures,
-            teacher_kind=kinds,
+            teacher_kind=("logits", "probs"),
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
             return_parts=True,
         )
+        previous = torch.zeros_like(kl)
+        if (
+            previous_probs is not None and weights[1] != 0
+        ):  # its share, which one pass does not tell apart
+            with torch.no_grad():
+                previous = distill(  # type: ignore[assignment]
+                    logits,
+                    teachers=previous_probs,
+                    teacher_weights=weights[1],
+                    temperature=temperatures[1],
+                    teacher_temperature=temperatures[1],
+                    teacher_kind="probs",
+                )
+        parts = ce, kl - previous, previous
         if self.adversarial_weight == 0:
-            return loss, AIKDParts(ce, kl, torch.zeros_like(kl))
+            return loss, AIKDParts(*parts, torch.zeros_like(kl))
         game = adversarial(self._judge(logits), mode=self.mode, side="generator")
         game = self.adversarial_weight * game
-        return loss + game, AIKDParts(ce, kl, game.detach())
+        return loss + game, AIKDParts(*parts, game.detach())
 
+    @arguments.public("AIKDLoss")
     def discriminator_loss(
         self, logits: torch.Tensor, pretrained_logits: torch.Tensor
     ) -> torch.Tensor:
@@ -359,7 +448,7 @@ class AIKDLoss(nn.Module):
         Both kinds go through the discriminator as one batch.
         """
         both = torch.cat([pretrained_logits.detach(), logits.detach()])
-        scores = self.discriminator(both)
+        scores = self.discriminator(_in_dtype_of(self.discriminator, both))
         real, fake = scores.split([len(pretrained_logits), len(logits)])
         return adversarial(real, fake, mode=self.mode)
 
@@ -369,7 +458,8 @@ class AIKDLoss(nn.Module):
         if isinstance(judge, DistributedDataParallel):
             judge = judge.module
         frozen = {name: parameter.detach() for name, parameter in judge.named_parameters()}
-        scores: torch.Tensor = torch.func.functional_call(judge, frozen, (logits,))
+        given = (_in_dtype_of(judge, logits),)
+        scores: torch.Tensor = torch.func.functional_call(judge, frozen, given)
         return scores
 
     def extra_repr(self) -> str:

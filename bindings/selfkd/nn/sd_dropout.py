@@ -1,15 +1,39 @@
-"""SD-Dropout: a linear head with its loss."""
+"""SD-Dropout: a head with its loss."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..sd_dropout_head import sd_dropout_head
+from .. import arguments
+from ..contract import described
+from ..distill import distill
+from ..dropout_views import dropout_views
+from ..sd_dropout_head import _seed, sd_dropout_head
+from ..sd_dropout_kl import sd_dropout_kl
+
+_LEARNS = "call selfkd.reference.sd_dropout_head, which gives it one"
+_has_global_hook: Callable[[], Any] = getattr(
+    nn.modules.module, "_has_any_global_hook", lambda: False
+)
+
+
+def _is_plain(head: Any) -> bool:
+    """Whether a call of the head is its weight and bias, and nothing more."""
+    return (
+        type(head) is nn.Linear
+        and "forward" not in vars(head)
+        and not (head._forward_hooks or head._forward_pre_hooks)
+        and not (head._backward_hooks or head._backward_pre_hooks)
+        and not _has_global_hook()
+    )
 
 
 class SDDropout(nn.Module):
-    """A linear head trained with SD-Dropout: :func:`selfkd.sd_dropout_head` as a module.
+    """A head trained with SD-Dropout.
 
     The loss is ``F.cross_entropy(head(h), target) + kl_weight * sd_dropout_kl(u, v)``, where u and
     v are the head's logits of two dropout samples of the features h.
@@ -17,8 +41,10 @@ class SDDropout(nn.Module):
     Parameters
     ----------
     head
-        The classifier, (K features -> C classes). Registered here, so its parameters are this
-        module's.
+        The classifier, (N, K) features -> (N, C) logits; a module is registered here, so its parameters
+        are this module's. A plain ``nn.Linear`` is computed by :func:`selfkd.sd_dropout_head`, which does
+        not store its logits. Anything else (a subclass, a Sequential, LoRA, hooks, parametrizations) is
+        called as it is, on the features and on each of the samples: same masks, same loss.
     p
         Dropout probability of each sample, in [0, 1).
     temperature, forward_weight, reverse_weight, detach_target
@@ -31,15 +57,31 @@ class SDDropout(nn.Module):
     reduction, chunk_bytes
         As for :func:`selfkd.sd_dropout_head`.
 
+    Raises
+    ------
+    TypeError
+        A head that cannot be called.
+    ValueError
+        A number that is not accepted.
+
     Notes
     -----
     Source: arXiv 2208.05642 and its authors' code. The cross-entropy sees the features
     without dropout.
+
+    Checkpoints: ``net.fc = SDDropout(net.fc)`` calls the head's entries ``fc.head.weight``. Those saved
+    before, ``fc.weight``, load all the same. After training ``net.fc = net.fc.head`` takes the head out
+    again.
+
+    Examples
+    --------
+    >>> net.fc = selfkd.nn.SDDropout(net.fc)
+    >>> logits, loss = net.fc(features, target)
     """
 
     def __init__(
         self,
-        head: nn.Linear,
+        head: Callable[[torch.Tensor], torch.Tensor],
         p: float = 0.5,
         temperature: float = 3.0,
         kl_weight: float = 1.0,
@@ -53,7 +95,12 @@ class SDDropout(nn.Module):
         chunk_bytes: int = 64 << 20,
     ) -> None:
         super().__init__()
-        if not 0 <= p < 1:
+        if not callable(head):
+            raise TypeError(
+                f"SDDropout: head is {described(head)}, expected a module or function of features, "
+                "such as nn.Linear(32, 10)"
+            )
+        if not 0 <= arguments.number("SDDropout", "p", p, _LEARNS) < 1:
             raise ValueError(f"SDDropout: p is {p:g}, expected a number in [0, 1)")
         self.head = head
         self.p, self.temperature, self.kl_weight = p, temperature, kl_weight
@@ -65,6 +112,7 @@ class SDDropout(nn.Module):
         self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
         self.reduction, self.chunk_bytes = reduction, chunk_bytes
 
+    @arguments.public("SDDropout")
     def forward(
         self,
         features: torch.Tensor,
@@ -75,50 +123,107 @@ class SDDropout(nn.Module):
         divisor: float | torch.Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor | None, torch.Tensor]:
-        """Logits and loss in training mode, logits in evaluation mode.
+        """Logits and loss where a target is given; in evaluation mode without one, logits alone.
 
         Parameters
         ----------
         features
             Pooled features, (N, K).
         target
-            Class of each row, (N,) int64; needed in training mode.
+            Class of each row, (N,) int64; needed in training mode. In evaluation mode nothing is
+            dropped: the samples are equal, so the loss is the cross-entropy.
         return_logits
             Return the logits without dropout, detached, beside the loss (else None in their place).
         row_weight, divisor, generator
             As for :func:`selfkd.sd_dropout_head`.
         """
-        if not self.training:
-            logits: torch.Tensor = self.head(features)
-            return logits
         if target is None:
-            raise ValueError(
-                "SDDropout: target is None, expected the class of each row in training mode"
+            if self.training:
+                raise ValueError(
+                    "SDDropout: target is None, expected the class of each row in training mode"
+                )
+            return self.head(features)
+        if self.training and _is_plain(self.head):
+            found = sd_dropout_head(
+                features,
+                self.head.weight,  # type: ignore[attr-defined]
+                self.head.bias,  # type: ignore[attr-defined]
+                target,
+                p=self.p,
+                temperature=self.temperature,
+                kl_weight=self.kl_weight,
+                forward_weight=self.forward_weight,
+                reverse_weight=self.reverse_weight,
+                detach_target=self.detach_target,
+                label_smoothing=self.label_smoothing,
+                ignore_index=self.ignore_index,
+                row_weight=row_weight,
+                reduction=self.reduction,
+                divisor=divisor,
+                generator=generator,
+                chunk_bytes=self.chunk_bytes,
+                return_logits=return_logits,
             )
-        found = sd_dropout_head(
-            features,
-            self.head.weight,
-            self.head.bias,
+            if isinstance(found, torch.Tensor):
+                return None, found
+            loss, logits = found
+            return logits, loss
+        logits, loss = self._composed(features, target, row_weight, divisor, generator)
+        return logits.detach() if return_logits else None, loss
+
+    def _composed(
+        self,
+        features: torch.Tensor,
+        target: torch.Tensor,
+        row_weight: torch.Tensor | None,
+        divisor: float | torch.Tensor | None,
+        generator: torch.Generator | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and loss of any head: what :func:`selfkd.sd_dropout_head` does of a linear one."""
+        arguments.without_gradient("SDDropout", "row_weight", row_weight, _LEARNS)
+        counted = target != self.ignore_index
+        weight = counted if row_weight is None else counted * row_weight
+        # Rows that do not count may hold NaN, which would reach the head's parameters.
+        skipped = (weight == 0).unsqueeze(1) & ~features.isfinite()
+        features = features.masked_fill(skipped, 0)
+        rows: dict[str, Any] = {"reduction": self.reduction, "divisor": divisor}
+        views = [features]
+        if self.training:
+            seed = _seed(features, generator)
+            views = list(dropout_views(features, seed, p=self.p).unbind())
+        logits, *samples = (self.head(x) for x in views)
+        loss: torch.Tensor = distill(  # type: ignore[assignment]
+            logits,
             target,
-            p=self.p,
-            temperature=self.temperature,
-            kl_weight=self.kl_weight,
-            forward_weight=self.forward_weight,
-            reverse_weight=self.reverse_weight,
-            detach_target=self.detach_target,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
-            row_weight=row_weight,
-            reduction=self.reduction,
-            divisor=divisor,
-            generator=generator,
-            chunk_bytes=self.chunk_bytes,
-            return_logits=return_logits,
+            weight=row_weight,
+            **rows,
         )
-        if isinstance(found, torch.Tensor):
-            return None, found
-        loss, logits = found
+        if samples:
+            kl = sd_dropout_kl(
+                *samples,
+                temperature=self.temperature,
+                forward_weight=self.forward_weight,
+                reverse_weight=self.reverse_weight,
+                detach_target=self.detach_target,
+                weight=weight,
+                **rows,
+            )
+            loss = loss + arguments.number("SDDropout", "kl_weight", self.kl_weight, _LEARNS) * kl
         return logits, loss
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **named: Any
+    ) -> None:
+        """Take the entries of the head alone too, saved before it was put here."""
+        if isinstance(self.head, nn.Module):
+            known = set(self.head.state_dict(keep_vars=True))
+            found = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
+            if not any(f"head.{name}" in found for name in known):
+                for name in known & found:
+                    state_dict[f"{prefix}head.{name}"] = state_dict.pop(prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **named)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, temperature={self.temperature}, kl_weight={self.kl_weight}"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from .. import arguments
 from ..simreg import simreg
 
 
@@ -60,6 +61,17 @@ class SimRegHead(nn.Sequential):
         else:
             super().__init__(*projector, *_block(in_features, out_features))
 
+    @arguments.public("SimRegHead")
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Predictions (N, out_features) of features (N, in_features)."""
+        if self.training and len(self) > 1 and len(x) == 1:
+            raise ValueError(
+                "SimRegHead: x has 1 row, expected 2 or more in training, for batch statistics: "
+                "DataLoader(..., drop_last=True) leaves out a last batch of one"
+            )
+        found: torch.Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return found
+
 
 class SimRegLoss(nn.Module):
     """:func:`selfkd.simreg` of one prediction, or its mean over several teachers.
@@ -75,10 +87,11 @@ class SimRegLoss(nn.Module):
     released code has one teacher.
     """
 
-    def __init__(self, *, normalize: bool = True, reduction: str = "mean", dim: int = -1) -> None:
+    def __init__(self, *, normalize: bool = True, reduction: str = "mean", dim: int = 1) -> None:
         super().__init__()
         self.normalize, self.reduction, self.dim = normalize, reduction, dim
 
+    @arguments.public("SimRegLoss")
     def forward(
         self,
         predictions: torch.Tensor | Sequence[torch.Tensor],
