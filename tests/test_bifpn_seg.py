@@ -23,9 +23,11 @@ Sizes = list[tuple[int, int]]
 SIZES: dict[str, Sizes] = {
     "even": [(s, s) for s in (32, 16, 8, 4, 2, 1)],
     "odd": [(s, s) for s in (33, 17, 9, 5, 3, 2)],
+    "wide": [(16, 48), (8, 24), (4, 12), (2, 6), (1, 3), (1, 3)],
     "oblong": [(s, 2 * s) for s in (48, 24, 12, 6, 3, 2)],
     "of one size": [(4, 5)] * 6,
     # Rows that fit into the ratio of the widths, which is not theirs: 12 * 47 / 24 is 23.5.
+    "odd and oblong": [(65, 129), (33, 65), (17, 33), (9, 17), (5, 9), (3, 5)],
     "rows cut off": [(23, 47), (12, 24), (6, 12), (3, 6), (2, 4), (2, 3)],
 }
 LAYERS = {"BiFPN1": (3, True), "BiFPN2": (2, False)}  # of the authors' network
@@ -46,8 +48,7 @@ def make_maps(sizes: Sizes, channels: int = 3, batch: int = 2) -> list[Tensor]:
 def make_theirs(neck: str, channels: int = 3) -> nn.Sequential:
     """The authors' neck in float64, parameters and statistics as after some steps."""
     count, bottom_up = LAYERS[neck]
-    last = [False] * (count - 1) + [not bottom_up]
-    theirs = nn.Sequential(*(authors.BiFPNSeg(channels, is_last) for is_last in last)).double()
+    theirs = authors.seg_neck(channels, count, is_last=not bottom_up).double()
     for name, x in theirs.state_dict().items():
         if x.is_floating_point():
             x.uniform_(*((0.5, 2) if name.endswith(("weight", "var")) else (-0.5, 0.5)))
@@ -142,7 +143,7 @@ def test_two_levels_of_sizes_that_do_not_fit(size: tuple[int, int]) -> None:
     ):
         assert_close(x, y)
     with pytest.raises(RuntimeError, match="must match the size"):
-        authors.BiFPNSeg(3).double()([fine, *[coarse] * 5])
+        authors.SegLayer(3).double()([fine, *[coarse] * 5])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -202,7 +203,7 @@ def test_authors_checkpoints(neck: str, wrapped: str) -> None:
 
 @pytest.mark.parametrize("is_last", [False, True])
 def test_one_layer_of_the_authors(is_last: bool) -> None:
-    theirs = authors.BiFPNSeg(3, is_last).double().eval()
+    theirs = authors.SegLayer(3, is_last).double().eval()
     ours = BiFPNSeg(3, repeat=1, bottom_up=not is_last).double().eval()
     ours.load_state_dict(BiFPNSeg.convert_authors_state_dict(theirs.state_dict()))
     assert_same(ours, theirs, make_maps(SIZES["odd"]))

@@ -1,7 +1,7 @@
-"""FRSKD's self-teachers and necks in the structure of their authors' code, written from its description.
+"""FRSKD's self-teachers in the structure of their authors' code, written from its description.
 
-What :class:`selfkd.nn.BiFPN` and :class:`selfkd.nn.BiFPNSeg` are compared with by the tests, the former
-by the bench too. Source: Ji et al., "Refine Myself by Teaching Myself", arXiv 2103.08273, and
+What :class:`selfkd.nn.BiFPN` and :class:`selfkd.nn.BiFPNSeg` are compared with, in value by the tests and
+in time by the bench. Source: Ji et al., "Refine Myself by Teaching Myself", arXiv 2103.08273, and
 MingiJi/FRSKD, classification/models/bifpnc.py and bifpn.py, segmentation/utils/BiFPN.py. Names of
 parameters are those of its checkpoints.
 """
@@ -104,15 +104,6 @@ class Layer(nn.Module):
         return refined if preact else [F.relu(x) for x in refined]
 
 
-def through(
-    layers: nn.ModuleList, feats: Sequence[Tensor], preact: bool
-) -> tuple[list[Tensor], Tensor]:
-    """Maps of the last layer, not rectified if `preact`, and its pooled top, which always is."""
-    for r, layer in enumerate(layers):
-        feats = layer(feats, preact and r == len(layers) - 1)
-    return list(feats), F.adaptive_avg_pool2d(F.relu(feats[-1]), 1).flatten(1)
-
-
 class BiFPNc(nn.Module):
     """The channel-scaled self-teacher: level i has `width` times the classifier's channels."""
 
@@ -132,8 +123,9 @@ class BiFPNc(nn.Module):
         self.fc = nn.Linear(widths[-1], classes)
 
     def forward(self, feats: Sequence[Tensor], preact: bool = False) -> tuple[list[Tensor], Tensor]:
-        feats, pooled = through(self.layers, feats, preact)
-        return feats, self.fc(pooled)
+        for layer in self.layers:
+            feats = layer(feats, preact and layer is self.layers[-1])
+        return list(feats), self.fc(F.adaptive_avg_pool2d(F.relu(feats[-1]), 1).flatten(1))
 
 
 class BiFPN(nn.Module):
@@ -156,37 +148,39 @@ class BiFPN(nn.Module):
         self.linear = nn.Linear(width, classes)
 
     def forward(self, feats: Sequence[Tensor], preact: bool = False) -> tuple[list[Tensor], Tensor]:
-        feats, pooled = through(self.layers, feats, preact)
-        return feats, self.linear(pooled)
+        for layer in self.layers:
+            feats = layer(feats, preact and layer is self.layers[-1])
+        return list(feats), self.linear(F.adaptive_avg_pool2d(F.relu(feats[-1]), 1).flatten(1))
 
 
-class BiFPNSeg(nn.Module):
-    """One layer of the necks for segmentation, on maps P2 (the finest) to P7.
-
-    Bilinearly up by the ratio of the widths, by nearest neighbours down to the size; `is_last`: up alone.
-    """
+class SegLayer(nn.Module):
+    """A layer of the segmentation neck on the maps P2 to P7; the last has no bottom-up half."""
 
     def __init__(self, channels: int, is_last: bool = False) -> None:
         super().__init__()
         self.is_last = is_last
-        names = [f"conv{k}up" for k in range(7, 1, -1)]
-        if not is_last:
-            names += [f"conv{k}dw" for k in range(3, 8)]
-        for name in names:
+        nodes = [f"conv{level}up" for level in (7, 6, 5, 4, 3, 2)]
+        for name in nodes + [f"conv{level}dw" for level in (3, 4, 5, 6, 7)] * (not is_last):
             conv = nn.Conv2d(channels, channels, 1, groups=channels)
             self.add_module(name, nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU()))
 
-    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         given = dict(zip(range(2, 8), maps, strict=True))
         up = {7: self.get_submodule("conv7up")(given[7])}
-        for k in range(6, 1, -1):
-            scale = given[k].shape[3] / up[k + 1].shape[3]
-            enlarged = F.interpolate(up[k + 1], scale_factor=scale, mode="bilinear")
-            up[k] = self.get_submodule(f"conv{k}up")(given[k] + enlarged)
+        for level in (6, 5, 4, 3, 2):
+            x, above = given[level], up[level + 1]
+            resize = nn.Upsample(scale_factor=x.shape[3] / above.shape[3], mode="bilinear")
+            up[level] = self.get_submodule(f"conv{level}up")(x + resize(above))
         if self.is_last:
-            return tuple(up[k] for k in given)
+            return [up[level] for level in range(2, 8)]
         out = {2: up[2]}
-        for k in range(3, 8):
-            reduced = F.interpolate(out[k - 1], up[k].shape[2:])
-            out[k] = self.get_submodule(f"conv{k}dw")(given[k] + up[k] + reduced)
-        return tuple(out[k] for k in given)
+        for level in (3, 4, 5, 6, 7):
+            below = F.interpolate(out[level - 1], given[level].shape[2:])
+            node = self.get_submodule(f"conv{level}dw")
+            out[level] = node(given[level] + up[level] + below)
+        return [out[level] for level in range(2, 8)]
+
+
+def seg_neck(channels: int, layers: int, is_last: bool) -> nn.Sequential:
+    """``BiFPN1`` (3 layers) or ``BiFPN2`` (2, the second of which is the last) of the segmentation model."""
+    return nn.Sequential(*(SegLayer(channels, is_last and r == layers - 1) for r in range(layers)))

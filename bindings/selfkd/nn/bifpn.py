@@ -81,10 +81,7 @@ def _separable(channels: int) -> nn.Sequential:
 
 
 class _Node(nn.Module):
-    """Weighted sum of rectified maps, then `depth` separable convolutions, each rectified.
-
-    Not `rectify`: but for the last of them.
-    """
+    """Weighted sum of rectified maps, then `depth` separable convolutions, each rectified."""
 
     def __init__(self, inputs: int, channels: int, depth: int, fuse: Fusion) -> None:
         super().__init__()
@@ -92,15 +89,14 @@ class _Node(nn.Module):
         self.weight = nn.Parameter(torch.ones(inputs))
         self.conv = nn.ModuleList(_separable(channels) for _ in range(depth))
 
-    def forward(
-        self, maps: Sequence[torch.Tensor], resize: Sequence[str | None], rectify: bool = True
-    ) -> torch.Tensor:
+    def forward(self, maps: Sequence[torch.Tensor], resize: Sequence[str | None]) -> torch.Tensor:
+        """The last convolution's result, not rectified."""
         x = self.fuse(*maps, weight=self.weight, resize=resize)
-        for left, block in zip(reversed(range(len(self.conv))), self.conv, strict=True):
-            x = block(x)
-            if left or rectify:
-                x = F.relu_(x)  # batch norm does not keep what it returns
-        return x
+        *first, last = self.conv
+        for block in first:
+            x = F.relu_(block(x))  # batch norm does not keep what it returns
+        found: torch.Tensor = last(x)
+        return found
 
 
 class _Layer(nn.Module):
@@ -128,27 +124,28 @@ class _Layer(nn.Module):
         )
 
     def forward(self, maps: Sequence[torch.Tensor], preact: bool = False) -> list[torch.Tensor]:
-        """Refine maps that are rectified; so are the results unless `preact`."""
+        """Refine maps that are rectified; so are the results, unless `preact` wants them as they were."""
         laterals = list(maps)
         if self.lateral:
             laterals = [lateral(x) for lateral, x in zip(self.lateral, maps, strict=True)]
-        path = [F.relu(laterals[-1])]
+        rectified = F.relu if preact else F.relu_
+        path, before = [F.relu(laterals[-1])], laterals[-1]
         for i in reversed(range(len(maps) - 1)):
             # Convolution, norm and ReLU of each pixel alone come before the pixels are repeated.
             above = self.up[i](path[0]) if self.up else path[0]
-            rectify = not (preact and i == 0)  # the finest is a result, the others are fused
-            path.insert(0, self.top_down[i]([laterals[i], above], (None, "nearest"), rectify))
-        refined = [path[0]]
+            before = self.top_down[i]([laterals[i], above], (None, "nearest"))
+            path.insert(0, rectified(before))
+        refined, results = [path[0]], [before]
         for i, node in enumerate(self.bottom_up, start=1):
-            below = F.relu(refined[-1]) if preact else refined[-1]
             between = path[i:-1][:1]  # none at the top, where it would be the lateral
-            operands = [self.skip[i - 1](maps[i]), *between, below]
+            operands = [self.skip[i - 1](maps[i]), *between, refined[-1]]
             resize: list[str | None] = [None] * (len(operands) - 1) + ["maxpool"]
             if self.down:  # these sizes are even, so that ceil_mode pads as TensorFlow does
-                pooled = F.max_pool2d(below, 3, 2, ceil_mode=True)
+                pooled = F.max_pool2d(refined[-1], 3, 2, ceil_mode=True)
                 operands[-1], resize[-1] = self.down[i - 1](pooled), None
-            refined.append(node(operands, resize, not preact))
-        return refined
+            results.append(node(operands, resize))
+            refined.append(rectified(results[-1]))
+        return results if preact else refined
 
 
 class BiFPN(nn.Module):
@@ -252,8 +249,8 @@ class BiFPN(nn.Module):
             Maps (N, C_i, H_i, W_i) of the classifier's stages, finest first, each twice as high and wide as
             the next. They get gradients; negative values count as 0.
         preact
-            As the authors' argument: return the maps as they are before their last ReLU, for losses
-            that look there (Overhaul distillation). The logits stay the same.
+            Return the maps as they are before the last ReLU, as the authors' module does for distillation
+            of features before activation (Heo et al., arXiv 1904.01866). The logits stay the same.
 
         Returns
         -------
@@ -273,8 +270,9 @@ class BiFPN(nn.Module):
         if features[0].device.type == "cpu":  # there convolutions work on channels_last
             features = [x.contiguous(memory_format=torch.channels_last) for x in features]
         maps = [F.relu(x) for x in features]
-        for left, layer in zip(reversed(range(len(self.layers))), self.layers, strict=True):
-            maps = layer(maps, preact and left == 0)
+        for layer in self.layers[:-1]:
+            maps = layer(maps)
+        maps = self.layers[-1](maps, preact)
         last = F.relu(maps[-1]) if preact else maps[-1]
         logits: torch.Tensor = self.head(last.mean((2, 3)))
         return maps, logits

@@ -141,8 +141,8 @@ class FRSKDLoss(nn.Module):
         # What of the classifier's cross-entropy goes with the soft labels in one pass, and the rest.
         (share, y), *rest = labels
         fused: torch.Tensor | None = y
-        if y.is_floating_point():
-            fused, rest = None, labels
+        if y.is_floating_point() or (rest and torch.compiler.is_compiling()):
+            fused, share, rest = None, 1.0, labels
         loss, ce, kl = distill(
             logits,
             fused,
@@ -181,7 +181,11 @@ def _labels(target: Any) -> list[tuple[float, torch.Tensor]]:
         )
     for name, y in zip(("y_a", "y_b"), target[:2], strict=True):
         arguments.tensor(_OP, name, y)
-    lam = _number("lam", target[2], "FRACTION")
+    lam = target[2]
+    if torch.compiler.is_compiling() and type(lam) is float:  # no constant: every step has another
+        contract.number_rule(_OP, "lam", lam, "FRACTION")
+    else:
+        lam = _number("lam", lam, "FRACTION")
     return [(lam, target[0]), (1 - lam, target[1])]
 
 
@@ -190,6 +194,8 @@ def _cross_entropy(
 ) -> torch.Tensor:
     """`share` times the mean cross-entropy with classes or probabilities."""
     if not (y.is_floating_point() and y.shape == logits.shape):
+        if torch.compiler.is_compiling():  # a share that changes may not be an operator's argument
+            return share * distill(logits, y, **options)  # type: ignore[operator]
         return distill(logits, y, ce_weight=share, **options)  # type: ignore[return-value]
     if options["ignore_index"] >= 0:
         raise ValueError(
