@@ -391,3 +391,32 @@ def test_ours_do_not(T: float) -> None:
             expected = torch.autograd.grad(exact, (wide_u, wide_v), retain_graph=True)
             for x, y in zip(found, expected, strict=True):
                 assert (x - y).abs().max() <= 1e-5 * y.abs().max()
+
+
+def test_what_troubleshooting_says(generator: torch.Generator) -> None:
+    """docs/troubleshooting.md: factors of reductions, masks, class weights, dtypes, dimensions."""
+    z, t = (3 * torch.randn(8, 10, generator=generator, dtype=torch.float64) for _ in range(2))
+    y, T = torch.randint(10, (8,), generator=generator), 2.5
+    log_p, q = F.log_softmax(z / T, 1), F.softmax(t / T, 1)
+    batchmean = F.kl_div(log_p, q, reduction="batchmean")
+    ours = selfkd.distill(z, teachers=t, temperature=T)
+    torch.testing.assert_close(ours, T**2 * batchmean)
+    torch.testing.assert_close(ours / 10, T**2 * F.kl_div(log_p, q, reduction="none").mean())
+    without = selfkd.distill(z, teachers=t, temperature=T, teacher_weights=1 / T**2)
+    torch.testing.assert_close(without, batchmean)
+    padding = torch.arange(8) >= 5  # fairseq's mask is True on padding
+    kept = selfkd.distill(z, y, t, weight=~padding)
+    torch.testing.assert_close(kept, selfkd.distill(z[:5], y[:5], t[:5]))
+    nothing = torch.zeros(8, dtype=torch.bool)
+    assert selfkd.distill(z, y, t, weight=nothing).isnan()
+    assert selfkd.distill(z, y, t, weight=nothing, divisor=nothing.sum().clamp(min=1)) == 0
+    smoothed = selfkd.distill(z, y, label_smoothing=0.1 * 10 / 9)
+    of_class, of_all = F.cross_entropy(z, y), -F.log_softmax(z, 1).sum(1).mean()
+    torch.testing.assert_close(smoothed, 0.9 * of_class + 0.1 / 9 * (of_all - of_class))
+    assert selfkd.distill(z.half(), y, t).dtype == torch.float32
+    tokens, targets = torch.randn(2, 7, 5), torch.randint(5, (2, 7))
+    expected = F.cross_entropy(tokens.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(selfkd.distill(tokens, targets, dim=-1), expected)
+    learned = torch.nn.Parameter(torch.tensor(2.0))
+    selfkd.reference.distill(z, y, t, temperature=learned).backward()
+    assert learned.grad is not None
