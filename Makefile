@@ -116,7 +116,7 @@ COMPAT_NEEDS_torchdistill = $(COMPAT_FILE)[test]
 COMPAT_TESTS_torchdistill := tests/test_integrations.py tests/test_integrations_training.py
 COMPAT_FILE = $(or $(COMPAT_WHEEL),$(shell echo build/compat/*.whl))
 COMPAT_NEEDS := expecttest hypothesis numpy pytest
-COMPAT_TESTS := $(addprefix tests/test_,library.py check.py pytorch.py sd_dropout_kl.py distill.py) \
+COMPAT_TESTS := $(addprefix tests/test_,library.py check.py pytorch.py arguments.py sd_dropout_kl.py distill.py) \
   -k 'not (from_c or v3 or v4 or gpt_classes or many_classes or one_class_stands_out)'
 compat: $(COMPAT:%=compat-%)
 build/compat/wheel.stamp: $(SOURCES) | needs-python needs-compilers

@@ -223,13 +223,13 @@ def _explain_target(target: torch.Tensor, classes: int, ignore_index: int) -> No
         )
 
 
-def _check_weights(row_weight: torch.Tensor) -> None:
-    """Raise ValueError if a weight is negative or NaN. (Those of the operator of rows may be: in
-    backward they come times an incoming gradient.)"""
-    if row_weight.dtype != torch.bool and not (row_weight >= 0).all():
-        at = int((~(row_weight >= 0)).nonzero()[0])
+def _check_weights(kept: torch.Tensor) -> None:
+    """Raise ValueError if the weight of a row that counts is negative or NaN. (Those of the operator of
+    rows may be: in backward they come times an incoming gradient.)"""
+    if not (kept >= 0).all():
+        at = int((~(kept >= 0)).nonzero()[0])
         raise ValueError(
-            f"{_OP}: row_weight is {float(row_weight[at]):g} at position [{at}], expected a number >= 0"
+            f"{_OP}: row_weight is {float(kept[at]):g} at position [{at}], expected a number >= 0"
         )
 
 
@@ -266,10 +266,10 @@ def _forward(
     others are empty."""
     (N, K), C, acc = features.shape, weight.shape[0], _accumulator(features)
     in_backward = reduction == _NONE and wanted != 0
-    if row_weight is not None and not row_weight.is_cuda and not in_backward:
-        _check_weights(row_weight)
     size = min(max(N, 1), chunk_bytes // (3 * C * acc.itemsize))
     kept = _kept(target, row_weight, ignore_index)
+    if row_weight is not None and not row_weight.is_cuda and not in_backward:
+        _check_weights(kept)
     skipped = kept == 0
     has_skipped = skipped.is_cuda or bool(skipped.any())  # nothing waits for a GPU
     head = _Head(features, weight, bias, size, kept)
