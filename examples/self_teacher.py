@@ -111,9 +111,9 @@ def pixel_head(width: int, classes: int) -> nn.Sequential:
 
 
 class Segmenter(nn.Module):
-    """A pyramid of five maps behind a neck, and a head on the finest: logits of every pixel."""
+    """A pyramid of four maps behind a neck, and a head on the finest: logits of every pixel."""
 
-    width, levels = 32, 5
+    width, levels = 32, 4  # the coarsest map of five would be of one pixel
 
     def __init__(self, classes: int, channels: int, fuse: Callable[..., Tensor]) -> None:
         super().__init__()
