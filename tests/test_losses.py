@@ -393,30 +393,259 @@ def test_ours_do_not(T: float) -> None:
                 assert (x - y).abs().max() <= 1e-5 * y.abs().max()
 
 
-def test_what_troubleshooting_says(generator: torch.Generator) -> None:
-    """docs/troubleshooting.md: factors of reductions, masks, class weights, dtypes, dimensions."""
-    z, t = (3 * torch.randn(8, 10, generator=generator, dtype=torch.float64) for _ in range(2))
-    y, T = torch.randint(10, (8,), generator=generator), 2.5
+# ---- docs/troubleshooting.md ----
+
+TROUBLE = (ROOT / "docs" / "troubleshooting.md").read_text()
+
+
+def troubled() -> Names:
+    """The names of the page, beside those of docs/losses.md."""
+    g = torch.Generator().manual_seed(20221111)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=F64)
+
+    n = drawn()
+    n |= {"maps": randn(N, C, H, W).requires_grad_(), "taught": randn(N, C, H, W)}
+    n |= {"tokens": randn(2, 7, C).requires_grad_(), "heard": randn(2, 7, C), "count": 40}
+    n |= {"hidden": randn(2, 7, D).requires_grad_(), "taught_hidden": randn(2, 7, D)}
+    n |= {"targets": torch.randint(C, (2, 7), generator=g), "q": n["P"], "F": F}
+    n["targets"][:, 5:] = -100
+    n |= {"pad_mask": torch.arange(N) >= 5, "mask": torch.zeros(N, dtype=torch.bool)}
+    n |= {"class_weights": torch.rand(C, generator=g, dtype=F64), "reference": selfkd.reference}
+    return n | {"learned": torch.nn.Parameter(torch.tensor(2.0, dtype=F64))}
+
+
+def temperate(z: Tensor, t: Tensor, T: float | Tensor, reduction: str = "batchmean") -> Tensor:
+    """T^2 KL(q_T||p_T) by F.kl_div, classes in dimension 1."""
     log_p, q = F.log_softmax(z / T, 1), F.softmax(t / T, 1)
-    batchmean = F.kl_div(log_p, q, reduction="batchmean")
-    ours = selfkd.distill(z, teachers=t, temperature=T)
-    torch.testing.assert_close(ours, T**2 * batchmean)
-    torch.testing.assert_close(ours / 10, T**2 * F.kl_div(log_p, q, reduction="none").mean())
-    without = selfkd.distill(z, teachers=t, temperature=T, teacher_weights=1 / T**2)
-    torch.testing.assert_close(without, batchmean)
-    padding = torch.arange(8) >= 5  # fairseq's mask is True on padding
-    kept = selfkd.distill(z, y, t, weight=~padding)
-    torch.testing.assert_close(kept, selfkd.distill(z[:5], y[:5], t[:5]))
-    nothing = torch.zeros(8, dtype=torch.bool)
-    assert selfkd.distill(z, y, t, weight=nothing).isnan()
-    assert selfkd.distill(z, y, t, weight=nothing, divisor=nothing.sum().clamp(min=1)) == 0
-    smoothed = selfkd.distill(z, y, label_smoothing=0.1 * 10 / 9)
-    of_class, of_all = F.cross_entropy(z, y), -F.log_softmax(z, 1).sum(1).mean()
-    torch.testing.assert_close(smoothed, 0.9 * of_class + 0.1 / 9 * (of_all - of_class))
-    assert selfkd.distill(z.half(), y, t).dtype == torch.float32
-    tokens, targets = torch.randn(2, 7, 5), torch.randint(5, (2, 7))
-    expected = F.cross_entropy(tokens.flatten(0, 1), targets.flatten())
-    torch.testing.assert_close(selfkd.distill(tokens, targets, dim=-1), expected)
-    learned = torch.nn.Parameter(torch.tensor(2.0))
-    selfkd.reference.distill(z, y, t, temperature=learned).backward()
-    assert learned.grad is not None
+    return T**2 * F.kl_div(log_p, q, reduction=reduction)
+
+
+def token_ce(n: Names, reduction: str = "mean") -> Tensor:
+    return F.cross_entropy(n["tokens"].flatten(0, 1), n["targets"].flatten(), reduction=reduction)
+
+
+def of_kept_tokens(n: Names) -> Tensor:
+    kept = n["targets"] != -100
+    return token_ce(n) + temperate(n["tokens"][kept], n["heard"][kept], 4.0)
+
+
+def of_kept_rows(n: Names) -> Tensor:
+    z, y, t = (n[name][:5] for name in "zyt")
+    return F.cross_entropy(z, y) + temperate(z, t, 4.0)
+
+
+def targets_detached(n: Names) -> Tensor:
+    u, v = n["u"], n["v"]
+    return temperate(u, v.detach(), 3.0) + temperate(v, u.detach(), 3.0)
+
+
+def token_cosines(n: Names) -> Tensor:
+    cos = F.cosine_similarity(n["hidden"], n["taught_hidden"], dim=-1)
+    return (2 - 2 * cos).mean()
+
+
+def both_of_fixed(n: Names) -> Tensor:
+    z, t, T = n["z"], n["t"].detach(), n["T"]
+    return temperate(z, t, T) + temperate(t, z, T)
+
+
+ANSWERS: dict[str, Formula] = {
+    "distill(z, teachers=t, temperature=T, teacher_weights=1/T**2)": (
+        lambda n: kd(n, n["T"]) / n["T"] ** 2
+    ),
+    "distill(z, teachers=t, temperature=T, teacher_weights=1/C)": (
+        lambda n: temperate(n["z"], n["t"], n["T"], "mean")
+    ),
+    "distill(maps, teachers=taught, divisor=len(maps))": (
+        lambda n: temperate(n["maps"], n["taught"], 4.0)
+    ),
+    'sd_dropout_kl(u, v, temperature=1, reduction="sum")': lambda n: both_ways(n).sum(),
+    "sd_dropout_kl(u, v, temperature=1, forward_weight=0.5, reverse_weight=0.5)": (
+        lambda n: both_ways(n).mean() / 2
+    ),
+    "simreg(x, h, normalize=False) / D": lambda n: F.mse_loss(n["x"], n["h"]),
+    "distill(tokens, targets, dim=-1, divisor=count)": (
+        lambda n: token_ce(n, reduction="sum") / n["count"]
+    ),
+    "distill(z, y, label_smoothing=eps*C/(C-1))": smoothed_over_others,
+    "sd_dropout_kl(z, t, temperature=T, reverse_weight=0)": lambda n: n["T"] ** 2 * reverse(n),
+    "distill(z, y, t, weight=mask, divisor=mask.sum().clamp(min=1))": lambda n: 0 * n["z"].sum(),
+    "distill(z, y, t, weight=~pad_mask)": of_kept_rows,
+    'distill(z, y, q, teacher_kind="probs", temperature=1)': (
+        lambda n: ce(n) + kl(n["q"], F.softmax(n["z"], 1)).mean()
+    ),
+    "simreg(hidden, taught_hidden, dim=-1)": token_cosines,
+    "distill(tokens, targets, dim=-1)": token_ce,
+    "distill(tokens, targets, heard, dim=-1, mask_teachers=True)": of_kept_tokens,
+    "F.cross_entropy(z, y, weight=class_weights) + distill(z, teachers=t)": (
+        lambda n: ce(n, weight=n["class_weights"]) + kd(n, 4.0)
+    ),
+    "distill(z, y, t.detach())": lambda n: ce(n) + temperate(n["z"], n["t"].detach(), 4.0),
+    "sd_dropout_kl(t, z, temperature=T, reverse_weight=0)": (
+        lambda n: temperate(n["z"], n["t"], n["T"])
+    ),
+    "reference.distill(z, y, t, temperature=learned)": (
+        lambda n: ce(n) + temperate(n["z"], n["t"], n["learned"])
+    ),
+    "sd_dropout_kl(z, t.detach(), temperature=T)": both_of_fixed,
+    "sd_dropout_kl(u, v, detach_target=True)": targets_detached,
+}
+
+
+def test_every_answer_is_compared() -> None:
+    lines = [line for line in TROUBLE.splitlines() if line.startswith("| ")]
+    cells = [re.split(r"(?<!\\)\|", line)[3] for line in lines]
+    found = {call for cell in cells for call in re.findall(r"`([^`]+\([^`]*)`", cell)}
+    assert found - {"selfkd.nn.SDDropout(head)"} == set(ANSWERS)
+
+
+@pytest.mark.parametrize("call", ANSWERS)
+def test_answer(call: str) -> None:
+    """What the page tells to write is what it says; a teacher that learns or is detached does require grad."""
+    names = troubled()
+    if "t.detach()" in call or "kl(t, z" in call:
+        names["t"].requires_grad_()
+    ours, theirs = eval(call, dict(names)), ANSWERS[call](names)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    for x, y in zip(gradients(ours, names), gradients(theirs, names), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
+
+
+def test_recipe() -> None:
+    """The lines that compare with the reference: silent where all is right, not where it is not."""
+    (recipe,) = re.findall(r"^```python\n(.*?)^```$", TROUBLE, re.DOTALL | re.MULTILINE)
+    names = drawn(F32)
+    exec(recipe, {"selfkd": selfkd, "torch": torch} | names)
+    wrong = recipe.replace("found.double()", "1.00001 * found.double()")
+    with pytest.raises(AssertionError, match="index"):
+        exec(wrong, {"selfkd": selfkd, "torch": torch} | names)
+
+
+def test_factors() -> None:
+    """The ratio of what one writes first to the other code's value is the factor that the page names."""
+    n = troubled()
+    T = n["T"]
+    ours = selfkd.distill(n["z"], teachers=n["t"], temperature=T)
+    positions = selfkd.distill(n["maps"], teachers=n["taught"])
+    both = selfkd.sd_dropout_kl(n["u"], n["v"], temperature=1)
+    squares = selfkd.simreg(n["x"], n["h"], normalize=False)
+    for factor, ratio in {
+        "T²": ours / temperate(n["z"], n["t"], T) * T**2 / T**2,
+        "C": ours / temperate(n["z"], n["t"], T, "mean") / C,
+        "H x W": temperate(n["maps"], n["taught"], 4.0) / positions / (H * W),
+        "N": both_ways(n).sum() / both / N,
+        "2": both / (both_ways(n).mean() / 2) / 2,
+        "D": squares / F.mse_loss(n["x"], n["h"]) / D,
+    }.items():
+        assert re.search(rf"^\| {re.escape(factor)}[ ,]", TROUBLE, re.MULTILINE), factor
+        assert ratio.item() == pytest.approx(1, rel=1e-9), factor
+
+
+SENTENCES: dict[str, Callable[[Names], Any]] = {
+    "size 1 in dimension C": lambda n: selfkd.simreg(n["x"].view(N, 1, D), n["h"].view(N, 1, D)),
+    "is written again": lambda n: forgotten_end_of_epoch(n)[1],
+    "classes in the last dimension": lambda n: selfkd.distill(n["tokens"], n["targets"]),
+    "it weights positions": lambda n: selfkd.distill(n["z"], n["y"], weight=n["class_weights"]),
+    "teachers[0] requires grad": lambda n: selfkd.distill(n["z"], n["y"], n["u"]),
+    "temperature requires grad": lambda n: selfkd.distill(
+        n["z"], n["y"], n["t"], temperature=n["learned"]
+    ),
+}
+
+
+def forgotten_end_of_epoch(n: Names) -> tuple[Tensor, None]:
+    """Two epochs without ``end_epoch()``: the third term of the first, and the second's update."""
+    previous, index = selfkd.nn.PreviousEpoch(N, C), torch.arange(N)
+    previous.update(index, n["t"])
+    assert previous.lookup(index) is None
+    return previous.current, previous.update(index, n["t"])
+
+
+@pytest.mark.parametrize("sentence", SENTENCES)
+def test_sentence(sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        SENTENCES[sentence](troubled())
+
+
+def test_every_sentence_is_raised() -> None:
+    symptoms = [line.split("|")[1] for line in TROUBLE.splitlines() if line.startswith("| ")]
+    quoted = {text for cell in symptoms for text in re.findall(r'"([^"]+)"', cell)}
+    assert quoted == set(SENTENCES)
+
+
+def test_what_stands_still() -> None:
+    """NaN of nothing, 0 of an inverted mask, KL of probabilities taken for logits, SimReg over positions."""
+    n = troubled()
+    z, y, t = n["z"], n["y"], n["t"]
+    assert selfkd.distill(z, y, t, weight=n["mask"]).isnan()
+    assert F.cross_entropy(z, torch.full_like(y, -100)).isnan()
+    everything = torch.ones(N, dtype=torch.bool)  # nothing is padding
+    assert selfkd.distill(z, y, t, weight=~everything, reduction="sum") == 0
+    assert selfkd.distill(z.softmax(1), None, t.softmax(1)) < 0.05 * selfkd.distill(z, None, t)
+    twice = F.softmax(t.softmax(1) / 4, 1)
+    assert twice.max() < 1.3 / C
+    far = torch.randn(4, 7, 64, generator=torch.Generator().manual_seed(1), dtype=F64)
+    near = far + 0.1 * far.flip(0)  # features (N, L, D) that nearly agree
+    assert selfkd.simreg(far, near, dim=-1) < 0.05
+    assert 1.8 < selfkd.simreg(far, far.roll(1, 0)) < 2.2
+
+
+def test_tokens_whose_number_is_that_of_the_classes() -> None:
+    """Without dim=-1 nothing is raised where both are equal or there is no target, and the loss is another."""
+    square = torch.randn(2, C, C, generator=torch.Generator().manual_seed(1), dtype=F64)
+    targets = torch.arange(C).expand(2, C) // 2
+    expected = F.cross_entropy(square.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(selfkd.distill(square, targets, dim=-1), expected)
+    assert abs(selfkd.distill(square, targets) - expected) > 0.01
+    n = troubled()
+    rows = selfkd.distill(n["tokens"], None, n["heard"], dim=-1)
+    assert abs(selfkd.distill(n["tokens"], None, n["heard"]) - rows) > 0.01
+    of_all = selfkd.distill(n["tokens"], n["targets"], n["heard"], dim=-1)
+    assert abs(of_all - of_kept_tokens(n)) > 0.001  # the teacher counts on padding
+
+
+def test_default_temperatures() -> None:
+    n = drawn()
+    torch.testing.assert_close(selfkd.distill(n["z"], None, n["t"]), kd(n, 4.0))
+    torch.testing.assert_close(selfkd.sd_dropout_kl(n["u"], n["v"]), 9 * both_ways(n, 3.0).mean())
+
+
+def test_samples_that_nearly_agree() -> None:
+    """Eager PyTorch in float32 loses all but the first digits; and detached targets halve the gradient."""
+    g = torch.Generator().manual_seed(20221111)
+    u = 3 * torch.randn(64, 100, generator=g)
+    v = (u + 1e-3 * torch.randn(64, 100, generator=g)).requires_grad_()
+    exact = temperate(v.double(), u.double(), 1.0).item()
+    assert abs(temperate(v, u, 1.0).item() / exact - 1) > 1e-3
+    assert abs(selfkd.distill(v, None, u, temperature=1).item() / exact - 1) < 3e-6
+    grads = [
+        torch.autograd.grad(selfkd.sd_dropout_kl(u, v, detach_target=stopped), v)[0]
+        for stopped in (False, True)
+    ]
+    assert (grads[0] - 2 * grads[1]).norm() < 0.01 * grads[0].norm()
+
+
+def test_bfloat16() -> None:
+    g = torch.Generator().manual_seed(20221111)
+    z, t = (3 * torch.randn(64, 1000, generator=g).bfloat16() for _ in range(2))
+    exact = temperate(z.double(), t.double(), 1.0).item()
+    found = selfkd.distill(z, None, t, temperature=1)
+    assert found.dtype == torch.float32
+    assert selfkd.distill(z.half(), None, t.half()).dtype == torch.float32
+    assert abs(found.item() / exact - 1) < 3e-6
+    assert 3e-4 < abs(temperate(z, t, 1.0).item() / exact - 1) < 1e-2
+
+
+def test_class_of_previous_epoch_that_is_not_ended() -> None:
+    """AI-KD's third term is 0 as long as nothing ends an epoch."""
+    n = drawn()
+    previous, index = selfkd.nn.PreviousEpoch(N, C), torch.arange(N)
+    criterion = selfkd.nn.AIKDLoss()
+    for ended in (False, True):
+        _, parts = criterion(n["z"], n["t"], previous.lookup(index), n["y"])
+        assert (parts.previous == 0) == (not ended)
+        if not ended:
+            previous.update(index, n["t"])
+            previous.end_epoch()
