@@ -74,7 +74,7 @@ def kd_loss(
     Notes
     -----
     Equal to ``mdistiller/distillers/KD.py`` of megvii-research/mdistiller (commit a08d46f, 2023-11-05), and
-    to ``KD.py`` and ``MLKD.py`` of the fork sunshangquan/logit-standardization-KD (commit f6e5aa5).
+    to ``KD.py`` and ``MLKD.py`` of the fork sunshangquan/logit-standardization-KD (commit 6083e2d).
     """
     if by_position:
         reduce, logit_stand = by_position

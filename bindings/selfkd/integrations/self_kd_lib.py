@@ -18,9 +18,9 @@ class DistillKL(nn.Module):
 
     Notes
     -----
-    Equal to ``utils.py`` of winycg/Self-KD-Lib (commit bd3bb62): the target that requires grad gets one,
-    so that its FRSKD and BYOT pull the deeper classifier to the student as well. The authors of FRSKD stop
-    it: detach the target, or take :class:`selfkd.nn.FRSKDLoss`.
+    Equal to ``utils.py`` of winycg/Self-KD-Lib (commit bd3bb62): a target that requires grad gets one. Its
+    FRSKD leaves the self-teacher's logits attached, which pulls them to the student's; the authors of FRSKD
+    stop that gradient: detach the target, or take :class:`selfkd.nn.FRSKDLoss`.
     """
 
     def __init__(self, T: float) -> None:

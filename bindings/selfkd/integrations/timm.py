@@ -27,8 +27,8 @@ class LogitDistillationMixin:
 
     Notes
     -----
-    Equal to ``timm/task/distillation.py`` of huggingface/pytorch-image-models (commit aa4b585, and timm
-    1.0.31): T^2 times the "batchmean" of ``F.kl_div``.
+    Equal to ``timm/task/distillation.py`` of huggingface/pytorch-image-models (commit aa4b585; timm 1.0.31):
+    T^2 times the "batchmean" of ``F.kl_div``.
     """
 
     trainable_module: Any
