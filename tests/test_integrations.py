@@ -394,6 +394,23 @@ def test_the_teachers_gradient_is_finite(reduction: str, generator: torch.Genera
         assert grad.isfinite().all()
 
 
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+def test_a_class_that_the_teacher_excludes(reduction: str, generator: torch.Generator) -> None:
+    """A logit of -inf, as masked: the class counts 0, and gives and gets no nan."""
+    student, teacher = draw(generator, 6, 10)
+    hidden = torch.arange(10) == 3
+    loss = mmrazor.KLDivergence(2.0, reduction, teacher_detach=False)
+
+    def masked(t: Tensor) -> Tensor:
+        return t.masked_fill(hidden, -torch.inf)
+
+    torch.testing.assert_close(
+        loss(student, masked(teacher)), 4 * kl(student, masked(teacher), 2.0, reduction)
+    )
+    for grad in torch.autograd.grad(loss(student, masked(teacher)).sum(), (student, teacher)):
+        assert grad.isfinite().all()
+
+
 @harness.needs_operators
 def test_compiles_in_one_graph(generator: torch.Generator) -> None:
     """Whether the teacher learns or not, with torchdistill's dictionaries."""
