@@ -503,7 +503,7 @@ def test_every_answer_is_compared() -> None:
 
 @pytest.mark.parametrize("call", ANSWERS)
 def test_answer(call: str) -> None:
-    """What the page tells to write is what it says; a teacher that learns or is detached does require grad."""
+    """What the page tells to write is what it says, also of a teacher that learns or is detached."""
     names = troubled()
     if "t.detach()" in call or "kl(t, z" in call:
         names["t"].requires_grad_()
@@ -593,12 +593,12 @@ def test_what_stands_still() -> None:
 
 
 def test_tokens_whose_number_is_that_of_the_classes() -> None:
-    """Without dim=-1 nothing is raised where both are equal or there is no target, and the loss is another."""
+    """Without dim=-1 nothing is raised where both are equal, or without a target: another loss."""
     square = torch.randn(2, C, C, generator=torch.Generator().manual_seed(1), dtype=F64)
     targets = torch.arange(C).expand(2, C) // 2
     expected = F.cross_entropy(square.flatten(0, 1), targets.flatten())
     torch.testing.assert_close(selfkd.distill(square, targets, dim=-1), expected)
-    assert abs(selfkd.distill(square, targets) - expected) > 0.01
+    assert abs(selfkd.distill(square, targets) - expected) > 1e-3
     n = troubled()
     rows = selfkd.distill(n["tokens"], None, n["heard"], dim=-1)
     assert abs(selfkd.distill(n["tokens"], None, n["heard"]) - rows) > 0.01
@@ -642,7 +642,7 @@ def test_class_of_previous_epoch_that_is_not_ended() -> None:
     """AI-KD's third term is 0 as long as nothing ends an epoch."""
     n = drawn()
     previous, index = selfkd.nn.PreviousEpoch(N, C), torch.arange(N)
-    criterion = selfkd.nn.AIKDLoss()
+    criterion = selfkd.nn.AIKDLoss(selfkd.nn.Discriminator(C).double())
     for ended in (False, True):
         _, parts = criterion(n["z"], n["t"], previous.lookup(index), n["y"])
         assert (parts.previous == 0) == (not ended)
