@@ -3,8 +3,8 @@
  *
  *   z, u, v     logits of the features and of two dropout samples of them
  *   y           = (1 - label_smoothing) * onehot(target) + label_smoothing / C
- *   w           = weight[n], 1 where none is given; 0 where the target is ignore_index; of any sign, as
- *                 it may be a weight times the incoming gradient of its row
+ *   w           = weight[n], 1 where none is given; 0 where the target is ignore_index. Of any
+ *                 sign: it may be a weight times the incoming gradient of its row
  *   l[n]        = -sum_c y log softmax(z) + kl_weight * (the loss of sd_dropout_kl(u, v))
  *   rows[n]     = w * l[n], exactly 0 where w is 0 (whatever the logits hold)
  *
