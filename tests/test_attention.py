@@ -340,7 +340,10 @@ def test_the_authors_loss(generator: torch.Generator) -> None:
         return F.normalize(x.pow(2).mean(1).view(x.size(0), -1))
 
     x, t = pair(4, 8, 6, 5, D=16)(generator).values()
-    torch.testing.assert_close(selfkd.attention(x, t), (at(x) - at(t)).pow(2).mean())
+    x.requires_grad_()
+    ours, theirs = selfkd.attention(x, t), (at(x) - at(t)).pow(2).mean()
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, x)[0] for loss in (ours, theirs)))
 
 
 @needs_torch_backend
