@@ -12,7 +12,7 @@ from . import arguments, contract, operators
 
 _OP = "distill"
 _LEARNS_TOO = (
-    "call selfkd.sd_dropout_kl(teacher, student, reverse_weight=0), which gives both a gradient, or"
+    "call selfkd.sd_dropout_kl(teacher, student, temperature=T, reverse_weight=0), in which both learn, or"
     " selfkd.reference.distill"
 )
 _ABSENT = [0.0, 4.0, 4.0, 0]  # numbers and kind of a teacher that is not there
