@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(SK_BLOCK) adversarial_kernel(const forward_par
     const int64_t term = term_of(p->mode, p->side);
     const bool mean = p->reduction == SELFKD_MEAN, none = p->reduction == SELFKD_NONE;
     double total[2] = {0, 0};
-    for (int64_t i = sk_first_row<1>(); i < longer; i += sk_row_step<1>()) {
+    for (int64_t i = sk_first_row(); i < longer; i += sk_row_step()) {
         const real f = i < M ? -score<T>(p->fake, i) : 0;
         const real of_fake = i < M ? value<real>(term, f, 0) : 0;
         if (i < M) ((real *)p->fake_rows.data)[i] = of_fake;
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(SK_BLOCK) adversarial_kernel(const forward_par
         ((real *)p->rows.data)[i] = row;
         total[0] += none ? row : to_sum<real>(term, r, 1, of_real);
     }
-    if (!sk_grid_sum(total, p->scratch.data) || threadIdx.x != 0) return;
+    if (!sk_grid_sum(total, p->scratch.data) || sk_thread() != 0) return;
     double loss = total[0] / (mean ? (double)N : 1);
     if (M > 0 || p->side == SK_DISCRIMINATOR) loss += total[1] / (mean ? (double)M : 1);
     *(real *)p->loss.data = (real)loss;
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(SK_BLOCK)
     const int64_t N = SK_DIM(p, N), M = SK_DIM(p, M), longer = N > M ? N : M;
     const int64_t term = term_of(p->mode, p->side), stride = p->grad.stride[0];
     const bool mean = p->reduction == SELFKD_MEAN;
-    for (int64_t i = sk_first_row<1>(); i < longer; i += sk_row_step<1>()) {
+    for (int64_t i = sk_first_row(); i < longer; i += sk_row_step()) {
         const bool known = i < N || stride == 0;
         const double grad = known ? ((const real *)p->grad.data)[i * stride] : 0;
         if (i < N) {
@@ -120,14 +120,15 @@ __global__ void __launch_bounds__(SK_BLOCK)
 /* A thread for each score of the longer side. */
 static unsigned grid_of(const sk_dims &dims) {
     const int64_t N = dims.size['N' - 'A'], M = dims.size['M' - 'A'];
-    return sk_grid(N > M ? N : M, {1, false});
+    return sk_grid(N > M ? N : M, kOneEach);
 }
 
 extern "C" int sk_cuda_adversarial(const struct adversarial_params *params, void *stream) {
     const int zeroed = cudaMemsetAsync(params->scratch.data, 0, 16, (cudaStream_t)stream);
     if (zeroed != cudaSuccess) return zeroed;
     SK_SWITCH_FLOATING(params->real.dtype, T, {
-        SK_LAUNCH(adversarial_kernel<T>, grid_of(params->dims), SK_BLOCK, 0, stream, *params);
+        SK_LAUNCH(adversarial_kernel<T>, grid_of(params->dims), sk_block(kOneEach), 0, stream,
+                  *params);
     })
     return cudaGetLastError();
 }
@@ -135,8 +136,8 @@ extern "C" int sk_cuda_adversarial(const struct adversarial_params *params, void
 extern "C" int sk_cuda_adversarial_backward(const struct adversarial_backward_params *params,
                                             void *stream) {
     SK_SWITCH_FLOATING(params->real.dtype, T, {
-        SK_LAUNCH(adversarial_backward_kernel<T>, grid_of(params->dims), SK_BLOCK, 0, stream,
-                  *params);
+        SK_LAUNCH(adversarial_backward_kernel<T>, grid_of(params->dims), sk_block(kOneEach), 0,
+                  stream, *params);
     })
     return cudaGetLastError();
 }

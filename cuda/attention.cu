@@ -44,16 +44,15 @@ struct place {
 template <int kVec>
 SK_DEVICE place place_of(const tiling &t, unsigned index) {
     const int64_t tile = index % t.per_sample;
-    const int slice = threadIdx.x / t.width;
-    const int64_t s = (tile * t.width + threadIdx.x % t.width) * kVec;
+    const int slice = (int)sk_thread() / t.width;
+    const int64_t s = (tile * t.width + (int)sk_thread() % t.width) * kVec;
     return {index / t.per_sample, s, slice, slice < t.slices && s < t.S};
 }
 
-/* This thread's run of channel c; the items from kVec on do not count. */
-template <typename T, int kVec>
-SK_DEVICE void load_run(const sk_arg &x, const place &at, int64_t c,
-                        sk_real<T> (&to)[sk_items<T>]) {
-    sk_load<T, 1, kVec>(sk_row<T>(x, at.n, at.s) + c * x.stride[1], 1, 0, kVec, 0, to);
+/* This thread's run of channel c. */
+template <typename T>
+SK_DEVICE T *run_of(const sk_arg &x, const place &at, int64_t c) {
+    return sk_row<T>(x, at.n, at.s) + c * x.stride[1];
 }
 
 /* How some "NC*" tensors are served together. */
@@ -110,15 +109,15 @@ SK_DEVICE void map_planes(const network &k, unsigned index, double *sums) {
     const place at = place_of<kVec>(t, index);
     double sum[kVec] = {0};
     for (int64_t c = at.slice; at.present && c < k.C; c += t.slices) {
-        sk_real<T> run[sk_items<T>];
-        load_run<T, kVec>(k.x, at, c, run);
+        sk_real<T> run[kVec];
+        sk_load_run<T, kVec>(run_of<T>(k.x, at, c), run);
         SK_UNROLL for (int i = 0; i < kVec; i++) sum[i] += (double)run[i] * (double)run[i];
     }
-    SK_UNROLL for (int i = 0; i < kVec; i++) sums[threadIdx.x * kVec + i] = sum[i];
+    SK_UNROLL for (int i = 0; i < kVec; i++) sums[sk_thread() * kVec + i] = sum[i];
     __syncthreads();
     const int positions = t.width * kVec;
     const int64_t first = index % t.per_sample * positions;
-    for (int i = threadIdx.x; i < positions && first + i < t.S; i += SK_BLOCK) {
+    for (int i = (int)sk_thread(); i < positions && first + i < t.S; i += SK_BLOCK) {
         double total = 0;
         for (int slice = 0; slice < t.slices; slice++) total += sums[slice * positions + i];
         k.map[at.n * t.S + first + i] = total / (double)k.C;
@@ -131,17 +130,17 @@ SK_DEVICE void map_rows(const network &k, unsigned index) {
     const tiling &t = k.tiles;
     const int64_t n = index / t.per_sample, first = index % t.per_sample * t.width;
     const int64_t end = first + t.width < t.S ? first + t.width : t.S;
-    for (int64_t s = first + threadIdx.x / SK_WARP; s < end; s += SK_BLOCK / SK_WARP) {
+    for (int64_t s = first + threadIdx.y; s < end; s += blockDim.y) {
         const T *const from = sk_row<T>(k.x, n, s);
         double sum[1] = {0};
-        for (int64_t base = 0; base < k.C; base += SK_WARP * sk_items<T>) {
+        for (int64_t base = 0; base < k.C; base += sk_step<T>()) {
             sk_real<T> item[sk_items<T>];
-            sk_load<T, SK_WARP, kVec>(from, k.x.stride[1], base, k.C, 0, item);
+            sk_load<T, kVec>(from, k.x.stride[1], base, k.C, 0, item);
             SK_UNROLL for (int i = 0; i < sk_items<T>; i++) sum[0] +=
                 (double)item[i] * (double)item[i];
         }
-        sk_group_reduce<SK_WARP>(sum, sk_add());
-        if (sk_lane<SK_WARP>() == 0) k.map[n * t.S + s] = sum[0] / (double)k.C;
+        sk_warp_reduce(sum, sk_add());
+        if (sk_lane() == 0) k.map[n * t.S + s] = sum[0] / (double)k.C;
     }
 }
 
@@ -171,14 +170,14 @@ SK_DEVICE bool is_near(double length) {
 SK_DEVICE double far_map(const network &k, int64_t S, int64_t n, double eps, bool *unit) {
     double *const a = k.map + n * S;
     double top[1] = {0}, square[1] = {0};
-    SK_ROLLED for (int64_t s = threadIdx.x; s < S; s += SK_BLOCK) {
+    SK_ROLLED for (int64_t s = sk_thread(); s < S; s += SK_BLOCK) {
         const int64_t at = n * k.x.stride[0] + s * k.x.stride[2];
         SK_ROLLED for (int64_t c = 0; c < k.C; c++) top[0] =
             fmax(top[0], fabs(sk_load_any(k.x, at + c * k.x.stride[1])));
     }
-    sk_group_reduce<SK_BLOCK>(top, sk_larger());
+    sk_block_reduce(top, sk_larger());
     const double by = top[0] > 0 && isfinite(top[0]) ? fmin(1 / top[0], 0x1p1000) : 1;
-    SK_ROLLED for (int64_t s = threadIdx.x; s < S; s += SK_BLOCK) {
+    SK_ROLLED for (int64_t s = sk_thread(); s < S; s += SK_BLOCK) {
         const int64_t at = n * k.x.stride[0] + s * k.x.stride[2];
         double sum = 0;
         SK_ROLLED for (int64_t c = 0; c < k.C; c++) {
@@ -189,11 +188,11 @@ SK_DEVICE double far_map(const network &k, int64_t S, int64_t n, double eps, boo
         a[s] = sum;
         square[0] += sum * sum;
     }
-    sk_group_reduce<SK_BLOCK>(square, sk_add());
+    sk_block_reduce(square, sk_add());
     const double length = sqrt(square[0]), least = eps * by * by;
     *unit = !(length < least);
     const double scale = 1 / (*unit ? length : least);
-    SK_ROLLED for (int64_t s = threadIdx.x; s < S; s += SK_BLOCK) a[s] *= scale;
+    SK_ROLLED for (int64_t s = sk_thread(); s < S; s += SK_BLOCK) a[s] *= scale;
     return *unit ? by / sqrt(length) : 1 / sqrt(eps);
 }
 
@@ -211,13 +210,13 @@ SK_DEVICE double conclude_far(const forward_params &params, const network &stude
         root = far_map(k, S, n, p->eps, &unit_q);
     }
     double sum[2] = {0, 0};
-    for (int64_t s = threadIdx.x; s < S; s += SK_BLOCK) { /* those that it has written */
+    for (int64_t s = sk_thread(); s < S; s += SK_BLOCK) { /* those that it has written */
         const double t = teacher.map[n * S + s], d = student.map[n * S + s] - t;
         sum[0] += d * d;
         sum[1] += t * t;
     }
-    sk_group_reduce<SK_BLOCK>(sum, sk_add());
-    if (threadIdx.x == 0) {
+    sk_block_reduce(sum, sk_add());
+    if (sk_thread() == 0) {
         const double h = unit_q ? (sum[0] + (unit_t ? 0 : 1 - sum[1])) / 2 : 0;
         *sk_cell<double>(p->slopes, 0, n) = 1 - h;
         *sk_cell<double>(p->slopes, 1, n) = -root;
@@ -233,25 +232,25 @@ SK_DEVICE double conclude(const forward_params &params, int64_t n, bool *far) {
     const int64_t N = SK_DIM(p, N), S = SK_DIM(p, S);
     const double *const a = (const double *)p->maps.data + n * S, *const b = a + N * S;
     double squares[2] = {0, 0};
-    for (int64_t s = threadIdx.x; s < S; s += SK_BLOCK) {
+    for (int64_t s = sk_thread(); s < S; s += SK_BLOCK) {
         squares[0] += a[s] * a[s];
         squares[1] += b[s] * b[s];
     }
-    sk_group_reduce<SK_BLOCK>(squares, sk_add());
+    sk_block_reduce(squares, sk_add());
     const double long_a = sqrt(squares[0]), long_b = sqrt(squares[1]);
     *far = !(is_near(long_a) && is_near(long_b));
     const bool unit_a = !(long_a < p->eps), unit_b = !(long_b < p->eps);
     const double scale_a = 1 / (unit_a ? long_a : p->eps), scale_b = 1 / (unit_b ? long_b : p->eps);
     double apart[1] = {0}; /* exactly 0 for equal maps */
-    for (int64_t s = threadIdx.x; s < S; s += SK_BLOCK) {
+    for (int64_t s = sk_thread(); s < S; s += SK_BLOCK) {
         const double d = scale_a / scale_b * a[s] - b[s];
         apart[0] += d * d;
     }
-    sk_group_reduce<SK_BLOCK>(apart, sk_add());
+    sk_block_reduce(apart, sk_add());
     const double value = apart[0] * scale_b * scale_b;
     const double bb = unit_b ? 1 : squares[1] * scale_b * scale_b; /* |P|^2 */
     const double h = unit_a ? (value + (1 - bb)) / 2 : 0;
-    if (threadIdx.x == 0) {
+    if (sk_thread() == 0) {
         *sk_cell<double>(p->slopes, 0, n) = scale_a / scale_b * (1 - h);
         *sk_cell<double>(p->slopes, 1, n) = scale_a * scale_b;
     }
@@ -288,12 +287,12 @@ __global__ void __launch_bounds__(SK_BLOCK)
             bool far;
             double value = conclude(params, n, &far);
             if (wide && far) value = conclude_far(params, student, teacher, n);
-            if (threadIdx.x == 0) total[0] += value;
+            if (sk_thread() == 0) total[0] += value;
         }
         void *const scratch = (char *)p->scratch.data + SK_TICKET_BYTES;
         if (!sk_sum_blocks(total, group, groups, scratch)) return;
     }
-    if (threadIdx.x != 0) return;
+    if (sk_thread() != 0) return;
     const double loss = total[0] / ((double)N * (double)SK_DIM(p, S));
     if (p->loss.dtype == SK_DT_F64)
         *(double *)p->loss.data = loss;
@@ -311,10 +310,10 @@ SK_DEVICE bool is_far(const backward_params &p, int64_t n) {
 }
 
 /* The second time. */
-template <typename T>
-SK_DEVICE void multiply_again(const backward_params &p, int64_t n, sk_real<T> (&x)[sk_items<T>]) {
+template <typename T, int kCount>
+SK_DEVICE void multiply_again(const backward_params &p, int64_t n, sk_real<T> (&x)[kCount]) {
     const double root = -*sk_cell<double>(p.slopes, 1, n);
-    SK_UNROLL for (int i = 0; i < sk_items<T>; i++) x[i] = (sk_real<T>)(x[i] * root);
+    SK_UNROLL for (int i = 0; i < kCount; i++) x[i] = (sk_real<T>)(x[i] * root);
 }
 
 /* What the student's features at a position are multiplied by. */
@@ -342,33 +341,31 @@ __global__ void __launch_bounds__(SK_BLOCK)
         factor_of<sk_real<T>>(params, at.n, at.s + k);
     const bool far = is_far<T>(params, at.n);
     for (int64_t c = at.slice; c < C; c += t.slices) {
-        sk_real<T> run[sk_items<T>];
-        load_run<T, kVec>(p->student, at, c, run);
+        sk_real<T> run[kVec];
+        sk_load_run<T, kVec>(run_of<T>(p->student, at, c), run);
         SK_UNROLL for (int k = 0; k < kVec; k++) run[k] = (sk_real<T>)(factor[k] * run[k]);
         if (far) multiply_again<T>(params, at.n, run);
-        T *const to = sk_row<T>(p->grad_student, at.n, at.s) + c * p->grad_student.stride[1];
-        sk_store<T, 1, kVec>(to, 1, 0, kVec, run);
+        sk_store_run<T, kVec>(run, run_of<T>(p->grad_student, at, c));
     }
 }
 
 /* The same of rows. */
-template <typename T, int kGroup, int kVec>
+template <typename T, int kVec>
 __global__ void __launch_bounds__(SK_BLOCK)
     attention_backward_rows_kernel(const backward_params params) {
     const backward_params *const p = &params;
     const int64_t C = SK_DIM(p, C), S = SK_DIM(p, S), count = SK_DIM(p, N) * S;
-    for (int64_t row = sk_first_row<kGroup>(); row < count; row += sk_row_step<kGroup>()) {
+    for (int64_t row = sk_first_row(); row < count; row += sk_row_step()) {
         const int64_t n = row / S, s = row % S;
         const double factor = factor_of<sk_real<T>>(params, n, s);
         const bool far = is_far<T>(params, n);
-        for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
+        for (int64_t base = 0; base < C; base += sk_step<T>()) {
             sk_real<T> x[sk_items<T>];
-            sk_load<T, kGroup, kVec>(sk_row<T>(p->student, n, s), p->student.stride[1], base, C, 0,
-                                     x);
+            sk_load<T, kVec>(sk_row<T>(p->student, n, s), p->student.stride[1], base, C, 0, x);
             SK_UNROLL for (int i = 0; i < sk_items<T>; i++) x[i] = (sk_real<T>)(factor * x[i]);
             if (far) multiply_again<T>(params, n, x);
-            sk_store<T, kGroup, kVec>(sk_row<T>(p->grad_student, n, s), p->grad_student.stride[1],
-                                      base, C, x);
+            sk_store<T, kVec>(sk_row<T>(p->grad_student, n, s), p->grad_student.stride[1], base, C,
+                              x);
         }
     }
 }
@@ -385,8 +382,8 @@ extern "C" int sk_cuda_attention(const struct attention_params *params, void *st
     const network student = network_of(*p, p->student, SK_DIM(p, C), maps);
     const network teacher = network_of(*p, p->teacher, SK_DIM(p, D), maps + N * S);
     const int64_t tiles = N * (student.tiles.per_sample + teacher.tiles.per_sample);
-    SK_LAUNCH(attention_kernel, blocks_of(tiles < 1 ? 1 : tiles), SK_BLOCK, 0, stream, *p, student,
-              teacher, groups_of(N));
+    SK_LAUNCH(attention_kernel, blocks_of(tiles < 1 ? 1 : tiles), sk_block({SK_WARP, false}), 0,
+              stream, *p, student, teacher, groups_of(N));
     return cudaGetLastError();
 }
 
@@ -403,7 +400,7 @@ extern "C" int sk_cuda_attention_backward(const struct attention_backward_params
             SK_LAUNCH(kernel, blocks_of(N * f.tiles.per_sample), SK_BLOCK, 0, stream, *p, f.tiles);
         } else {
             const auto kernel = SK_KERNEL(attention_backward_rows_kernel, T, f.rows);
-            SK_LAUNCH(kernel, sk_grid(count, f.rows), SK_BLOCK, 0, stream, *p);
+            SK_LAUNCH(kernel, sk_grid(count, f.rows), sk_block(f.rows), 0, stream, *p);
         }
     })
     return cudaGetLastError();

@@ -50,7 +50,7 @@ struct factors {
 
 /* Leaves them in shared memory, where a thread may ask for any. */
 SK_DEVICE void find_factors(const fusion &f, factors *k) {
-    if (threadIdx.x == 0) {
+    if (sk_thread() == 0) {
         SK_ROLLED for (double part = 1; part > 0.1; part *= 0.25) {
             k->part = part;
             k->total = f.eps * part;
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(SK_BLOCK, 3)
     SK_SHARED(factors, k, 1);
     find_factors(f, k);
     const int64_t H = SK_DIM(p, H), W = SK_DIM(p, W), count = f.N * f.C * H * W;
-    for (int64_t i = sk_first_row<1>(); i < count; i += sk_row_step<1>()) {
+    for (int64_t i = sk_first_row(); i < count; i += sk_row_step()) {
         const pixel at = pixel_of(p->fused, (uint64_t)i, f.C, H, W);
         const sk_real<T> sum = fuse<T>(f, *k, at);
         sk_narrow(f.late ? act(f.activation, sum) : sum,
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(SK_BLOCK, 2)
         double of_map = 0;
         const sk_arg &to = i == 0 ? p->grad_a : i == 1 ? p->grad_b : p->grad_c;
         const int64_t H = f.rows[i].from, W = f.columns[i].from, count = f.N * f.C * H * W;
-        for (int64_t e = sk_first_row<1>(); e < count; e += sk_row_step<1>()) {
+        for (int64_t e = sk_first_row(); e < count; e += sk_row_step()) {
             const pixel at = pixel_of(to, (uint64_t)e, f.C, H, W);
             const real x = load<T>(f.x[i], at), g = folded<T>(p->grad, f, *k, i, at);
             const real grad = (real)k->of[i] * g;
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(SK_BLOCK, 2)
         SK_UNROLL for (int j = 0; j < kMaps; j++) d[j] += j == i ? of_map : 0;
     }
     if (!f.weight.data) return;
-    if (sk_grid_sum(d, p->scratch.data) && threadIdx.x == 0) finish(f, *k, d, p->grad_weight);
+    if (sk_grid_sum(d, p->scratch.data) && sk_thread() == 0) finish(f, *k, d, p->grad_weight);
 }
 
 /* ---- launches ---- */
@@ -278,13 +278,13 @@ static unsigned grid_of(const fusion &f) {
         const int64_t pixels = f.rows[i].from * f.columns[i].from;
         if (pixels > most) most = pixels;
     }
-    return sk_grid(f.N * f.C * most, {1, false});
+    return sk_grid(f.N * f.C * most, kOneEach);
 }
 
 extern "C" int sk_cuda_bifpn_fuse(const struct bifpn_fuse_params *params, void *stream) {
     const fusion f = fusion_of(*params);
     SK_SWITCH_FLOATING(params->a.dtype, T, {
-        SK_LAUNCH(bifpn_fuse_kernel<T>, grid_of(f), SK_BLOCK, 0, stream, *params, f);
+        SK_LAUNCH(bifpn_fuse_kernel<T>, grid_of(f), sk_block(kOneEach), 0, stream, *params, f);
     })
     return cudaGetLastError();
 }
@@ -295,7 +295,8 @@ extern "C" int sk_cuda_bifpn_fuse_backward(const struct bifpn_fuse_backward_para
     if (zeroed != cudaSuccess) return zeroed;
     const fusion f = fusion_of(*params);
     SK_SWITCH_FLOATING(params->a.dtype, T, {
-        SK_LAUNCH(bifpn_fuse_backward_kernel<T>, grid_of(f), SK_BLOCK, 0, stream, *params, f);
+        SK_LAUNCH(bifpn_fuse_backward_kernel<T>, grid_of(f), sk_block(kOneEach), 0, stream, *params,
+                  f);
     })
     return cudaGetLastError();
 }

@@ -64,7 +64,7 @@ SK_DEVICE void raise(share<real, kTeachers> *x, const teachers &k, real of_stude
 }
 
 /* Adds a step to a share, whose anchors are raised together, and by `slack` at least. */
-template <typename T, int kGroup, int kVec, int kTeachers>
+template <typename T, int kVec, int kTeachers>
 SK_DEVICE void add_step(const forward_params &p, const teachers &k, int64_t n, int64_t s,
                         int64_t base, share<sk_real<T>, kTeachers> *x) {
     typedef sk_real<T> real;
@@ -72,33 +72,33 @@ SK_DEVICE void add_step(const forward_params &p, const teachers &k, int64_t n, i
     const real slack = (real)k.slack;
     real a[sk_items<T>], b[kTeachers][sk_items<T>], top[kTeachers];
     const real most =
-        load_logits<T, kGroup, kVec>(sk_row<T>(p.logits, n, s), p.logits.stride[1], base, C, a);
+        load_logits<T, kVec>(sk_row<T>(p.logits, n, s), p.logits.stride[1], base, C, a);
     bool higher = most > x->of_student + slack;
     SK_UNROLL for (int j = 0; j < kTeachers; j++) {
         top[j] = (real)kLowest;
         if (k.of[j].weight == 0) continue;
-        top[j] = load_teacher<T, kGroup, kVec>(k.of[j], n, s, base, C, b[j]);
+        top[j] = load_teacher<T, kVec>(k.of[j], n, s, base, C, b[j]);
         higher = higher || top[j] > x->of_teacher[j] + slack;
         top[j] = sk_max(top[j], x->of_teacher[j]);
     }
     if (higher) raise(x, k, sk_max(most, x->of_student), top);
-    add_softmax<T, kGroup, kVec>(a, x->of_student, most, &x->ce);
-    if (p.label_smoothing != 0) add_minus<T, kGroup, kVec>(a, base, C, x->of_student, &x->ce);
+    add_softmax<T, kVec>(a, x->of_student, most, &x->ce);
+    if (p.label_smoothing != 0) add_minus<T, kVec>(a, base, C, x->of_student, &x->ce);
     SK_UNROLL for (int j = 0; j < kTeachers; j++) {
         if (k.of[j].weight == 0) continue;
         const anchors<real> h = anchors_at(x->of_student, x->of_teacher[j]);
         const warmth<real> &w = warmth_of<real>(k.of[j]);
         if (w.ratio == 1)
-            add_teacher<T, kGroup, kVec, true>(a, b[j], base, C, h, w, x->sum[j]);
+            add_teacher<T, kVec, true>(a, b[j], base, C, h, w, x->sum[j]);
         else
-            add_teacher<T, kGroup, kVec, false>(a, b[j], base, C, h, w, x->sum[j]);
+            add_teacher<T, kVec, false>(a, b[j], base, C, h, w, x->sum[j]);
     }
 }
 
 /* Leaves what is saved of a teacher; returns its part of kl_rows, without the row's weight. `far`:
  * how far apart anchors were, which costs digits where logits are compared with each other, at one
  * temperature. */
-template <typename T, int kGroup>
+template <typename T>
 SK_DEVICE double teach(const forward_params &p, const teacher &k, int j, int64_t n, int64_t s,
                        double h, double hu, double hv, double far, double (&sum)[TEACHER_SUMS]) {
     typedef sk_real<T> real;
@@ -110,10 +110,10 @@ SK_DEVICE double teach(const forward_params &p, const teacher &k, int j, int64_t
         x.level += (hu - h) / k.T;
         if (x.poor) {
             const stored_row<T> student = {sk_row<T>(p.logits, n, s), p.logits.stride[1]};
-            x = careful<kGroup>(k, student, row_of(k, n, s), SK_DIM(&p, C));
+            x = careful(k, student, row_of(k, n, s), SK_DIM(&p, C));
         }
     }
-    if (sk_lane<kGroup>() == 0) {
+    if (sk_lane() == 0) {
         *sk_cell<real>(p.levels, LEVEL_T + j, n, s) = (real)x.level;
         *sk_cell<double>(p.ratios, j, n, s) = x.dl;
     }
@@ -121,30 +121,30 @@ SK_DEVICE double teach(const forward_params &p, const teacher &k, int j, int64_t
 }
 
 /* Leaves the cross-entropy's sums and what is saved of a row; returns its largest logit. */
-template <typename T, int kGroup, int kVec, int kTeachers>
+template <typename T, int kVec, int kTeachers>
 SK_DEVICE sk_real<T> visit(const forward_params &p, const teachers &k, int64_t n, int64_t s,
                            double (&sum)[CE_SUMS], double *kl) {
     typedef sk_real<T> real;
     const int64_t C = SK_DIM(&p, C);
     share<real, kTeachers> x = {(real)kLowest, {}, no_softmax<real>(), {}};
     SK_UNROLL for (int j = 0; j < kTeachers; j++) x.of_teacher[j] = (real)kLowest;
-    SK_ROLLED for (int64_t base = 0; base < C; base += kGroup * sk_items<T>)
-        add_step<T, kGroup, kVec, kTeachers>(p, k, n, s, base, &x);
+    SK_ROLLED for (int64_t base = 0; base < C; base += sk_step<T>())
+        add_step<T, kVec, kTeachers>(p, k, n, s, base, &x);
     const real h =
-        mend_softmax<T, kGroup>(sk_row<T>(p.logits, n, s), p.logits.stride[1], C, p.label_smoothing,
-                                gather_softmax<kGroup>(x.ce, x.of_student, C, sum), sum);
+        mend_softmax<T>(sk_row<T>(p.logits, n, s), p.logits.stride[1], C, p.label_smoothing,
+                        gather_softmax(x.ce, x.of_student, C, sum), sum);
     real top[1 + 2 * kTeachers] = {x.of_student}, of_teacher[kTeachers];
     SK_UNROLL for (int j = 0; j < kTeachers; j++) {
         top[1 + j] = x.of_teacher[j];
         top[1 + kTeachers + j] = fabs(x.of_student - x.of_teacher[j]);
     }
-    sk_group_reduce<kGroup>(top, sk_larger());
+    sk_group_reduce(top, sk_larger());
     SK_UNROLL for (int j = 0; j < kTeachers; j++) of_teacher[j] = top[1 + j];
-    if (kGroup > 1) raise(&x, k, top[0], of_teacher);
+    if (sk_group() > 1) raise(&x, k, top[0], of_teacher);
     SK_UNROLL for (int j = 0; j < kTeachers; j++) {
-        sk_group_reduce<kGroup>(x.sum[j], sk_add());
-        *kl += teach<T, kGroup>(p, k.of[j], j, n, s, h, top[0], top[1 + j], top[1 + kTeachers + j],
-                                x.sum[j]);
+        sk_group_reduce(x.sum[j], sk_add());
+        *kl +=
+            teach<T>(p, k.of[j], j, n, s, h, top[0], top[1 + j], top[1 + kTeachers + j], x.sum[j]);
     }
     return h;
 }
@@ -177,21 +177,21 @@ SK_DEVICE void save_none(const forward_params &p, int64_t n, int64_t s) {
 }
 
 /* Leaves rows and what is saved; the block that ends last leaves loss, parts and denominators. */
-template <typename T, int kGroup, int kVec, int kTeachers>
+template <typename T, int kVec, int kTeachers>
 __global__ void __launch_bounds__(SK_BLOCK, 2)
     distill_kernel(const forward_params params, const teachers k) {
     typedef sk_real<T> real;
     const forward_params *const p = &params;
     const int64_t S = SK_DIM(p, S), count = SK_DIM(p, N) * S;
     double total[4] = {0, 0, 0, 0};
-    for (int64_t row = sk_first_row<kGroup>(); row < count; row += sk_row_step<kGroup>()) {
+    for (int64_t row = sk_first_row(); row < count; row += sk_row_step()) {
         const int64_t n = row / S, s = row % S;
         const real w = sk_weight<real>(p->weight, n, s);
         double sum[CE_SUMS] = {}, kl = 0;
         real h = 0;
-        if (sk_lane<kGroup>() == 0) save_none<real>(params, n, s);
-        if (w != 0) h = visit<T, kGroup, kVec, kTeachers>(params, k, n, s, sum, &kl);
-        if (sk_lane<kGroup>() != 0) continue;
+        if (sk_lane() == 0) save_none<real>(params, n, s);
+        if (w != 0) h = visit<T, kVec, kTeachers>(params, k, n, s, sum, &kl);
+        if (sk_lane() != 0) continue;
         const int64_t y = target_of(params, n, s, SK_DIM(p, C) - 1);
         const bool labelled = w != 0 && y >= 0;
         const bool taught = w != 0 && (y >= 0 || !p->mask_teachers || !p->target.data);
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(SK_BLOCK, 2)
         total[2] += labelled ? w : 0;
         total[3] += p->mask_teachers && p->target.data ? (labelled ? w : 0) : w;
     }
-    if (sk_grid_sum(total, p->scratch.data) && threadIdx.x == 0) finish<real>(params, k, total);
+    if (sk_grid_sum(total, p->scratch.data) && sk_thread() == 0) finish<real>(params, k, total);
 }
 
 /* ---- backward ---- */
@@ -265,7 +265,7 @@ SK_DEVICE slope<sk_real<T>, kTeachers> slope_of(const backward_params &p, const 
 }
 
 /* Leaves the gradient of a far row. */
-template <typename T, int kGroup, int kTeachers>
+template <typename T, int kTeachers>
 SK_DEVICE void differentiate_far(const backward_params &p, const teachers &k, int64_t n,
                                  int64_t s) {
     typedef sk_real<T> real;
@@ -281,17 +281,16 @@ SK_DEVICE void differentiate_far(const backward_params &p, const teachers &k, in
     T *const to = sk_row<T>(p.grad_logits, n, s);
     side own = {0, 0}, u[kTeachers] = {}, v[kTeachers] = {};
     if (labelled)
-        own = whole_side<real>(side_of<kGroup>(student, C, 1), h,
-                               *sk_cell<real>(p.levels, LEVEL, n, s));
+        own = whole_side<real>(side_of(student, C, 1), h, *sk_cell<real>(p.levels, LEVEL, n, s));
     SK_UNROLL for (int j = 0; j < kTeachers; j++) {
         const teacher &t = k.of[j];
         if (t.weight == 0) continue;
         const double level = *sk_cell<real>(p.levels, LEVEL_T + j, n, s);
-        u[j] = whole_side<real>(side_of<kGroup>(student, C, t.T), h, level);
-        v[j] = side_within<real>(side_of<kGroup>(row_of(t, n, s), C, t.own), t.own, h / t.T + level,
+        u[j] = whole_side<real>(side_of(student, C, t.T), h, level);
+        v[j] = side_within<real>(side_of(row_of(t, n, s), C, t.own), t.own, h / t.T + level,
                                  *sk_cell<double>(p.ratios, j, n, s));
     }
-    SK_ROLLED for (int64_t c = sk_lane<kGroup>(); c < C; c += kGroup) {
+    SK_ROLLED for (int64_t c = sk_lane(); c < C; c += sk_group()) {
         const double a = student(c);
         double grad = 0;
         if (labelled)
@@ -310,28 +309,28 @@ SK_DEVICE void differentiate_far(const backward_params &p, const teachers &k, in
 }
 
 /* Leaves grad_logits. */
-template <typename T, int kGroup, int kVec, int kTeachers>
+template <typename T, int kVec, int kTeachers>
 __global__ void __launch_bounds__(SK_BLOCK, kTeachers > 1 ? 2 : sk_resident<T, kVec>)
     distill_backward_kernel(const backward_params params, const teachers k) {
     typedef sk_real<T> real;
     const backward_params *const p = &params;
     const int64_t S = SK_DIM(p, S), C = SK_DIM(p, C), count = SK_DIM(p, N) * S;
-    for (int64_t row = sk_first_row<kGroup>(); row < count; row += sk_row_step<kGroup>()) {
+    for (int64_t row = sk_first_row(); row < count; row += sk_row_step()) {
         const int64_t n = row / S, s = row % S;
         const slope<real, kTeachers> m = slope_of<T, kTeachers>(params, k, n, s);
         if (m.far) {
-            differentiate_far<T, kGroup, kTeachers>(params, k, n, s);
+            differentiate_far<T, kTeachers>(params, k, n, s);
             continue;
         }
         const T *const from = sk_keep(sk_row<T>(p->logits, n, s));
         T *const to = sk_keep(sk_row<T>(p->grad_logits, n, s));
-        SK_ROLLED for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
+        SK_ROLLED for (int64_t base = 0; base < C; base += sk_step<T>()) {
             real a[sk_items<T>], b[sk_items<T>], grad[sk_items<T>];
-            load_logits<T, kGroup, kVec>(from, p->logits.stride[1], base, C, a);
-            ce_gradients<T, kGroup, kVec>(m.ce, a, base, grad);
+            load_logits<T, kVec>(from, p->logits.stride[1], base, C, a);
+            ce_gradients<T, kVec>(m.ce, a, base, grad);
             SK_UNROLL for (int j = 0; j < kTeachers; j++) {
                 if (k.of[j].weight == 0) continue;
-                load_teacher<T, kGroup, kVec>(k.of[j], n, s, base, C, b);
+                load_teacher<T, kVec>(k.of[j], n, s, base, C, b);
                 const warmth<real> &w = warmth_of<real>(k.of[j]);
                 if (w.ratio == 1)
                     add_slopes<T, true>(a, b, m.of[j], w, grad);
@@ -339,7 +338,7 @@ __global__ void __launch_bounds__(SK_BLOCK, kTeachers > 1 ? 2 : sk_resident<T, k
                     add_slopes<T, false>(a, b, m.of[j], w, grad);
             }
             SK_UNROLL for (int i = 0; i < sk_items<T>; i++) grad[i] = m.zero ? 0 : grad[i];
-            sk_store<T, kGroup, kVec>(to, p->grad_logits.stride[1], base, C, grad);
+            sk_store<T, kVec>(to, p->grad_logits.stride[1], base, C, grad);
         }
     }
 }
@@ -356,7 +355,7 @@ extern "C" int sk_cuda_distill(const struct distill_params *params, void *stream
             params->dims, sizeof(T), {&params->logits, &params->teacher, &params->second_teacher});
         const auto kernel = k.of[1].weight != 0 ? SK_KERNEL(distill_kernel, T, layout, 2)
                                                 : SK_KERNEL(distill_kernel, T, layout, 1);
-        SK_LAUNCH(kernel, sk_grid(count, layout), SK_BLOCK, 0, stream, *params, k);
+        SK_LAUNCH(kernel, sk_grid(count, layout), sk_block(layout), 0, stream, *params, k);
     })
     return cudaGetLastError();
 }
@@ -371,7 +370,7 @@ extern "C" int sk_cuda_distill_backward(const struct distill_backward_params *pa
             {&params->logits, &params->grad_logits, &params->teacher, &params->second_teacher});
         const auto kernel = k.of[1].weight != 0 ? SK_KERNEL(distill_backward_kernel, T, layout, 2)
                                                 : SK_KERNEL(distill_backward_kernel, T, layout, 1);
-        SK_LAUNCH(kernel, sk_grid(count, layout), SK_BLOCK, 0, stream, *params, k);
+        SK_LAUNCH(kernel, sk_grid(count, layout), sk_block(layout), 0, stream, *params, k);
     })
     return cudaGetLastError();
 }

@@ -15,14 +15,14 @@ enum { SAMPLES = 2 };
 
 /* Leaves 0 in those of this thread's items of the step that sample k drops, the others scaled.
  * `first` is element 0 of the row. */
-template <typename T, int kGroup, int kVec>
+template <typename T, int kVec>
 SK_DEVICE void drop(const sk_arg &seed, sk_dropout p, uint32_t sample, uint64_t first, int64_t base,
                     sk_real<T> (&x)[sk_items<T>]) {
     constexpr int kRun = kVec < 4 ? kVec : 4; /* items that surely share a counter */
     const uint64_t key = *(const uint64_t *)seed.data;
     sk_words w;
     SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
-        const uint64_t e = first + (uint64_t)sk_class<kGroup, kVec>(base, i);
+        const uint64_t e = first + (uint64_t)sk_class<kVec>(base, i);
         if (i % kRun == 0) w = sk_dropout_words(key, sample, e / 4);
         const int at = kRun == 4 ? i % 4 : (int)(e % 4);
         const uint32_t word = at == 0 ? w.x : at == 1 ? w.y : at == 2 ? w.z : w.w;
@@ -37,43 +37,42 @@ SK_DEVICE uint64_t first_of(const Params *p, int64_t n) {
 }
 
 /* Leaves views. */
-template <typename T, int kGroup, int kVec>
+template <typename T, int kVec>
 __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
     dropout_views_kernel(const forward_params params, const sk_dropout dropout) {
     const forward_params *const p = &params;
     const int64_t N = SK_DIM(p, N), C = SK_DIM(p, C), stride = p->views.stride[2];
-    for (int64_t n = sk_first_row<kGroup>(); n < N; n += sk_row_step<kGroup>()) {
-        SK_ROLLED for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
+    for (int64_t n = sk_first_row(); n < N; n += sk_row_step()) {
+        SK_ROLLED for (int64_t base = 0; base < C; base += sk_step<T>()) {
             sk_real<T> x[sk_items<T>], y[sk_items<T>];
-            sk_load<T, kGroup, kVec>(sk_row<T>(p->features, n, 0), p->features.stride[1], base, C,
-                                     0, x);
-            sk_store<T, kGroup, kVec>(sk_cell<T>(p->views, 0, n, 0), stride, base, C, x);
+            sk_load<T, kVec>(sk_row<T>(p->features, n, 0), p->features.stride[1], base, C, 0, x);
+            sk_store<T, kVec>(sk_cell<T>(p->views, 0, n, 0), stride, base, C, x);
             SK_UNROLL for (int k = 0; k < SAMPLES; k++) {
                 memcpy(y, x, sizeof y);
-                drop<T, kGroup, kVec>(p->seed, dropout, k, first_of(p, n), base, y);
-                sk_store<T, kGroup, kVec>(sk_cell<T>(p->views, k + 1, n, 0), stride, base, C, y);
+                drop<T, kVec>(p->seed, dropout, k, first_of(p, n), base, y);
+                sk_store<T, kVec>(sk_cell<T>(p->views, k + 1, n, 0), stride, base, C, y);
             }
         }
     }
 }
 
 /* Leaves grad_features. */
-template <typename T, int kGroup, int kVec>
+template <typename T, int kVec>
 __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
     dropout_views_backward_kernel(const backward_params params, const sk_dropout dropout) {
     const backward_params *const p = &params;
     const int64_t N = SK_DIM(p, N), C = SK_DIM(p, C), stride = p->grad.stride[2];
-    for (int64_t n = sk_first_row<kGroup>(); n < N; n += sk_row_step<kGroup>()) {
-        SK_ROLLED for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
+    for (int64_t n = sk_first_row(); n < N; n += sk_row_step()) {
+        SK_ROLLED for (int64_t base = 0; base < C; base += sk_step<T>()) {
             sk_real<T> g[sk_items<T>], sum[sk_items<T>];
-            sk_load<T, kGroup, kVec>(sk_cell<T>(p->grad, 0, n, 0), stride, base, C, 0, sum);
+            sk_load<T, kVec>(sk_cell<T>(p->grad, 0, n, 0), stride, base, C, 0, sum);
             SK_UNROLL for (int k = 0; k < SAMPLES; k++) {
-                sk_load<T, kGroup, kVec>(sk_cell<T>(p->grad, k + 1, n, 0), stride, base, C, 0, g);
-                drop<T, kGroup, kVec>(p->seed, dropout, k, first_of(p, n), base, g);
+                sk_load<T, kVec>(sk_cell<T>(p->grad, k + 1, n, 0), stride, base, C, 0, g);
+                drop<T, kVec>(p->seed, dropout, k, first_of(p, n), base, g);
                 SK_UNROLL for (int i = 0; i < sk_items<T>; i++) sum[i] += g[i];
             }
-            sk_store<T, kGroup, kVec>(sk_row<T>(p->grad_features, n, 0), p->grad_features.stride[1],
-                                      base, C, sum);
+            sk_store<T, kVec>(sk_row<T>(p->grad_features, n, 0), p->grad_features.stride[1], base,
+                              C, sum);
         }
     }
 }
@@ -98,7 +97,7 @@ extern "C" int sk_cuda_dropout_views(const struct dropout_views_params *params, 
         const sk_layout layout =
             layout_of(params->dims, sizeof(T), params->features, params->views);
         const auto kernel = SK_KERNEL(dropout_views_kernel, T, layout);
-        SK_LAUNCH(kernel, sk_grid(SK_DIM(params, N), layout), SK_BLOCK, 0, stream, *params,
+        SK_LAUNCH(kernel, sk_grid(SK_DIM(params, N), layout), sk_block(layout), 0, stream, *params,
                   sk_dropout_of(params->p));
     })
     return cudaGetLastError();
@@ -110,7 +109,7 @@ extern "C" int sk_cuda_dropout_views_backward(const struct dropout_views_backwar
         const sk_layout layout =
             layout_of(params->dims, sizeof(T), params->grad_features, params->grad);
         const auto kernel = SK_KERNEL(dropout_views_backward_kernel, T, layout);
-        SK_LAUNCH(kernel, sk_grid(SK_DIM(params, N), layout), SK_BLOCK, 0, stream, *params,
+        SK_LAUNCH(kernel, sk_grid(SK_DIM(params, N), layout), sk_block(layout), 0, stream, *params,
                   sk_dropout_of(params->p));
     })
     return cudaGetLastError();

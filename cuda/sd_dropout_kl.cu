@@ -24,22 +24,21 @@ SK_DEVICE void finish(const forward_params &p, const double (&total)[2]) {
 }
 
 /* Leaves rows and saved; the block that ends last leaves loss and denominator. */
-template <typename T, int kGroup, int kVec>
+template <typename T, int kVec>
 __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
     sd_dropout_kl_kernel(const forward_params params) {
     typedef sk_real<T> real;
     const forward_params *const p = &params;
     const int64_t S = SK_DIM(p, S), count = SK_DIM(p, N) * S;
     double total[2] = {0, 0};
-    for (int64_t row = sk_first_row<kGroup>(); row < count; row += sk_row_step<kGroup>()) {
+    for (int64_t row = sk_first_row(); row < count; row += sk_row_step()) {
         const int64_t n = row / S, s = row % S;
         const real w = sk_weight<real>(p->weight, n, s);
         divergence x = {0, 0, 0, 0, false};
         if (w != 0)
-            x = diverge<T, kGroup, kVec>({sk_row<T>(p->u, n, s), sk_row<T>(p->v, n, s),
-                                          p->u.stride[1], p->v.stride[1], SK_DIM(p, C),
-                                          p->temperature});
-        if (sk_lane<kGroup>() != 0) continue;
+            x = diverge<T, kVec>({sk_row<T>(p->u, n, s), sk_row<T>(p->v, n, s), p->u.stride[1],
+                                  p->v.stride[1], SK_DIM(p, C), p->temperature});
+        if (sk_lane() != 0) continue;
         const double value = w * (p->temperature * p->temperature *
                                   weighted(x, p->forward_weight, p->reverse_weight));
         *sk_cell<real>(p->rows, n, s) = (real)value;
@@ -50,7 +49,7 @@ __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
         total[0] += value;
         total[1] += w;
     }
-    if (sk_grid_sum(total, p->scratch.data) && threadIdx.x == 0) finish<real>(params, total);
+    if (sk_grid_sum(total, p->scratch.data) && sk_thread() == 0) finish<real>(params, total);
 }
 
 /* ---- backward ---- */
@@ -61,13 +60,13 @@ SK_DEVICE divergence saved_of(const backward_params &p, int64_t n, int64_t s) {
 }
 
 /* Leaves grad_u and grad_v. */
-template <typename T, int kGroup, int kVec>
+template <typename T, int kVec>
 __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
     sd_dropout_kl_backward_kernel(const backward_params params) {
     typedef sk_real<T> real;
     const backward_params *const p = &params;
     const int64_t S = SK_DIM(p, S), C = SK_DIM(p, C), count = SK_DIM(p, N) * S;
-    for (int64_t row = sk_first_row<kGroup>(); row < count; row += sk_row_step<kGroup>()) {
+    for (int64_t row = sk_first_row(); row < count; row += sk_row_step()) {
         const int64_t n = row / S, s = row % S;
         const double w = sk_weight<real>(p->weight, n, s);
         const double factor =
@@ -75,11 +74,11 @@ __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
         const double forward = factor * p->forward_weight, reverse = factor * p->reverse_weight;
         const divergence x = saved_of(params, n, s);
         if (w != 0 && is_far<real>(x, forward, reverse)) {
-            differentiate_far<T, kGroup>({sk_row<T>(p->u, n, s), sk_row<T>(p->v, n, s),
-                                          p->u.stride[1], p->v.stride[1], C, p->temperature},
-                                         x, forward, reverse, p->detach_target,
-                                         sk_row<T>(p->grad_u, n, s), p->grad_u.stride[1],
-                                         sk_row<T>(p->grad_v, n, s), p->grad_v.stride[1]);
+            differentiate_far<T>({sk_row<T>(p->u, n, s), sk_row<T>(p->v, n, s), p->u.stride[1],
+                                  p->v.stride[1], C, p->temperature},
+                                 x, forward, reverse, p->detach_target, sk_row<T>(p->grad_u, n, s),
+                                 p->grad_u.stride[1], sk_row<T>(p->grad_v, n, s),
+                                 p->grad_v.stride[1]);
             continue;
         }
         const pair_slope<real> k =
@@ -88,13 +87,13 @@ __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
                                                                sk_keep(sk_row<T>(p->v, n, s));
         T *const grad_u = sk_keep(sk_row<T>(p->grad_u, n, s));
         T *const grad_v = sk_keep(sk_row<T>(p->grad_v, n, s));
-        SK_ROLLED for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
+        SK_ROLLED for (int64_t base = 0; base < C; base += sk_step<T>()) {
             real a[sk_items<T>], b[sk_items<T>];
-            load_logits<T, kGroup, kVec>(u, p->u.stride[1], base, C, a);
-            load_logits<T, kGroup, kVec>(v, p->v.stride[1], base, C, b);
-            differentiate<T, kGroup, kVec>(k, base, C, a, b);
-            sk_store<T, kGroup, kVec>(grad_u, p->grad_u.stride[1], base, C, a);
-            sk_store<T, kGroup, kVec>(grad_v, p->grad_v.stride[1], base, C, b);
+            load_logits<T, kVec>(u, p->u.stride[1], base, C, a);
+            load_logits<T, kVec>(v, p->v.stride[1], base, C, b);
+            differentiate<T, kVec>(k, base, C, a, b);
+            sk_store<T, kVec>(grad_u, p->grad_u.stride[1], base, C, a);
+            sk_store<T, kVec>(grad_v, p->grad_v.stride[1], base, C, b);
         }
     }
 }
@@ -108,7 +107,7 @@ extern "C" int sk_cuda_sd_dropout_kl(const struct sd_dropout_kl_params *params, 
     SK_SWITCH_FLOATING(params->u.dtype, T, {
         const sk_layout layout = sk_layout_of(params->dims, sizeof(T), {&params->u, &params->v});
         const auto kernel = SK_KERNEL(sd_dropout_kl_kernel, T, layout);
-        SK_LAUNCH(kernel, sk_grid(count, layout), SK_BLOCK, 0, stream, *params);
+        SK_LAUNCH(kernel, sk_grid(count, layout), sk_block(layout), 0, stream, *params);
     })
     return cudaGetLastError();
 }
@@ -120,7 +119,7 @@ extern "C" int sk_cuda_sd_dropout_kl_backward(const struct sd_dropout_kl_backwar
         const sk_layout layout = sk_layout_of(
             params->dims, sizeof(T), {&params->u, &params->v, &params->grad_u, &params->grad_v});
         const auto kernel = SK_KERNEL(sd_dropout_kl_backward_kernel, T, layout);
-        SK_LAUNCH(kernel, sk_grid(count, layout), SK_BLOCK, 0, stream, *params);
+        SK_LAUNCH(kernel, sk_grid(count, layout), sk_block(layout), 0, stream, *params);
     })
     return cudaGetLastError();
 }

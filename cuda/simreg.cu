@@ -27,14 +27,14 @@ struct result {
 enum { XX, TT, XT };
 
 /* Leaves the sums of x^2, t^2 and x t of a row. */
-template <typename T, int kGroup, int kVec>
+template <typename T, int kVec>
 SK_DEVICE void multiply(const forward_params &p, int64_t n, int64_t s, double (&sum)[3]) {
     const forward_params *const params = &p;
     const int64_t C = SK_DIM(params, C);
-    for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
+    for (int64_t base = 0; base < C; base += sk_step<T>()) {
         sk_real<T> x[sk_items<T>], t[sk_items<T>];
-        sk_load<T, kGroup, kVec>(sk_row<T>(p.student, n, s), p.student.stride[1], base, C, 0, x);
-        sk_load_constant<T, kGroup, kVec>(p.target, n, s, base, C, 0, t);
+        sk_load<T, kVec>(sk_row<T>(p.student, n, s), p.student.stride[1], base, C, 0, x);
+        sk_load_constant<T, kVec>(p.target, n, s, base, C, 0, t);
         SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
             const double a = x[i], b = t[i];
             sum[XX] += a * a;
@@ -42,25 +42,25 @@ SK_DEVICE void multiply(const forward_params &p, int64_t n, int64_t s, double (&
             sum[XT] += a * b;
         }
     }
-    sk_group_reduce<kGroup>(sum, sk_add());
+    sk_group_reduce(sum, sk_add());
 }
 
 /* The sum of (ratio x - t)^2, exactly 0 for equal rows and ratio 1. */
-template <typename T, int kGroup, int kVec>
+template <typename T, int kVec>
 SK_DEVICE double distance(const forward_params &p, int64_t n, int64_t s, double ratio) {
     const forward_params *const params = &p;
     const int64_t C = SK_DIM(params, C);
     double sum[1] = {0};
-    for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
+    for (int64_t base = 0; base < C; base += sk_step<T>()) {
         sk_real<T> x[sk_items<T>], t[sk_items<T>];
-        sk_load<T, kGroup, kVec>(sk_row<T>(p.student, n, s), p.student.stride[1], base, C, 0, x);
-        sk_load_constant<T, kGroup, kVec>(p.target, n, s, base, C, 0, t);
+        sk_load<T, kVec>(sk_row<T>(p.student, n, s), p.student.stride[1], base, C, 0, x);
+        sk_load_constant<T, kVec>(p.target, n, s, base, C, 0, t);
         SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
             const double d = (double)x[i] * ratio - (double)t[i];
             sum[0] += d * d;
         }
     }
-    sk_group_reduce<kGroup>(sum, sk_add());
+    sk_group_reduce(sum, sk_add());
     return sum[0];
 }
 
@@ -71,34 +71,31 @@ SK_DEVICE bool is_near(double square) { return square > 0x1p-900 && square < 0x1
 SK_DEVICE bool is_far_scale(double scale) { return scale > 0 && scale < 0x1p-450; }
 
 /* What brings the largest element to between 1 and 2; 1 where there is none. */
-template <int kGroup>
 SK_DEVICE double power_of(const sk_arg &x, int64_t at, int64_t C) {
     double top[1] = {0};
-    SK_ROLLED for (int64_t c = sk_lane<kGroup>(); c < C; c += kGroup) top[0] =
+    SK_ROLLED for (int64_t c = sk_lane(); c < C; c += sk_group()) top[0] =
         fmax(top[0], fabs(sk_load_any(x, at + c * x.stride[1])));
-    sk_group_reduce<kGroup>(top, sk_larger());
+    sk_group_reduce(top, sk_larger());
     const int exponent = top[0] > 0 && isfinite(top[0]) ? -ilogb(top[0]) : 0;
     return ldexp(1.0, exponent < 1023 ? exponent : 1023);
 }
 
-template <int kGroup>
 SK_DEVICE result compare_far(const forward_params &p, int64_t n, int64_t s) {
     const forward_params *const params = &p;
     const int64_t C = SK_DIM(params, C);
     const sk_arg &student = p.student, &target = p.target;
     const int64_t at_x = n * student.stride[0] + s * student.stride[2];
     const int64_t at_t = n * target.stride[0] + s * target.stride[2];
-    const double by_x = power_of<kGroup>(student, at_x, C),
-                 by_t = power_of<kGroup>(target, at_t, C);
+    const double by_x = power_of(student, at_x, C), by_t = power_of(target, at_t, C);
     double sum[3] = {0, 0, 0};
-    SK_ROLLED for (int64_t c = sk_lane<kGroup>(); c < C; c += kGroup) {
+    SK_ROLLED for (int64_t c = sk_lane(); c < C; c += sk_group()) {
         const double a = sk_load_any(student, at_x + c * student.stride[1]) * by_x;
         const double b = sk_load_any(target, at_t + c * target.stride[1]) * by_t;
         sum[XX] += a * a;
         sum[TT] += b * b;
         sum[XT] += a * b;
     }
-    sk_group_reduce<kGroup>(sum, sk_add());
+    sk_group_reduce(sum, sk_add());
     const double x = sqrt(sum[XX]), t = sqrt(sum[TT]);
     const bool unit_x = !(x < kEps * by_x), unit_t = !(t < kEps * by_t);
     const double scale_x = 1 / (unit_x ? x : kEps * by_x), scale_t = 1 / (unit_t ? t : kEps * by_t);
@@ -107,13 +104,13 @@ SK_DEVICE result compare_far(const forward_params &p, int64_t n, int64_t s) {
     double value = xx + tt - 2 * (sum[XT] * scale_x * scale_t);
     if (!(value >= kNear<double>)) {
         double apart[1] = {0};
-        SK_ROLLED for (int64_t c = sk_lane<kGroup>(); c < C; c += kGroup) {
+        SK_ROLLED for (int64_t c = sk_lane(); c < C; c += sk_group()) {
             const double a = sk_load_any(student, at_x + c * student.stride[1]) * by_x;
             const double b = sk_load_any(target, at_t + c * target.stride[1]) * by_t;
             const double d = a * (scale_x / scale_t) - b;
             apart[0] += d * d;
         }
-        sk_group_reduce<kGroup>(apart, sk_add());
+        sk_group_reduce(apart, sk_add());
         value = apart[0] * scale_t * scale_t;
     }
     return {value, scale_x * by_x, scale_t * by_t, unit_x ? (value + (1 - tt)) / 2 : 0};
@@ -122,12 +119,12 @@ SK_DEVICE result compare_far(const forward_params &p, int64_t n, int64_t s) {
 /* ---- all rows ---- */
 
 /* Rows of unit length: by their products or, where 2 - 2 cos would cancel, by their differences. */
-template <typename T, int kGroup, int kVec>
+template <typename T, int kVec>
 SK_DEVICE result compare(const forward_params &p, int64_t n, int64_t s) {
     double sum[3] = {0, 0, 0};
-    multiply<T, kGroup, kVec>(p, n, s, sum);
+    multiply<T, kVec>(p, n, s, sum);
     if constexpr (sizeof(T) == 8)
-        if (!is_near(sum[XX]) || !is_near(sum[TT])) return compare_far<kGroup>(p, n, s);
+        if (!is_near(sum[XX]) || !is_near(sum[TT])) return compare_far(p, n, s);
     const double x = sqrt(sum[XX]), t = sqrt(sum[TT]);
     const bool unit_x = !(x < kEps), unit_t = !(t < kEps);
     const double scale_x = 1 / (unit_x ? x : kEps), scale_t = 1 / (unit_t ? t : kEps);
@@ -135,7 +132,7 @@ SK_DEVICE result compare(const forward_params &p, int64_t n, int64_t s) {
     const double tt = unit_t ? 1 : sum[TT] * scale_t * scale_t;
     double value = xx + tt - 2 * (sum[XT] * scale_x * scale_t);
     if (!(value >= kNear<T>)) /* the same answer in the whole group */
-        value = distance<T, kGroup, kVec>(p, n, s, scale_x / scale_t) * scale_t * scale_t;
+        value = distance<T, kVec>(p, n, s, scale_x / scale_t) * scale_t * scale_t;
     return {value, scale_x, scale_t, unit_x ? (value + (1 - tt)) / 2 : 0};
 }
 
@@ -150,22 +147,22 @@ SK_DEVICE void finish(const forward_params &p, const double (&total)[2]) {
 }
 
 /* Leaves rows and saved; the block that ends last leaves loss and denominator. */
-template <typename T, int kGroup, int kVec>
+template <typename T, int kVec>
 __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
     simreg_kernel(const forward_params params) {
     typedef sk_real<T> real;
     const forward_params *const p = &params;
     const int64_t S = SK_DIM(p, S), count = SK_DIM(p, N) * S;
     double total[2] = {0, 0};
-    for (int64_t row = sk_first_row<kGroup>(); row < count; row += sk_row_step<kGroup>()) {
+    for (int64_t row = sk_first_row(); row < count; row += sk_row_step()) {
         const int64_t n = row / S, s = row % S;
         const real w = sk_weight<real>(p->weight, n, s);
         result x = {0, 1, 1, 0};
         if (w != 0 && p->normalize)
-            x = compare<T, kGroup, kVec>(params, n, s);
+            x = compare<T, kVec>(params, n, s);
         else if (w != 0)
-            x.value = distance<T, kGroup, kVec>(params, n, s, 1);
-        if (sk_lane<kGroup>() != 0) continue;
+            x.value = distance<T, kVec>(params, n, s, 1);
+        if (sk_lane() != 0) continue;
         const double value = w * x.value;
         *sk_cell<real>(p->rows, n, s) = (real)value;
         *sk_cell<double>(p->saved, 0, n, s) = x.scale_x;
@@ -174,7 +171,7 @@ __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
         total[0] += value;
         total[1] += w;
     }
-    if (sk_grid_sum(total, p->scratch.data) && threadIdx.x == 0) finish<real>(params, total);
+    if (sk_grid_sum(total, p->scratch.data) && sk_thread() == 0) finish<real>(params, total);
 }
 
 /* ---- backward ---- */
@@ -206,20 +203,19 @@ SK_DEVICE slope slope_of(const backward_params &p, int64_t n, int64_t s) {
 }
 
 /* Leaves grad_student; exactly 0 for equal rows. */
-template <typename T, int kGroup, int kVec>
+template <typename T, int kVec>
 __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
     simreg_backward_kernel(const backward_params params) {
     typedef sk_real<T> real;
     const backward_params *const p = &params;
     const int64_t S = SK_DIM(p, S), C = SK_DIM(p, C), count = SK_DIM(p, N) * S;
-    for (int64_t row = sk_first_row<kGroup>(); row < count; row += sk_row_step<kGroup>()) {
+    for (int64_t row = sk_first_row(); row < count; row += sk_row_step()) {
         const int64_t n = row / S, s = row % S;
         const slope k = slope_of<real>(params, n, s);
-        SK_ROLLED for (int64_t base = 0; base < C; base += kGroup * sk_items<T>) {
+        SK_ROLLED for (int64_t base = 0; base < C; base += sk_step<T>()) {
             real x[sk_items<T>], t[sk_items<T>];
-            sk_load<T, kGroup, kVec>(sk_row<T>(p->student, n, s), p->student.stride[1], base, C, 0,
-                                     x);
-            sk_load_constant<T, kGroup, kVec>(p->target, n, s, base, C, 0, t);
+            sk_load<T, kVec>(sk_row<T>(p->student, n, s), p->student.stride[1], base, C, 0, x);
+            sk_load_constant<T, kVec>(p->target, n, s, base, C, 0, t);
             if (sizeof(T) == 8 && k.far) {
                 SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
                     x[i] *= (real)k.by_x;
@@ -230,8 +226,8 @@ __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
                 const double a = x[i], apart = a * k.ratio - (double)t[i];
                 x[i] = k.zero ? 0 : (real)(k.factor * (apart - a * k.along));
             }
-            sk_store<T, kGroup, kVec>(sk_row<T>(p->grad_student, n, s), p->grad_student.stride[1],
-                                      base, C, x);
+            sk_store<T, kVec>(sk_row<T>(p->grad_student, n, s), p->grad_student.stride[1], base, C,
+                              x);
         }
     }
 }
@@ -246,7 +242,7 @@ extern "C" int sk_cuda_simreg(const struct simreg_params *params, void *stream) 
         const sk_layout layout =
             sk_layout_of(params->dims, sizeof(T), {&params->student, &params->target});
         const auto kernel = SK_KERNEL(simreg_kernel, T, layout);
-        SK_LAUNCH(kernel, sk_grid(count, layout), SK_BLOCK, 0, stream, *params);
+        SK_LAUNCH(kernel, sk_grid(count, layout), sk_block(layout), 0, stream, *params);
     })
     return cudaGetLastError();
 }
@@ -257,7 +253,7 @@ extern "C" int sk_cuda_simreg_backward(const struct simreg_backward_params *para
         const sk_layout layout = sk_layout_of(
             params->dims, sizeof(T), {&params->student, &params->target, &params->grad_student});
         const auto kernel = SK_KERNEL(simreg_backward_kernel, T, layout);
-        SK_LAUNCH(kernel, sk_grid(count, layout), SK_BLOCK, 0, stream, *params);
+        SK_LAUNCH(kernel, sk_grid(count, layout), sk_block(layout), 0, stream, *params);
     })
     return cudaGetLastError();
 }

@@ -23,7 +23,7 @@ SK_DEVICE real exponential(real x) {
 }
 
 /* Adds a step whose largest logit is `most`. Absent items lie so low that they add nothing. */
-template <typename T, int kGroup, int kVec>
+template <typename T, int kVec>
 SK_DEVICE void add_softmax(const sk_real<T> (&a)[sk_items<T>], sk_real<T> h, sk_real<T> most,
                            softmax<sk_real<T>> *x) {
     typedef sk_real<T> real;
@@ -40,13 +40,13 @@ SK_DEVICE void add_softmax(const sk_real<T> (&a)[sk_items<T>], sk_real<T> h, sk_
 }
 
 /* Adds -z of a step, infinite for a class at -inf. */
-template <typename T, int kGroup, int kVec>
+template <typename T, int kVec>
 SK_DEVICE void add_minus(const sk_real<T> (&a)[sk_items<T>], int64_t base, int64_t C, sk_real<T> h,
                          softmax<sk_real<T>> *x) {
     typedef sk_real<T> real;
     real above = 0, count = 0;
     SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
-        const bool present = sk_class<kGroup, kVec>(base, i) < C;
+        const bool present = sk_class<kVec>(base, i) < C;
         above += !present ? 0 : a[i] <= (real)kLowest ? (real)INFINITY : h - a[i];
         count += present ? 1 : 0;
     }
@@ -58,16 +58,16 @@ SK_DEVICE void add_minus(const sk_real<T> (&a)[sk_items<T>], int64_t base, int64
 enum { REST, TIES, ABOVE, CE_SUMS };
 
 /* Leaves them, from the shares of a group and their anchors; returns h, at least kLowest. */
-template <int kGroup, typename real>
+template <typename real>
 SK_DEVICE real gather_softmax(const softmax<real> &x, real h, int64_t C, double (&sum)[CE_SUMS]) {
     real top[1] = {x.largest};
-    sk_group_reduce<kGroup>(top, sk_larger());
+    sk_group_reduce(top, sk_larger());
     const bool lower = x.largest < top[0];
     sum[REST] = x.rest * exponential(h - top[0]);
     sum[REST] += lower ? x.ties * exponential(x.largest - top[0]) : 0;
     sum[TIES] = lower ? 0 : x.ties;
     sum[ABOVE] = x.minus;
-    sk_group_reduce<kGroup>(sum, sk_add());
+    sk_group_reduce(sum, sk_add());
     sum[ABOVE] += (double)C * top[0];
     return top[0];
 }
@@ -75,30 +75,30 @@ SK_DEVICE real gather_softmax(const softmax<real> &x, real h, int64_t C, double 
 /* Leaves the sums of a row class by class, in double, where the first are no numbers: for its
  * logits lie below kLowest, or the sum of h - z is too large for `real`. Returns its largest logit;
  * -inf, and sums as they were, of nothing but -inf. */
-template <int kGroup, typename Row>
+template <typename Row>
 SK_DEVICE double softmax_again(const Row &row, int64_t C, double (&sum)[CE_SUMS]) {
     double top[1] = {-INFINITY};
-    SK_ROLLED for (int64_t c = sk_lane<kGroup>(); c < C; c += kGroup) top[0] = fmax(top[0], row(c));
-    sk_group_reduce<kGroup>(top, sk_larger());
+    SK_ROLLED for (int64_t c = sk_lane(); c < C; c += sk_group()) top[0] = fmax(top[0], row(c));
+    sk_group_reduce(top, sk_larger());
     if (top[0] == -INFINITY) return top[0];
     sum[REST] = sum[TIES] = sum[ABOVE] = 0;
-    SK_ROLLED for (int64_t c = sk_lane<kGroup>(); c < C; c += kGroup) {
+    SK_ROLLED for (int64_t c = sk_lane(); c < C; c += sk_group()) {
         const double z = row(c);
         sum[TIES] += z == top[0] ? 1 : 0;
         sum[REST] += z == top[0] ? 0 : exp(z - top[0]);
         sum[ABOVE] += top[0] - z;
     }
-    sk_group_reduce<kGroup>(sum, sk_add());
+    sk_group_reduce(sum, sk_add());
     return top[0];
 }
 
 /* The same in all threads of the group: the largest logit h, with sums that are numbers. */
-template <typename T, int kGroup>
+template <typename T>
 SK_DEVICE sk_real<T> mend_softmax(const T *row, int64_t stride, int64_t C, double smooth,
                                   sk_real<T> h, double (&sum)[CE_SUMS]) {
     const bool good = h > (sk_real<T>)kLowest && !(smooth != 0 && isinf(sum[ABOVE]));
     if (good) return h;
-    return (sk_real<T>)softmax_again<kGroup>(stored_row<T>{row, stride}, C, sum);
+    return (sk_real<T>)softmax_again(stored_row<T>{row, stride}, C, sum);
 }
 
 /* p - y of a class of logit z, in double. C classes share the smoothing. */
@@ -145,15 +145,15 @@ SK_DEVICE ce_slope<real> ce_slope_of(double h, double level, double factor, doub
 }
 
 /* Leaves the gradients of a step of logits. */
-template <typename T, int kGroup, int kVec>
+template <typename T, int kVec>
 SK_DEVICE void ce_gradients(const ce_slope<sk_real<T>> &k, const sk_real<T> (&z)[sk_items<T>],
                             int64_t base, sk_real<T> (&grad)[sk_items<T>]) {
     SK_UNROLL for (int i = 0; i < sk_items<T>; i++) grad[i] =
         k.of_p * exponential(z[i] - k.h) - k.of_all;
     /* one comparison a step, as few steps hold the target */
-    if (k.target >= base && k.target < base + kGroup * sk_items<T>) {
+    if (k.target >= base && k.target < base + sk_step<T>()) {
         SK_UNROLL for (int i = 0; i < sk_items<T>; i++) grad[i] =
-            sk_class<kGroup, kVec>(base, i) == k.target ? k.of_target : grad[i];
+            sk_class<kVec>(base, i) == k.target ? k.of_target : grad[i];
     }
     if (!k.zero) return;
     SK_UNROLL for (int i = 0; i < sk_items<T>; i++) grad[i] = 0;

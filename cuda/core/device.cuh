@@ -231,6 +231,14 @@ SK_DEVICE void sk_write(const sk_bits<16> &bits, void *to) {
 #endif
 }
 
+/* ---- threads: a block is sk_group() x rows of them, SK_BLOCK in all ---- */
+
+/* How many threads share a row: 1, SK_WARP or SK_BLOCK; or, of a kernel that knows no rows, all. */
+SK_DEVICE int sk_group() { return (int)blockDim.x; }
+
+/* The number of this thread in its block. */
+SK_DEVICE unsigned sk_thread() { return threadIdx.y * blockDim.x + threadIdx.x; }
+
 /* ---- reductions: fixed order, and every thread of the group gets the same bits ---- */
 
 struct sk_add {
@@ -246,15 +254,21 @@ struct sk_larger {
     }
 };
 
-template <int kGroup, typename T, int kCount, typename Op>
-SK_DEVICE void sk_group_reduce(T (&x)[kCount], Op op) {
-    SK_UNROLL for (int step = (kGroup < SK_WARP ? kGroup : SK_WARP) / 2; step; step /= 2) {
+/* Over a warp. */
+template <typename T, int kCount, typename Op>
+SK_DEVICE void sk_warp_reduce(T (&x)[kCount], Op op) {
+    SK_UNROLL for (int step = SK_WARP / 2; step; step /= 2) {
         for (int k = 0; k < kCount; k++) x[k] = op(x[k], __shfl_xor_sync(0xffffffffu, x[k], step));
     }
-    if (kGroup <= SK_WARP) return;
+}
+
+/* Over the warps of a block, whose threads have the same x. */
+template <typename T, int kCount, typename Op>
+SK_DEVICE void sk_join_warps(T (&x)[kCount], Op op) {
     SK_SHARED(T, warps, SK_BLOCK / SK_WARP * kCount);
-    if (threadIdx.x % SK_WARP == 0)
-        for (int k = 0; k < kCount; k++) warps[threadIdx.x / SK_WARP * kCount + k] = x[k];
+    const unsigned thread = sk_thread();
+    if (thread % SK_WARP == 0)
+        for (int k = 0; k < kCount; k++) warps[thread / SK_WARP * kCount + k] = x[k];
     __syncthreads();
     for (int k = 0; k < kCount; k++) {
         x[k] = warps[k];
@@ -263,12 +277,25 @@ SK_DEVICE void sk_group_reduce(T (&x)[kCount], Op op) {
     __syncthreads(); /* the next reduction writes `warps` again */
 }
 
+template <typename T, int kCount, typename Op>
+SK_DEVICE void sk_block_reduce(T (&x)[kCount], Op op) {
+    sk_warp_reduce(x, op);
+    sk_join_warps(x, op);
+}
+
+/* Over the threads of a row. */
+template <typename T, int kCount, typename Op>
+SK_DEVICE void sk_group_reduce(T (&x)[kCount], Op op) {
+    if (sk_group() >= SK_WARP) sk_warp_reduce(x, op);
+    if (sk_group() > SK_WARP) sk_join_warps(x, op);
+}
+
 /* Whether this block is the last of `count` that come here: it sees what the others have written.
  * The same answer in all threads. */
 SK_DEVICE bool sk_is_last(unsigned *ticket, unsigned count) {
     SK_SHARED(bool, last, 1);
     __syncthreads();
-    if (threadIdx.x == 0) {
+    if (sk_thread() == 0) {
         __threadfence(); /* what the block wrote is visible before the ticket says so */
         *last = atomicAdd(ticket, 1u) == count - 1;
     }
@@ -284,15 +311,15 @@ SK_DEVICE bool sk_is_last(unsigned *ticket, unsigned count) {
 template <int kCount>
 SK_DEVICE bool sk_sum_blocks(double (&x)[kCount], unsigned block, unsigned count, void *scratch) {
     volatile double *const parts = (volatile double *)((char *)scratch + 16);
-    sk_group_reduce<SK_BLOCK>(x, sk_add());
-    if (threadIdx.x == 0)
+    sk_block_reduce(x, sk_add());
+    if (sk_thread() == 0)
         for (int k = 0; k < kCount; k++) parts[kCount * block + k] = x[k];
     if (!sk_is_last((unsigned *)scratch, count)) return false;
     for (int k = 0; k < kCount; k++) {
         x[k] = 0;
-        for (unsigned i = threadIdx.x; i < count; i += SK_BLOCK) x[k] += parts[kCount * i + k];
+        for (unsigned i = sk_thread(); i < count; i += SK_BLOCK) x[k] += parts[kCount * i + k];
     }
-    sk_group_reduce<SK_BLOCK>(x, sk_add());
+    sk_block_reduce(x, sk_add());
     return true;
 }
 

@@ -164,10 +164,10 @@ struct rows {
 };
 
 /* A step of logits, from kLowest up; returns the largest. */
-template <typename T, int kGroup, int kVec, typename Stored>
+template <typename T, int kVec, typename Stored>
 SK_DEVICE sk_real<T> load_logits(const Stored *row, int64_t stride, int64_t base, int64_t C,
                                  sk_real<T> (&to)[sk_items<T>]) {
-    return sk_load_above<T, kGroup, kVec>(row, stride, base, C, (sk_real<T>)kLowest, to);
+    return sk_load_above<T, kVec>(row, stride, base, C, (sk_real<T>)kLowest, to);
 }
 
 /* Leaves the sums of the row and, in `top`, their anchors, the largest logits, and how far apart
@@ -176,7 +176,7 @@ SK_DEVICE sk_real<T> load_logits(const Stored *row, int64_t stride, int64_t base
  * harm. The float sums of a step are added up in double, for a thread may take thousands of steps.
  * Of gp + gq, which is a product, a step takes gq: enough digits of gp stay unless it is much
  * smaller, and then the row is poor. */
-template <typename T, int kGroup, int kVec>
+template <typename T, int kVec>
 SK_DEVICE void visit(const rows<T> &r, sk_real<T> (&top)[3], double (&sum)[SUMS]) {
     typedef sk_real<T> real;
     const scale<real> t = scale_of<real>(r.temperature);
@@ -184,10 +184,10 @@ SK_DEVICE void visit(const rows<T> &r, sk_real<T> (&top)[3], double (&sum)[SUMS]
     const T *const u = sk_keep(r.u), *const v = sk_keep(r.v);
     real hu = lowest, hv = lowest;
     for (int k = 0; k < SUMS; k++) sum[k] = 0;
-    SK_ROLLED for (int64_t base = 0; base < r.C; base += kGroup * sk_items<T>) {
+    SK_ROLLED for (int64_t base = 0; base < r.C; base += sk_step<T>()) {
         real a[sk_items<T>], b[sk_items<T>];
-        const real top_u = load_logits<T, kGroup, kVec>(u, r.u_stride, base, r.C, a);
-        const real top_v = load_logits<T, kGroup, kVec>(v, r.v_stride, base, r.C, b);
+        const real top_u = load_logits<T, kVec>(u, r.u_stride, base, r.C, a);
+        const real top_v = load_logits<T, kVec>(v, r.v_stride, base, r.C, b);
         if (top_u > hu + slack || top_v > hv + slack) {
             const real old_u = hu, old_v = hv;
             hu = sk_max(hu, top_u);
@@ -197,7 +197,7 @@ SK_DEVICE void visit(const rows<T> &r, sk_real<T> (&top)[3], double (&sum)[SUMS]
         const anchors<real> h = anchors_at(hu, hv);
         real part[SUMS] = {};
         SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
-            if (i % kVec == 0 && !sk_any_class<kGroup, kVec>(base, i, r.C)) break;
+            if (i % kVec == 0 && !sk_any_class<kVec>(base, i, r.C)) break;
             pair<real> x = compare<sizeof(T) == 2>(a[i], b[i], h, t);
             x.gp = x.diff * x.y;
             add(part, x);
@@ -208,10 +208,10 @@ SK_DEVICE void visit(const rows<T> &r, sk_real<T> (&top)[3], double (&sum)[SUMS]
     top[0] = hu;
     top[1] = hv;
     top[2] = fabs(hu - hv);
-    if (kGroup == 1) return;
-    sk_group_reduce<kGroup>(top, sk_larger());
+    if (sk_group() == 1) return;
+    sk_group_reduce(top, sk_larger());
     move(sum, compare(hu, hv, anchors_at(top[0], top[1]), t));
-    sk_group_reduce<kGroup>(sum, sk_add());
+    sk_group_reduce(sum, sk_add());
 }
 
 /* ---- from sums to divergences ---- */
@@ -276,16 +276,16 @@ struct stored_row {
 };
 
 /* The same in all threads of the group. */
-template <int kGroup, typename Row>
+template <typename Row>
 SK_DEVICE side side_of(const Row &row, int64_t C, double temperature) {
     double top[1] = {-INFINITY}, sum[1] = {0};
-    SK_ROLLED for (int64_t c = sk_lane<kGroup>(); c < C; c += kGroup) top[0] = fmax(top[0], row(c));
-    sk_group_reduce<kGroup>(top, sk_larger());
-    SK_ROLLED for (int64_t c = sk_lane<kGroup>(); c < C; c += kGroup) {
+    SK_ROLLED for (int64_t c = sk_lane(); c < C; c += sk_group()) top[0] = fmax(top[0], row(c));
+    sk_group_reduce(top, sk_larger());
+    SK_ROLLED for (int64_t c = sk_lane(); c < C; c += sk_group()) {
         const double z = row(c);
         sum[0] += z == -INFINITY ? 0 : exp((z - top[0]) / temperature);
     }
-    sk_group_reduce<kGroup>(sum, sk_add());
+    sk_group_reduce(sum, sk_add());
     return {top[0], log(sum[0])};
 }
 
@@ -333,14 +333,14 @@ SK_DEVICE double log_ratio(double u, double v, double T, double T_v, const side 
 }
 
 /* Both KL, with 0 log 0 = 0. */
-template <typename T, int kGroup>
+template <typename T>
 SK_DEVICE divergence careful(const rows<T> &r) {
     const stored_row<T> u = {r.u, r.u_stride}, v = {r.v, r.v_stride};
     const double t = r.temperature;
-    const side x = side_of<kGroup>(u, r.C, t), y = side_of<kGroup>(v, r.C, t);
+    const side x = side_of(u, r.C, t), y = side_of(v, r.C, t);
     if (!isfinite(x.log_sum) || !isfinite(y.log_sum)) return undefined(lse_of(x, t), lse_of(y, t));
     double kl[2] = {0, 0};
-    SK_ROLLED for (int64_t c = sk_lane<kGroup>(); c < r.C; c += kGroup) {
+    SK_ROLLED for (int64_t c = sk_lane(); c < r.C; c += sk_group()) {
         const double a = u(c), b = v(c);
         if (isinf(a) && isinf(b)) continue;
         const double p = exp(log_p(a, t, x)), q = exp(log_p(b, t, y));
@@ -355,19 +355,19 @@ SK_DEVICE divergence careful(const rows<T> &r) {
                  : near     ? q * d * d * curvature(d)
                             : diff - q * d;
     }
-    sk_group_reduce<kGroup>(kl, sk_add());
+    sk_group_reduce(kl, sk_add());
     return {lse_of(x, t), (x.top - y.top) / t + (x.log_sum - y.log_sum), kl[0], kl[1], false};
 }
 
 /* The same result in all threads of the group. */
-template <typename T, int kGroup, int kVec>
+template <typename T, int kVec>
 SK_DEVICE divergence diverge(const rows<T> &r) {
     sk_real<T> top[3];
     double sum[SUMS];
-    visit<T, kGroup, kVec>(r, top, sum);
+    visit<T, kVec>(r, top, sum);
     const bool far = sizeof(T) == 2 && top[2] > kFar * r.temperature;
     const divergence x = conclude(sum, top[0], top[1], r.temperature, far);
-    return x.poor ? careful<T, kGroup>(r) : x;
+    return x.poor ? careful<T>(r) : x;
 }
 
 /* ---- gradients ---- */
@@ -432,11 +432,11 @@ SK_DEVICE void differentiate(const pair_slope<real> &k, real *a, real *b) {
 }
 
 /* The same of a step. */
-template <typename T, int kGroup, int kVec>
+template <typename T, int kVec>
 SK_DEVICE void differentiate(const pair_slope<sk_real<T>> &k, int64_t base, int64_t C,
                              sk_real<T> (&a)[sk_items<T>], sk_real<T> (&b)[sk_items<T>]) {
     SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
-        if (i % kVec == 0 && !sk_any_class<kGroup, kVec>(base, i, C)) break;
+        if (i % kVec == 0 && !sk_any_class<kVec>(base, i, C)) break;
         differentiate(k, &a[i], &b[i]);
     }
     if (!k.zero) return;
@@ -453,16 +453,16 @@ SK_DEVICE bool is_far(const divergence &x, double f, double r) {
 }
 
 /* Leaves them; they may lie over the logits. */
-template <typename T, int kGroup>
+template <typename T>
 SK_DEVICE void differentiate_far(const rows<T> &r, const divergence &of, double f, double rev,
                                  bool detach, T *grad_u, int64_t u_stride, T *grad_v,
                                  int64_t v_stride) {
     typedef sk_real<T> real;
     const stored_row<T> u = {r.u, r.u_stride}, v = {r.v, r.v_stride};
     const double t = r.temperature;
-    const side x = side_within<real>(side_of<kGroup>(u, r.C, t), t, of.lse, 0);
-    const side y = side_within<real>(side_of<kGroup>(v, r.C, t), t, of.lse, of.dl);
-    SK_ROLLED for (int64_t c = sk_lane<kGroup>(); c < r.C; c += kGroup) {
+    const side x = side_within<real>(side_of(u, r.C, t), t, of.lse, 0);
+    const side y = side_within<real>(side_of(v, r.C, t), t, of.lse, of.dl);
+    SK_ROLLED for (int64_t c = sk_lane(); c < r.C; c += sk_group()) {
         const double a = u(c), b = v(c), p = exp(log_p(a, t, x)), q = exp(log_p(b, t, y));
         const double d = log_ratio(a, b, t, t, x, y), diff = p - q;
         double to_u = rev != 0 ? rev * diff : 0, to_v = f != 0 ? -f * diff : 0;

@@ -1,8 +1,8 @@
 /* Rows of memory: where they are, reading and writing them, how a launch serves them.
  *
- * A row of C classes is read by a group of kGroup threads: 1 (neighbouring threads have
- * neighbouring rows), 32 (a warp) or SK_BLOCK (a block). In one step each thread of the group takes
- * sk_items<T> elements. */
+ * A row of C classes is read by a group of sk_group() threads: 1 (neighbouring threads have
+ * neighbouring rows), 32 (a warp) or SK_BLOCK (a block): the width of a block of threads, whose
+ * height is its number of rows. In one step each thread of the group takes sk_items<T> elements. */
 #pragma once
 #include <initializer_list>
 #include <type_traits>
@@ -59,31 +59,40 @@ constexpr int sk_items = 16 / sizeof(T);
 template <typename T, int kVec>
 constexpr int sk_resident = sizeof(T) == 8 || kVec == 1 ? 2 : 3;
 
-template <int kGroup>
-SK_DEVICE int sk_lane() {
-    return threadIdx.x % kGroup;
+/* The number of this thread in its group. */
+SK_DEVICE int sk_lane() { return (int)threadIdx.x; }
+
+/* Elements that a group takes in one step. */
+template <typename T>
+SK_DEVICE int sk_step() {
+    return sk_group() * sk_items<T>;
 }
 
 /* The rows of this group are sk_first_row, + sk_row_step, ... */
-template <int kGroup>
-SK_DEVICE int64_t sk_first_row() {
-    return (int64_t)blockIdx.x * (SK_BLOCK / kGroup) + threadIdx.x / kGroup;
-}
-template <int kGroup>
-SK_DEVICE int64_t sk_row_step() {
-    return (int64_t)gridDim.x * (SK_BLOCK / kGroup);
-}
+SK_DEVICE int64_t sk_first_row() { return (int64_t)blockIdx.x * blockDim.y + threadIdx.y; }
+SK_DEVICE int64_t sk_row_step() { return (int64_t)gridDim.x * blockDim.y; }
 
-/* In the step at `base`, the class of item i. kVec neighbouring items are neighbours in memory. */
-template <int kGroup, int kVec>
+/* Which class item i is, counted from the first of a step. kVec neighbours are neighbours in memory.
+ */
+template <int kVec>
+SK_DEVICE int sk_offset(int i) {
+    return (i / kVec * sk_group() + sk_lane()) * kVec + i % kVec;
+}
+template <int kVec>
 SK_DEVICE int64_t sk_class(int64_t base, int i) {
-    return base + (int64_t)(i / kVec) * kGroup * kVec + sk_lane<kGroup>() * kVec + i % kVec;
+    return base + sk_offset<kVec>(i);
 }
 
-/* Whether any thread of the group has a class for item i: the same answer in all of them. */
-template <int kGroup, int kVec>
+/* How many classes there are from the first of a step on, or more than it takes. */
+SK_DEVICE int sk_present(int64_t base, int64_t C) {
+    return C - base < 0x10000 ? (int)(C - base) : 0x10000;
+}
+
+/* Whether any thread of the group has a class for item i, if it has one for the first: the same
+ * answer in all of them. */
+template <int kVec>
 SK_DEVICE bool sk_any_class(int64_t base, int i, int64_t C) {
-    return base + (int64_t)(i / kVec) * kGroup * kVec < C;
+    return i < kVec || i / kVec * kVec * sk_group() < sk_present(base, C);
 }
 
 /* kVec neighbours, from and to how they lie in memory. */
@@ -114,16 +123,35 @@ SK_DEVICE sk_bits<kVec * sizeof(T)> sk_pack(const sk_real<T> *from) {
     return bits;
 }
 
+/* kVec neighbours of memory. */
+template <typename T, int kVec>
+SK_DEVICE void sk_load_run(const T *from, sk_real<T> *to) {
+    if constexpr (kVec == 1)
+        *to = sk_widen(*from);
+    else
+        sk_unpack<T, kVec>(*(const sk_bits<kVec * sizeof(T)> *)from, to);
+}
+template <typename T, int kVec>
+SK_DEVICE void sk_store_run(const sk_real<T> *from, T *to) {
+    if constexpr (kVec == 1)
+        sk_narrow(*from, to);
+    else
+        sk_write(sk_pack<T, kVec>(from), to);
+}
+
 /* This thread's items of the step; `absent`, or the infinity that it rounds to, for those beyond
  * C. Steps and items are those of T, however the row is stored. */
-template <typename T, int kGroup, int kVec, typename Stored>
+template <typename T, int kVec, typename Stored>
 SK_DEVICE void sk_load(const Stored *row, int64_t stride, int64_t base, int64_t C,
                        sk_real<T> absent, sk_real<T> (&to)[sk_items<T>]) {
-    SK_UNROLL for (int i = 0; i < sk_items<T>; i += kVec) {
-        const int64_t c = sk_class<kGroup, kVec>(base, i);
-        if constexpr (kVec == 1) {
-            to[i] = c < C ? (sk_real<T>)sk_widen(row[c * stride]) : absent;
-        } else {
+    if constexpr (kVec == 1) {
+        const int present = sk_present(base, C);
+        int64_t at = (base + sk_lane()) * stride;
+        SK_UNROLL for (int i = 0; i < sk_items<T>; i++, at += sk_group() * stride) to[i] =
+            sk_offset<1>(i) < present ? (sk_real<T>)sk_widen(row[at]) : absent;
+    } else {
+        SK_UNROLL for (int i = 0; i < sk_items<T>; i += kVec) {
+            const int64_t c = base + sk_offset<kVec>(i);
             sk_real<Stored> fill[kVec];
             SK_UNROLL for (int k = 0; k < kVec; k++) fill[k] = (sk_real<Stored>)absent;
             auto bits = sk_pack<Stored, kVec>(fill);
@@ -135,7 +163,7 @@ SK_DEVICE void sk_load(const Stored *row, int64_t stride, int64_t base, int64_t 
 
 /* The same, and nothing below `low`, which absent ones are; returns the largest. NaN stays, and is
  * not the largest. A vector of bfloat16 is compared two by two, as it lies in memory. */
-template <typename T, int kGroup, int kVec, typename Stored>
+template <typename T, int kVec, typename Stored>
 SK_DEVICE sk_real<T> sk_load_above(const Stored *row, int64_t stride, int64_t base, int64_t C,
                                    sk_real<T> low, sk_real<T> (&to)[sk_items<T>]) {
     typedef sk_real<T> real;
@@ -145,7 +173,7 @@ SK_DEVICE sk_real<T> sk_load_above(const Stored *row, int64_t stride, int64_t ba
         const unsigned low_two = sk_narrow_two((float)low, (float)low, (__nv_bfloat16 *)0);
         unsigned top = low_two;
         SK_UNROLL for (int i = 0; i < sk_items<T>; i += kVec) {
-            const int64_t c = sk_class<kGroup, kVec>(base, i);
+            const int64_t c = sk_class<kVec>(base, i);
             unsigned word[kWords];
             SK_UNROLL for (int k = 0; k < kWords; k++) word[k] = low_two;
             if (c < C) {
@@ -161,7 +189,7 @@ SK_DEVICE sk_real<T> sk_load_above(const Stored *row, int64_t stride, int64_t ba
         }
         largest = sk_max(sk_first_of(top), sk_second_of(top));
     } else {
-        sk_load<T, kGroup, kVec>(row, stride, base, C, low, to);
+        sk_load<T, kVec>(row, stride, base, C, low, to);
         SK_UNROLL for (int i = 0; i < sk_items<T>; i++) largest =
             sk_max(largest, to[i] = sk_at_least(to[i], low));
     }
@@ -169,24 +197,27 @@ SK_DEVICE sk_real<T> sk_load_above(const Stored *row, int64_t stride, int64_t ba
 }
 
 /* The same of row [n, s] of a tensor with a dtype of its own (CONSTANT). */
-template <typename T, int kGroup, int kVec>
+template <typename T, int kVec>
 SK_DEVICE void sk_load_constant(const sk_arg &x, int64_t n, int64_t s, int64_t base, int64_t C,
                                 sk_real<T> absent, sk_real<T> (&to)[sk_items<T>]) {
-    SK_SWITCH_FLOATING(
-        x.dtype, Stored,
-        sk_load<T, kGroup, kVec>(sk_row<Stored>(x, n, s), x.stride[1], base, C, absent, to));
+    SK_SWITCH_FLOATING(x.dtype, Stored,
+                       sk_load<T, kVec>(sk_row<Stored>(x, n, s), x.stride[1], base, C, absent, to));
 }
 
-template <typename T, int kGroup, int kVec>
+template <typename T, int kVec>
 SK_DEVICE void sk_store(T *row, int64_t stride, int64_t base, int64_t C,
                         const sk_real<T> (&from)[sk_items<T>]) {
-    SK_UNROLL for (int i = 0; i < sk_items<T>; i += kVec) {
-        const int64_t c = sk_class<kGroup, kVec>(base, i);
-        if (c >= C) continue;
-        if constexpr (kVec == 1)
-            sk_narrow(from[i], row + c * stride);
-        else
-            sk_write(sk_pack<T, kVec>(&from[i]), row + c);
+    if constexpr (kVec == 1) {
+        const int present = sk_present(base, C);
+        int64_t at = (base + sk_lane()) * stride;
+        SK_UNROLL for (int i = 0; i < sk_items<T>; i++, at += sk_group() * stride) {
+            if (sk_offset<1>(i) < present) sk_narrow(from[i], row + at);
+        }
+    } else {
+        SK_UNROLL for (int i = 0; i < sk_items<T>; i += kVec) {
+            const int64_t c = base + sk_offset<kVec>(i);
+            if (c < C) sk_store_run<T, kVec>(&from[i], row + c);
+        }
     }
 }
 
@@ -196,6 +227,9 @@ struct sk_layout {
     int group;
     bool vector; /* 16-byte accesses */
 };
+
+/* Of what is no row: a thread for each. */
+constexpr sk_layout kOneEach = {1, false};
 
 /* The layout that suits all of the "NC*" tensors of a call; those not given do not matter. */
 static inline sk_layout sk_layout_of(const sk_dims &dims, int64_t element,
@@ -210,22 +244,21 @@ static inline sk_layout sk_layout_of(const sk_dims &dims, int64_t element,
         wide_rows = wide_rows && stride[1] == 1 && (uintptr_t)arg->data % 16 == 0 &&
                     (N <= 1 || stride[0] % wide == 0) && (S <= 1 || stride[2] % wide == 0);
     }
-    if (adjacent_rows) return {1, false};
+    if (adjacent_rows) return kOneEach;
     return {C <= 2048 ? SK_WARP : SK_BLOCK, wide_rows};
 }
 
-/* Blocks for that many rows; at least one, for what is done once per call. */
+/* Threads of a block, and blocks for that many rows; at least one, for what is done once per call.
+ */
+static inline dim3 sk_block(sk_layout layout) {
+    return dim3((unsigned)layout.group, (unsigned)(SK_BLOCK / layout.group));
+}
 static inline unsigned sk_grid(int64_t rows, sk_layout layout) {
     const int64_t per_block = SK_BLOCK / layout.group;
     const int64_t blocks = (rows + per_block - 1) / per_block;
     return blocks < 1 ? 1 : blocks > SK_REDUCE_BLOCKS ? SK_REDUCE_BLOCKS : (unsigned)blocks;
 }
 
-/* The instance kernel<T, kGroup, kVec, ...> for a layout. */
-#define SK_KERNEL(kernel, T, layout, ...)                                        \
-    ((layout).group == 1 ? kernel<T, 1, 1, ##__VA_ARGS__>                        \
-     : (layout).group == SK_WARP                                                 \
-         ? ((layout).vector ? kernel<T, SK_WARP, 16 / sizeof(T), ##__VA_ARGS__>  \
-                            : kernel<T, SK_WARP, 1, ##__VA_ARGS__>)              \
-         : ((layout).vector ? kernel<T, SK_BLOCK, 16 / sizeof(T), ##__VA_ARGS__> \
-                            : kernel<T, SK_BLOCK, 1, ##__VA_ARGS__>))
+/* The instance kernel<T, kVec, ...> for a layout. */
+#define SK_KERNEL(kernel, T, layout, ...) \
+    ((layout).vector ? kernel<T, 16 / sizeof(T), ##__VA_ARGS__> : kernel<T, 1, ##__VA_ARGS__>)

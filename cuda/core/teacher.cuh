@@ -52,21 +52,21 @@ SK_DEVICE const warmth<real> &warmth_of(const teacher &k) {
 }
 
 /* A step of a teacher's logits, the logarithms of its probabilities; returns the largest. */
-template <typename T, int kGroup, int kVec>
+template <typename T, int kVec>
 SK_DEVICE sk_real<T> load_teacher(const teacher &k, int64_t n, int64_t s, int64_t base, int64_t C,
                                   sk_real<T> (&to)[sk_items<T>]) {
     typedef sk_real<T> real;
     real largest = (real)kLowest;
     if (k.probs) {
-        sk_load_constant<T, kGroup, kVec>(k.x, n, s, base, C, 0, to);
+        sk_load_constant<T, kVec>(k.x, n, s, base, C, 0, to);
         SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
             to[i] = sk_at_least(log(to[i]), (real)kLowest);
             largest = sk_max(largest, to[i]);
         }
     } else {
-        SK_SWITCH_FLOATING(k.x.dtype, Stored,
-                           largest = load_logits<T, kGroup, kVec>(sk_row<Stored>(k.x, n, s),
-                                                                  k.x.stride[1], base, C, to));
+        SK_SWITCH_FLOATING(
+            k.x.dtype, Stored,
+            largest = load_logits<T, kVec>(sk_row<Stored>(k.x, n, s), k.x.stride[1], base, C, to));
     }
     return largest;
 }
@@ -111,13 +111,13 @@ SK_DEVICE void add(real (&sum)[TEACHER_SUMS], const pair<real> &x) {
 }
 
 /* Adds a step of a student's and a teacher's logits. */
-template <typename T, int kGroup, int kVec, bool kSame>
+template <typename T, int kVec, bool kSame>
 SK_DEVICE void add_teacher(const sk_real<T> (&a)[sk_items<T>], const sk_real<T> (&b)[sk_items<T>],
                            int64_t base, int64_t C, const anchors<sk_real<T>> &h,
                            const warmth<sk_real<T>> &w, double (&sum)[TEACHER_SUMS]) {
     sk_real<T> part[TEACHER_SUMS] = {};
     SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
-        if (i % kVec == 0 && !sk_any_class<kGroup, kVec>(base, i, C)) break;
+        if (i % kVec == 0 && !sk_any_class<kVec>(base, i, C)) break;
         pair<sk_real<T>> x = compare<sizeof(T) == 2, kSame>(a[i], b[i], h, w);
         x.diff = x.first; /* diff = first + gq, which loses digits only where the KL is large */
         add(part, x);
@@ -205,20 +205,20 @@ SK_DEVICE teacher_row conclude(const teacher &k, const double (&sum)[TEACHER_SUM
 }
 
 /* The same of a row class by class, in double, with 0 log 0 = 0: whatever its logits are. */
-template <int kGroup, typename Row>
+template <typename Row>
 SK_DEVICE teacher_row careful(const teacher &k, const Row &student, const teacher_row_of &own,
                               int64_t C) {
-    const side u = side_of<kGroup>(student, C, k.T), v = side_of<kGroup>(own, C, k.own);
+    const side u = side_of(student, C, k.T), v = side_of(own, C, k.own);
     const divergence none = undefined(lse_of(u, k.T), lse_of(v, k.own));
     if (!isfinite(u.log_sum) || !isfinite(v.log_sum)) return {u.log_sum, none.dl, NAN, false};
     double kl[1] = {0};
-    SK_ROLLED for (int64_t c = sk_lane<kGroup>(); c < C; c += kGroup) {
+    SK_ROLLED for (int64_t c = sk_lane(); c < C; c += sk_group()) {
         const double a = student(c), b = own(c);
         const double p = exp(log_p(a, k.T, u)), q = exp(log_p(b, k.own, v));
         const double d = log_ratio(a, b, k.T, k.own, u, v);
         const double far = (p - q) - q * d;
         kl[0] += q == 0 ? p : fabs(d) < 0.5 ? q * d * d * curvature(d) : far;
     }
-    sk_group_reduce<kGroup>(kl, sk_add());
+    sk_group_reduce(kl, sk_add());
     return {u.log_sum, (u.top / k.T - v.top / k.own) + (u.log_sum - v.log_sum), kl[0], false};
 }
