@@ -29,7 +29,7 @@ COMPAT_TABLE ?= bench/results/compat.md
 COMPAT_WHEEL ?=
 MINUTES ?=
 CUDA ?= ON
-CUDA_ARCHITECTURES ?= 80-real;90
+CUDA_ARCHITECTURES ?= 80;90
 SHELL := bash
 .SHELLFLAGS := -o pipefail -ec
 IN := PATH="$(abspath $(VENV))/bin:$$PATH"

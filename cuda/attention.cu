@@ -132,12 +132,12 @@ SK_DEVICE void map_rows(const network &k, unsigned index) {
     const int64_t end = first + t.width < t.S ? first + t.width : t.S;
     for (int64_t s = first + threadIdx.y; s < end; s += blockDim.y) {
         const T *const from = sk_row<T>(k.x, n, s);
+        const int64_t stride = kVec == 1 ? k.x.stride[1] : 1;
         double sum[1] = {0};
-        for (int64_t base = 0; base < k.C; base += sk_step<T>()) {
-            sk_real<T> item[sk_items<T>];
-            sk_load<T, kVec>(from, k.x.stride[1], base, k.C, 0, item);
-            SK_UNROLL for (int i = 0; i < sk_items<T>; i++) sum[0] +=
-                (double)item[i] * (double)item[i];
+        SK_UNROLL_4 for (int64_t c = sk_lane() * kVec; c < k.C; c += SK_WARP * kVec) {
+            sk_real<T> run[kVec];
+            sk_load_run<T, kVec>(from + c * stride, run);
+            SK_UNROLL for (int i = 0; i < kVec; i++) sum[0] += (double)run[i] * (double)run[i];
         }
         sk_warp_reduce(sum, sk_add());
         if (sk_lane() == 0) k.map[n * t.S + s] = sum[0] / (double)k.C;
@@ -171,17 +171,16 @@ SK_DEVICE double far_map(const network &k, int64_t S, int64_t n, double eps, boo
     double *const a = k.map + n * S;
     double top[1] = {0}, square[1] = {0};
     SK_ROLLED for (int64_t s = sk_thread(); s < S; s += SK_BLOCK) {
-        const int64_t at = n * k.x.stride[0] + s * k.x.stride[2];
-        SK_ROLLED for (int64_t c = 0; c < k.C; c++) top[0] =
-            fmax(top[0], fabs(sk_load_any(k.x, at + c * k.x.stride[1])));
+        const sk_any_row row = sk_any_row_of(k.x, n, s);
+        SK_ROLLED for (int64_t c = 0; c < k.C; c++) top[0] = fmax(top[0], fabs(row(c)));
     }
     sk_block_reduce(top, sk_larger());
     const double by = top[0] > 0 && isfinite(top[0]) ? fmin(1 / top[0], 0x1p1000) : 1;
     SK_ROLLED for (int64_t s = sk_thread(); s < S; s += SK_BLOCK) {
-        const int64_t at = n * k.x.stride[0] + s * k.x.stride[2];
+        const sk_any_row row = sk_any_row_of(k.x, n, s);
         double sum = 0;
         SK_ROLLED for (int64_t c = 0; c < k.C; c++) {
-            const double z = sk_load_any(k.x, at + c * k.x.stride[1]) * by;
+            const double z = row(c) * by;
             sum += z * z;
         }
         sum /= (double)k.C;
@@ -264,7 +263,7 @@ static unsigned groups_of(int64_t N) {
 
 /* Leaves maps and slopes; the block that ends last leaves the loss. First come the tiles of the
  * student, then those of the teacher. */
-__global__ void __launch_bounds__(SK_BLOCK)
+__global__ void __launch_bounds__(SK_BLOCK, 4)
     attention_kernel(const forward_params params, const network student, const network teacher,
                      unsigned groups) {
     const forward_params *const p = &params;
@@ -359,13 +358,14 @@ __global__ void __launch_bounds__(SK_BLOCK)
         const int64_t n = row / S, s = row % S;
         const double factor = factor_of<sk_real<T>>(params, n, s);
         const bool far = is_far<T>(params, n);
-        for (int64_t base = 0; base < C; base += sk_step<T>()) {
-            sk_real<T> x[sk_items<T>];
-            sk_load<T, kVec>(sk_row<T>(p->student, n, s), p->student.stride[1], base, C, 0, x);
-            SK_UNROLL for (int i = 0; i < sk_items<T>; i++) x[i] = (sk_real<T>)(factor * x[i]);
-            if (far) multiply_again<T>(params, n, x);
-            sk_store<T, kVec>(sk_row<T>(p->grad_student, n, s), p->grad_student.stride[1], base, C,
-                              x);
+        const T *const from = sk_row<T>(p->student, n, s);
+        T *const to = sk_row<T>(p->grad_student, n, s);
+        SK_UNROLL_4 for (int64_t c = sk_lane() * kVec; c < C; c += sk_group() * kVec) {
+            sk_real<T> run[kVec];
+            sk_load_run<T, kVec>(from + c * (kVec == 1 ? p->student.stride[1] : 1), run);
+            SK_UNROLL for (int i = 0; i < kVec; i++) run[i] = (sk_real<T>)(factor * run[i]);
+            if (far) multiply_again<T>(params, n, run);
+            sk_store_run<T, kVec>(run, to + c * (kVec == 1 ? p->grad_student.stride[1] : 1));
         }
     }
 }

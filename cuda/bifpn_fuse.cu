@@ -55,7 +55,9 @@ SK_DEVICE void find_factors(const fusion &f, factors *k) {
             k->part = part;
             k->total = f.eps * part;
             SK_ROLLED for (int i = 0; i < f.count; i++) {
-                const double w = f.weight.data ? sk_load_any(f.weight, i * f.weight.stride[0]) : 1;
+                const double w = f.weight.data ? sk_load_any(f.weight.data, f.weight.dtype,
+                                                             i * f.weight.stride[0])
+                                               : 1;
                 k->of[i] = w <= 0 ? 0 : w * part; /* NaN stays */
                 k->total += k->of[i];
             }
@@ -74,7 +76,7 @@ SK_DEVICE void finish(const fusion &f, const factors &k, const double (&d)[kMaps
         double slope = d[i] * f.eps / k.total * k.part;
         SK_UNROLL for (int j = 0; j < kMaps; j++) slope +=
             j < f.count ? k.of[j] * (d[i] - d[j]) : 0;
-        const bool off = sk_load_any(f.weight, i * f.weight.stride[0]) <= 0;
+        const bool off = sk_load_any(f.weight.data, f.weight.dtype, i * f.weight.stride[0]) <= 0;
         const double grad = off ? 0 : slope / k.total * k.part;
         if (to.dtype == SK_DT_F64)
             ((double *)to.data)[i * to.stride[0]] = grad;

@@ -1,46 +1,12 @@
 /* Distillation on the GPU: one kernel forward, one backward, each reading logits and teachers once.
- * Formulas in ops/distill.h; how a KL keeps its digits in core/kl.cuh. */
-#include "core/ce.cuh"
-#include "core/rows.cuh"
-#include "core/teacher.cuh"
-#include "distill.h"
+ * Formulas in ops/distill.h; how a KL keeps its digits in core/kl.cuh. The kernels are large: the
+ * backward one has a file of its own, so that both compile side by side. */
+#include "distill.cuh"
 
 extern "C" {
 SK_PARAMS(distill)
-SK_PARAMS(distill_backward)
 }
 typedef struct distill_params forward_params;
-typedef struct distill_backward_params backward_params;
-
-enum { LARGEST, LEVEL, LEVEL_T }; /* planes of `levels` */
-
-template <typename params>
-static teachers teachers_of(const params &p) {
-    const double coldest = fmin(fmin(p.temperature, p.teacher_temperature),
-                                fmin(p.second_temperature, p.second_teacher_temperature));
-    return {{teacher_of(p.teacher, p.teacher_weight, p.temperature, p.teacher_temperature,
-                        p.teacher_kind),
-             teacher_of(p.second_teacher, p.second_teacher_weight, p.second_temperature,
-                        p.second_teacher_temperature, p.second_teacher_kind)},
-            2 * fmin(coldest, 1)};
-}
-
-template <typename params>
-SK_DEVICE bool has_ce(const params &p) {
-    return p.target.data && p.ce_weight != 0;
-}
-
-/* The class of a row, at most `last`; -1 where it is ignored or there is no target. */
-template <typename params>
-SK_DEVICE int64_t target_of(const params &p, int64_t n, int64_t s, int64_t last) {
-    if (!p.target.data) return -1;
-    const int64_t y = *sk_cell<int64_t>(p.target, n, s);
-    if (y == p.ignore_index) return -1;
-    sk_assert(y >= 0 && y <= last, "distill: target is no class and not ignore_index");
-    return y;
-}
-
-/* ---- forward ---- */
 
 /* A thread's share of a row, so far, against anchors of its own: near its largest logits. */
 template <typename real, int kTeachers>
@@ -109,7 +75,7 @@ SK_DEVICE double teach(const forward_params &p, const teacher &k, int j, int64_t
         x = conclude(k, sum, hu, hv, rough, is_far);
         x.level += (hu - h) / k.T;
         if (x.poor) {
-            const stored_row<T> student = {sk_row<T>(p.logits, n, s), p.logits.stride[1]};
+            const logits_row student = {sk_any_row_of(p.logits, n, s), false};
             x = careful(k, student, row_of(k, n, s), SK_DIM(&p, C));
         }
     }
@@ -141,10 +107,14 @@ SK_DEVICE sk_real<T> visit(const forward_params &p, const teachers &k, int64_t n
     sk_group_reduce(top, sk_larger());
     SK_UNROLL for (int j = 0; j < kTeachers; j++) of_teacher[j] = top[1 + j];
     if (sk_group() > 1) raise(&x, k, top[0], of_teacher);
-    SK_UNROLL for (int j = 0; j < kTeachers; j++) {
-        sk_group_reduce(x.sum[j], sk_add());
-        *kl +=
-            teach<T>(p, k.of[j], j, n, s, h, top[0], top[1 + j], top[1 + kTeachers + j], x.sum[j]);
+    SK_ROLLED for (int j = 0; j < kTeachers; j++) {
+        double of_one[TEACHER_SUMS];
+        SK_UNROLL for (int i = 0; i < TEACHER_SUMS; i++) of_one[i] =
+            j == 0 ? x.sum[0][i] : x.sum[kTeachers - 1][i];
+        sk_group_reduce(of_one, sk_add());
+        const real hv = j == 0 ? top[1] : top[kTeachers];
+        const real far = j == 0 ? top[1 + kTeachers] : top[2 * kTeachers];
+        *kl += teach<T>(p, k.of[j], j, n, s, h, top[0], hv, far, of_one);
     }
     return h;
 }
@@ -217,133 +187,7 @@ __global__ void __launch_bounds__(SK_BLOCK, 2)
     if (sk_grid_sum(total, p->scratch.data) && sk_thread() == 0) finish<real>(params, k, total);
 }
 
-/* ---- backward ---- */
-
-template <typename real, int kTeachers>
-struct slope {
-    ce_slope<real> ce;
-    teacher_slope<real> of[kTeachers];
-    bool zero; /* no gradient, whatever the logits hold */
-    bool far;  /* found class by class */
-};
-
-template <typename T, int kTeachers>
-SK_DEVICE slope<sk_real<T>, kTeachers> slope_of(const backward_params &p, const teachers &k,
-                                                int64_t n, int64_t s) {
-    typedef sk_real<T> real;
-    const double w = sk_weight<real>(p.weight, n, s);
-    const double factor = *sk_cell<real>(p.grad, n, s) * w;
-    const real *const denominator = (const real *)p.denominators.data;
-    const double h = *sk_cell<real>(p.levels, LARGEST, n, s);
-    const double level = *sk_cell<real>(p.levels, LEVEL, n, s);
-    const int64_t C = SK_DIM(&p, C), y = target_of(p, n, s, C);
-    const bool labelled = factor != 0 && y >= 0 && has_ce(p);
-    const bool taught = factor != 0 && (y >= 0 || !p.mask_teachers || !p.target.data);
-    const double z_y =
-        labelled && y < C ? (double)sk_widen(sk_row<T>(p.logits, n, s)[y * p.logits.stride[1]]) : h;
-    slope<real, kTeachers> x;
-    const double of_ce = labelled ? p.ce_weight * factor / denominator[0] : 0;
-    x.ce = ce_slope_of<real>(h, level, of_ce, p.label_smoothing, p.classes > 0 ? p.classes : C, y,
-                             z_y);
-    x.zero = x.ce.zero;
-    x.far = labelled && ((h < kLowest && h > -INFINITY) || is_beyond(of_ce, kFarFactor<real>));
-    SK_UNROLL for (int j = 0; j < kTeachers; j++) {
-        const teacher &t = k.of[j];
-        const double dl = *sk_cell<double>(p.ratios, j, n, s);
-        const double of_teacher =
-            taught && t.weight != 0
-                ? t.weight * t.T * factor / denominator[p.denominators.stride[0]]
-                : 0;
-        x.of[j] = teacher_slope_of<real>(t, h / t.T + *sk_cell<real>(p.levels, LEVEL_T + j, n, s),
-                                         dl, of_teacher);
-        x.zero = x.zero && x.of[j].factor == 0;
-        const double large = fabs(h / t.T) + fabs(dl);
-        x.far = x.far || (of_teacher != 0 && (is_beyond(large, kFarLse<real>) ||
-                                              is_beyond(of_teacher, kFarFactor<real>)));
-    }
-    return x;
-}
-
-/* Leaves the gradient of a far row. */
-template <typename T, int kTeachers>
-SK_DEVICE void differentiate_far(const backward_params &p, const teachers &k, int64_t n,
-                                 int64_t s) {
-    typedef sk_real<T> real;
-    const int64_t C = SK_DIM(&p, C), y = target_of(p, n, s, C);
-    const real *const denominator = (const real *)p.denominators.data;
-    const double factor = *sk_cell<real>(p.grad, n, s) * (double)sk_weight<real>(p.weight, n, s);
-    const double h = *sk_cell<real>(p.levels, LARGEST, n, s);
-    const bool labelled = y >= 0 && has_ce(p);
-    const bool taught = y >= 0 || !p.mask_teachers || !p.target.data;
-    const double of_ce = labelled ? p.ce_weight * factor / denominator[0] : 0;
-    const double of_kl = taught ? factor / denominator[p.denominators.stride[0]] : 0;
-    const stored_row<T> student = {sk_row<T>(p.logits, n, s), p.logits.stride[1]};
-    T *const to = sk_row<T>(p.grad_logits, n, s);
-    side own = {0, 0}, u[kTeachers] = {}, v[kTeachers] = {};
-    if (labelled)
-        own = whole_side<real>(side_of(student, C, 1), h, *sk_cell<real>(p.levels, LEVEL, n, s));
-    SK_UNROLL for (int j = 0; j < kTeachers; j++) {
-        const teacher &t = k.of[j];
-        if (t.weight == 0) continue;
-        const double level = *sk_cell<real>(p.levels, LEVEL_T + j, n, s);
-        u[j] = whole_side<real>(side_of(student, C, t.T), h, level);
-        v[j] = side_within<real>(side_of(row_of(t, n, s), C, t.own), t.own, h / t.T + level,
-                                 *sk_cell<double>(p.ratios, j, n, s));
-    }
-    SK_ROLLED for (int64_t c = sk_lane(); c < C; c += sk_group()) {
-        const double a = student(c);
-        double grad = 0;
-        if (labelled)
-            grad = of_ce * careful_ce_slope(a, c == y, p.label_smoothing,
-                                            p.classes > 0 ? p.classes : C, own);
-        SK_UNROLL for (int j = 0; j < kTeachers; j++) {
-            const teacher &t = k.of[j];
-            if (t.weight == 0) continue;
-            const double b = row_of(t, n, s)(c), q = exp(log_p(b, t.own, v[j]));
-            const double d = log_ratio(a, b, t.T, t.own, u[j], v[j]);
-            const double p_q = exp(log_p(a, t.T, u[j])) - q;
-            grad += t.weight * t.T * of_kl * (fabs(d) < 0.5 ? q * expm1(d) : p_q);
-        }
-        sk_narrow((real)grad, to + c * p.grad_logits.stride[1]);
-    }
-}
-
-/* Leaves grad_logits. */
-template <typename T, int kVec, int kTeachers>
-__global__ void __launch_bounds__(SK_BLOCK, kTeachers > 1 ? 2 : sk_resident<T, kVec>)
-    distill_backward_kernel(const backward_params params, const teachers k) {
-    typedef sk_real<T> real;
-    const backward_params *const p = &params;
-    const int64_t S = SK_DIM(p, S), C = SK_DIM(p, C), count = SK_DIM(p, N) * S;
-    for (int64_t row = sk_first_row(); row < count; row += sk_row_step()) {
-        const int64_t n = row / S, s = row % S;
-        const slope<real, kTeachers> m = slope_of<T, kTeachers>(params, k, n, s);
-        if (m.far) {
-            differentiate_far<T, kTeachers>(params, k, n, s);
-            continue;
-        }
-        const T *const from = sk_keep(sk_row<T>(p->logits, n, s));
-        T *const to = sk_keep(sk_row<T>(p->grad_logits, n, s));
-        SK_ROLLED for (int64_t base = 0; base < C; base += sk_step<T>()) {
-            real a[sk_items<T>], b[sk_items<T>], grad[sk_items<T>];
-            load_logits<T, kVec>(from, p->logits.stride[1], base, C, a);
-            ce_gradients<T, kVec>(m.ce, a, base, grad);
-            SK_UNROLL for (int j = 0; j < kTeachers; j++) {
-                if (k.of[j].weight == 0) continue;
-                load_teacher<T, kVec>(k.of[j], n, s, base, C, b);
-                const warmth<real> &w = warmth_of<real>(k.of[j]);
-                if (w.ratio == 1)
-                    add_slopes<T, true>(a, b, m.of[j], w, grad);
-                else
-                    add_slopes<T, false>(a, b, m.of[j], w, grad);
-            }
-            SK_UNROLL for (int i = 0; i < sk_items<T>; i++) grad[i] = m.zero ? 0 : grad[i];
-            sk_store<T, kVec>(to, p->grad_logits.stride[1], base, C, grad);
-        }
-    }
-}
-
-/* ---- launches ---- */
+/* ---- launch ---- */
 
 extern "C" int sk_cuda_distill(const struct distill_params *params, void *stream) {
     const int zeroed = cudaMemsetAsync(params->scratch.data, 0, 16, (cudaStream_t)stream);
@@ -355,21 +199,6 @@ extern "C" int sk_cuda_distill(const struct distill_params *params, void *stream
             params->dims, sizeof(T), {&params->logits, &params->teacher, &params->second_teacher});
         const auto kernel = k.of[1].weight != 0 ? SK_KERNEL(distill_kernel, T, layout, 2)
                                                 : SK_KERNEL(distill_kernel, T, layout, 1);
-        SK_LAUNCH(kernel, sk_grid(count, layout), sk_block(layout), 0, stream, *params, k);
-    })
-    return cudaGetLastError();
-}
-
-extern "C" int sk_cuda_distill_backward(const struct distill_backward_params *params,
-                                        void *stream) {
-    const int64_t count = SK_DIM(params, N) * SK_DIM(params, S);
-    const teachers k = teachers_of(*params);
-    SK_SWITCH_FLOATING(params->logits.dtype, T, {
-        const sk_layout layout = sk_layout_of(
-            params->dims, sizeof(T),
-            {&params->logits, &params->grad_logits, &params->teacher, &params->second_teacher});
-        const auto kernel = k.of[1].weight != 0 ? SK_KERNEL(distill_backward_kernel, T, layout, 2)
-                                                : SK_KERNEL(distill_backward_kernel, T, layout, 1);
         SK_LAUNCH(kernel, sk_grid(count, layout), sk_block(layout), 0, stream, *params, k);
     })
     return cudaGetLastError();

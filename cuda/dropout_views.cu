@@ -43,14 +43,16 @@ __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
     const forward_params *const p = &params;
     const int64_t N = SK_DIM(p, N), C = SK_DIM(p, C), stride = p->views.stride[2];
     for (int64_t n = sk_first_row(); n < N; n += sk_row_step()) {
+        const T *const from = sk_keep(sk_row<T>(p->features, n, 0));
+        T *const to = sk_keep(sk_cell<T>(p->views, 0, n, 0));
         SK_ROLLED for (int64_t base = 0; base < C; base += sk_step<T>()) {
             sk_real<T> x[sk_items<T>], y[sk_items<T>];
-            sk_load<T, kVec>(sk_row<T>(p->features, n, 0), p->features.stride[1], base, C, 0, x);
-            sk_store<T, kVec>(sk_cell<T>(p->views, 0, n, 0), stride, base, C, x);
+            sk_load<T, kVec>(from, p->features.stride[1], base, C, 0, x);
+            sk_store<T, kVec>(to, stride, base, C, x);
             SK_UNROLL for (int k = 0; k < SAMPLES; k++) {
                 memcpy(y, x, sizeof y);
                 drop<T, kVec>(p->seed, dropout, k, first_of(p, n), base, y);
-                sk_store<T, kVec>(sk_cell<T>(p->views, k + 1, n, 0), stride, base, C, y);
+                sk_store<T, kVec>(to + (k + 1) * p->views.stride[0], stride, base, C, y);
             }
         }
     }
@@ -63,16 +65,17 @@ __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
     const backward_params *const p = &params;
     const int64_t N = SK_DIM(p, N), C = SK_DIM(p, C), stride = p->grad.stride[2];
     for (int64_t n = sk_first_row(); n < N; n += sk_row_step()) {
+        const T *const from = sk_keep(sk_cell<T>(p->grad, 0, n, 0));
+        T *const to = sk_keep(sk_row<T>(p->grad_features, n, 0));
         SK_ROLLED for (int64_t base = 0; base < C; base += sk_step<T>()) {
             sk_real<T> g[sk_items<T>], sum[sk_items<T>];
-            sk_load<T, kVec>(sk_cell<T>(p->grad, 0, n, 0), stride, base, C, 0, sum);
+            sk_load<T, kVec>(from, stride, base, C, 0, sum);
             SK_UNROLL for (int k = 0; k < SAMPLES; k++) {
-                sk_load<T, kVec>(sk_cell<T>(p->grad, k + 1, n, 0), stride, base, C, 0, g);
+                sk_load<T, kVec>(from + (k + 1) * p->grad.stride[0], stride, base, C, 0, g);
                 drop<T, kVec>(p->seed, dropout, k, first_of(p, n), base, g);
                 SK_UNROLL for (int i = 0; i < sk_items<T>; i++) sum[i] += g[i];
             }
-            sk_store<T, kVec>(sk_row<T>(p->grad_features, n, 0), p->grad_features.stride[1], base,
-                              C, sum);
+            sk_store<T, kVec>(to, p->grad_features.stride[1], base, C, sum);
         }
     }
 }

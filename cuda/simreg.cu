@@ -31,10 +31,12 @@ template <typename T, int kVec>
 SK_DEVICE void multiply(const forward_params &p, int64_t n, int64_t s, double (&sum)[3]) {
     const forward_params *const params = &p;
     const int64_t C = SK_DIM(params, C);
+    const T *const student = sk_keep(sk_row<T>(p.student, n, s));
+    const sk_any_row target = sk_any_row_of(p.target, n, s);
     for (int64_t base = 0; base < C; base += sk_step<T>()) {
         sk_real<T> x[sk_items<T>], t[sk_items<T>];
-        sk_load<T, kVec>(sk_row<T>(p.student, n, s), p.student.stride[1], base, C, 0, x);
-        sk_load_constant<T, kVec>(p.target, n, s, base, C, 0, t);
+        sk_load<T, kVec>(student, p.student.stride[1], base, C, 0, x);
+        sk_load_constant<T, kVec>(target, base, C, 0, t);
         SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
             const double a = x[i], b = t[i];
             sum[XX] += a * a;
@@ -50,11 +52,13 @@ template <typename T, int kVec>
 SK_DEVICE double distance(const forward_params &p, int64_t n, int64_t s, double ratio) {
     const forward_params *const params = &p;
     const int64_t C = SK_DIM(params, C);
+    const T *const student = sk_keep(sk_row<T>(p.student, n, s));
+    const sk_any_row target = sk_any_row_of(p.target, n, s);
     double sum[1] = {0};
     for (int64_t base = 0; base < C; base += sk_step<T>()) {
         sk_real<T> x[sk_items<T>], t[sk_items<T>];
-        sk_load<T, kVec>(sk_row<T>(p.student, n, s), p.student.stride[1], base, C, 0, x);
-        sk_load_constant<T, kVec>(p.target, n, s, base, C, 0, t);
+        sk_load<T, kVec>(student, p.student.stride[1], base, C, 0, x);
+        sk_load_constant<T, kVec>(target, base, C, 0, t);
         SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
             const double d = (double)x[i] * ratio - (double)t[i];
             sum[0] += d * d;
@@ -71,10 +75,10 @@ SK_DEVICE bool is_near(double square) { return square > 0x1p-900 && square < 0x1
 SK_DEVICE bool is_far_scale(double scale) { return scale > 0 && scale < 0x1p-450; }
 
 /* What brings the largest element to between 1 and 2; 1 where there is none. */
-SK_DEVICE double power_of(const sk_arg &x, int64_t at, int64_t C) {
+SK_DEVICE double power_of(const sk_any_row &row, int64_t C) {
     double top[1] = {0};
     SK_ROLLED for (int64_t c = sk_lane(); c < C; c += sk_group()) top[0] =
-        fmax(top[0], fabs(sk_load_any(x, at + c * x.stride[1])));
+        fmax(top[0], fabs(row(c)));
     sk_group_reduce(top, sk_larger());
     const int exponent = top[0] > 0 && isfinite(top[0]) ? -ilogb(top[0]) : 0;
     return ldexp(1.0, exponent < 1023 ? exponent : 1023);
@@ -83,14 +87,12 @@ SK_DEVICE double power_of(const sk_arg &x, int64_t at, int64_t C) {
 SK_DEVICE result compare_far(const forward_params &p, int64_t n, int64_t s) {
     const forward_params *const params = &p;
     const int64_t C = SK_DIM(params, C);
-    const sk_arg &student = p.student, &target = p.target;
-    const int64_t at_x = n * student.stride[0] + s * student.stride[2];
-    const int64_t at_t = n * target.stride[0] + s * target.stride[2];
-    const double by_x = power_of(student, at_x, C), by_t = power_of(target, at_t, C);
+    const sk_any_row student = sk_any_row_of(p.student, n, s);
+    const sk_any_row target = sk_any_row_of(p.target, n, s);
+    const double by_x = power_of(student, C), by_t = power_of(target, C);
     double sum[3] = {0, 0, 0};
     SK_ROLLED for (int64_t c = sk_lane(); c < C; c += sk_group()) {
-        const double a = sk_load_any(student, at_x + c * student.stride[1]) * by_x;
-        const double b = sk_load_any(target, at_t + c * target.stride[1]) * by_t;
+        const double a = student(c) * by_x, b = target(c) * by_t;
         sum[XX] += a * a;
         sum[TT] += b * b;
         sum[XT] += a * b;
@@ -105,8 +107,7 @@ SK_DEVICE result compare_far(const forward_params &p, int64_t n, int64_t s) {
     if (!(value >= kNear<double>)) {
         double apart[1] = {0};
         SK_ROLLED for (int64_t c = sk_lane(); c < C; c += sk_group()) {
-            const double a = sk_load_any(student, at_x + c * student.stride[1]) * by_x;
-            const double b = sk_load_any(target, at_t + c * target.stride[1]) * by_t;
+            const double a = student(c) * by_x, b = target(c) * by_t;
             const double d = a * (scale_x / scale_t) - b;
             apart[0] += d * d;
         }
@@ -212,10 +213,13 @@ __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
     for (int64_t row = sk_first_row(); row < count; row += sk_row_step()) {
         const int64_t n = row / S, s = row % S;
         const slope k = slope_of<real>(params, n, s);
+        const T *const student = sk_keep(sk_row<T>(p->student, n, s));
+        const sk_any_row target = sk_any_row_of(p->target, n, s);
+        T *const to = sk_keep(sk_row<T>(p->grad_student, n, s));
         SK_ROLLED for (int64_t base = 0; base < C; base += sk_step<T>()) {
             real x[sk_items<T>], t[sk_items<T>];
-            sk_load<T, kVec>(sk_row<T>(p->student, n, s), p->student.stride[1], base, C, 0, x);
-            sk_load_constant<T, kVec>(p->target, n, s, base, C, 0, t);
+            sk_load<T, kVec>(student, p->student.stride[1], base, C, 0, x);
+            sk_load_constant<T, kVec>(target, base, C, 0, t);
             if (sizeof(T) == 8 && k.far) {
                 SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
                     x[i] *= (real)k.by_x;
@@ -226,8 +230,7 @@ __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
                 const double a = x[i], apart = a * k.ratio - (double)t[i];
                 x[i] = k.zero ? 0 : (real)(k.factor * (apart - a * k.along));
             }
-            sk_store<T, kVec>(sk_row<T>(p->grad_student, n, s), p->grad_student.stride[1], base, C,
-                              x);
+            sk_store<T, kVec>(to, p->grad_student.stride[1], base, C, x);
         }
     }
 }

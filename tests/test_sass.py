@@ -47,8 +47,8 @@ WIDE_BLOCKS = {
 WIDE = {
     "sd_dropout_kl_kernel": (2, 0, 0),
     "sd_dropout_kl_backward_kernel": (2, 0, 2),
-    "distill_kernel": (1, 2, 0),
-    "distill_backward_kernel": (1, 2, 1),
+    "distill_kernel": (1, 1, 0),
+    "distill_backward_kernel": (1, 1, 1),
     "sd_dropout_head_kernel": (6, 0, 3),
     "simreg_kernel": (2, 2, 0),
     "simreg_backward_kernel": (1, 1, 1),
@@ -58,16 +58,16 @@ WIDE = {
     "attention_backward_rows_kernel": (1, 0, 1),
     "attention_backward_planes_kernel": (1, 0, 1),
 }
-# What may keep something in local memory: how many bytes of stack, and why. "vector": with 16-byte
-# accesses in float or half types; "other": all other instances.
+# What may keep something in local memory: how many bytes of stack, how many accesses in the loop over
+# classes, and why. "vector": with 16-byte accesses in float or half types; "other": all other instances.
 LOCAL = {
-    ("sd_dropout_kl_kernel", "vector"): (32, "sums over rows, out of the loop over classes; sm_90"),
-    ("distill_kernel", "vector"): (72, "two teachers: a few words of a row, not of a class"),
-    ("distill_kernel", "other"): (128, "the same, in double or with an address for each item"),
-    ("distill_backward_kernel", "other"): (32, "two teachers in double, on sm_90"),
-    ("sd_dropout_head_kernel", "other"): (64, "in double, on sm_90"),
-    ("simreg_backward_kernel", "other"): (32, "an address for each item, a target of any dtype"),
-    ("dropout_views_backward_kernel", "other"): (64, "eight counters of Philox at once"),
+    ("attention_kernel", "other"): (32, 0, "addresses of rows without 16-byte accesses"),
+    ("distill_kernel", "vector"): (72, 0, "two teachers: a few words of a row, not of a class"),
+    ("distill_kernel", "other"): (128, 60, "two teachers in double; or an address for each item"),
+    ("distill_backward_kernel", "other"): (48, 26, "two teachers in double, on sm_90"),
+    ("sd_dropout_head_kernel", "vector"): (8, 0, "a number of a row; sm_90"),
+    ("sd_dropout_head_kernel", "other"): (64, 8, "in double, or with an address for each item"),
+    ("sd_dropout_kl_backward_kernel", "other"): (8, 2, "in double, on sm_90"),
 }
 
 
@@ -78,6 +78,9 @@ PATTERNS = {
     "store": re.compile(r"\bSTG\.E\.128\b"),
     "atomic": re.compile(r"\b(?:RED|ATOM)[GS]?\.\S*\b(?:F16|F32|F64|BF16)"),
 }
+INSTRUCTION = re.compile(
+    r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\d+ )?(LD[GL]|STL|BRA)\b(?:.*?(0x[0-9a-f]+) ;)?"
+)
 
 
 @dataclass
@@ -90,6 +93,8 @@ class Kernel:
     stack: int = 0
     shared: int = 0
     seen: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PATTERNS, 0))
+    at: dict[str, list[int]] = field(default_factory=lambda: {"LDG": [], "local": []})
+    loops: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         found = re.match(r"_Z(\d+)(\w+)", self.symbol)
@@ -105,9 +110,8 @@ class Kernel:
 
     @property
     def vector(self) -> bool:
-        """Whether its accesses are of 16 bytes; its second number, or only one, counts the items."""
-        items = self.arguments[1:2] or self.arguments[:1]
-        return bool(items) and items[0] * BYTES[self.dtype] == 16
+        """Whether its accesses are of 16 bytes; its first number counts the items."""
+        return bool(self.arguments) and self.arguments[0] * BYTES[self.dtype] == 16
 
     @property
     def blocks(self) -> int:
@@ -117,13 +121,36 @@ class Kernel:
         shared = SHARED.get(self.arch, 100) * 1024
         return min(by_registers, shared // (self.shared + 1024), 2048 // THREADS)
 
+    def read(self, line: str) -> None:
+        """Takes in a line of its listing."""
+        for name, pattern in PATTERNS.items():
+            self.seen[name] += bool(pattern.search(line))
+        if found := INSTRUCTION.search(line):
+            at, what = int(found[1], 16), found[2]
+            if what != "BRA":
+                self.at["LDG" if what == "LDG" else "local"].append(at)
+            elif found[3] and int(found[3], 16) < at:
+                self.loops.append((int(found[3], 16), at))
+
+    def local_in_loop(self) -> int:
+        """Accesses to local memory in the loop that loads most, of those without such a loop in it."""
+
+        def within(loop: tuple[int, int], what: str) -> int:
+            return sum(loop[0] <= at <= loop[1] for at in self.at[what])
+
+        loading = {loop for loop in self.loops if within(loop, "LDG")}
+        inner = [x for x in loading if not any(x[0] <= a and b <= x[1] for a, b in loading - {x})]
+        return within(max(inner, key=lambda loop: within(loop, "LDG")), "local") if inner else 0
+
     def faults(self) -> Iterator[str]:
         """What is wrong with it, in words."""
         hot = self.vector and self.dtype != "d"
-        allowed, _ = LOCAL.get((self.name, "vector" if hot else "other"), (0, ""))
+        allowed, in_loop, _ = LOCAL.get((self.name, "vector" if hot else "other"), (0, 0, ""))
         local = self.seen["local"]
         if self.stack > allowed or (local and not allowed):
             yield f"{self.stack} bytes of stack, {local} accesses to local memory"
+        if self.local_in_loop() > in_loop:
+            yield f"{self.local_in_loop()} accesses to local memory in the loop"
         wanted = BLOCKS.get(self.name, 2)
         if hot:
             wanted = WIDE_BLOCKS.get(self.name, wanted)
@@ -131,7 +158,7 @@ class Kernel:
             yield f"{self.registers} registers: {self.blocks} blocks, {wanted} wanted"
         wide = self.vector or not self.arguments  # a kernel for all dtypes looks at run time
         loads, of_any, stores = WIDE.get(self.name, (0, 0, 0)) if wide else (0, 0, 0)
-        teachers = self.arguments[2] if self.name.startswith("distill") and of_any else 1
+        teachers = self.arguments[1] if self.name.startswith("distill") and of_any else 1
         if of_any:
             items = 16 // BYTES[self.dtype]
             loads += of_any * teachers * sum(items * size // 16 for size in BYTES.values())
@@ -184,9 +211,8 @@ def kernels_of(binary: Path) -> list[Kernel]:
         for line in listing(binary, "-sass", *(["-arch", arch] if arch else [])):
             if "Function : " in line:
                 kernel = kernels[arch, line.split()[-1]]
-            elif "LD" in line or "ST" in line or "RED" in line or "ATOM" in line:
-                for name, pattern in PATTERNS.items():
-                    kernel.seen[name] += bool(pattern.search(line))
+            elif re.search("LD|ST|RED|ATOM|BRA", line):
+                kernel.read(line)
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(read, sorted({arch for arch, _ in kernels})))
@@ -210,7 +236,7 @@ def test_every_kernel() -> None:
 
 
 WRONG = r"""
-template <typename T, int kGroup, int kVec>
+template <typename T, int kVec>
 __global__ void attention_backward_rows_kernel(const float *a, const float *b, float *c, int n) {
     const int i = (blockIdx.x * blockDim.x + threadIdx.x) * kVec;
 #if defined(SCALAR)
@@ -218,6 +244,11 @@ __global__ void attention_backward_rows_kernel(const float *a, const float *b, f
 #elif defined(LOCAL_ARRAY)
     float x[32];
     for (int k = 0; k < 32; k++) x[k] = a[i * k];
+    for (int k = 0; k < n; k++) x[(i * k) % 32] += b[k];
+    for (int k = 0; k < 32; k++) c[i * k] = x[k];
+#elif defined(LOCAL_IN_LOOP)
+    float x[32];
+    for (int k = 0; k < 32; k++) x[k] = 0;
     for (int k = 0; k < n; k++) x[(i * k) % 32] += b[k];
     for (int k = 0; k < 32; k++) c[i * k] = x[k];
 #elif defined(SPILLED)
@@ -237,7 +268,7 @@ __global__ void attention_backward_rows_kernel(const float *a, const float *b, f
     *(float4 *)(c + i) = x;
 #endif
 }
-template __global__ void attention_backward_rows_kernel<float, 256, 4>(const float *, const float *,
+template __global__ void attention_backward_rows_kernel<float, 4>(const float *, const float *,
                                                                float *, int);
 """
 
@@ -248,8 +279,9 @@ template __global__ void attention_backward_rows_kernel<float, 256, 4>(const flo
     [
         ("RIGHT", ""),
         ("SCALAR", "0 16-byte loads, 0 stores"),
-        ("LOCAL_ARRAY", "accesses to local memory"),
-        ("SPILLED", "accesses to local memory"),
+        ("LOCAL_ARRAY", "bytes of stack"),
+        ("LOCAL_IN_LOOP", "accesses to local memory in the loop"),
+        ("SPILLED", "bytes of stack"),
         ("MANY_REGISTERS", "2 blocks, 4 wanted"),
         ("ATOMIC", "atomics on floating-point numbers"),
     ],

@@ -23,6 +23,7 @@ enum { SK_WARP = 32, SK_BLOCK = 256 };
 #define SK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
     (kernel)<<<(grid), (block), (shared_bytes), (cudaStream_t)(stream)>>>(__VA_ARGS__)
 #define SK_UNROLL _Pragma("unroll")
+#define SK_UNROLL_4 _Pragma("unroll 4")
 #define SK_ROLLED _Pragma("unroll 1")
 #define SK_SHARED(type, name, count) __shared__ type name[count]
 #define SK_SHARED_DYNAMIC(type, name) extern __shared__ type name[]
@@ -31,6 +32,7 @@ enum { SK_WARP = 32, SK_BLOCK = 256 };
 #define SK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
     simt_launch((grid), (block), (shared_bytes), (stream), [=] { (kernel)(__VA_ARGS__); })
 #define SK_UNROLL
+#define SK_UNROLL_4
 #define SK_ROLLED
 #define SK_SHARED(type, name, count) \
     static char name##_key;          \
@@ -257,8 +259,9 @@ struct sk_larger {
 /* Over a warp. */
 template <typename T, int kCount, typename Op>
 SK_DEVICE void sk_warp_reduce(T (&x)[kCount], Op op) {
-    SK_UNROLL for (int step = SK_WARP / 2; step; step /= 2) {
-        for (int k = 0; k < kCount; k++) x[k] = op(x[k], __shfl_xor_sync(0xffffffffu, x[k], step));
+    SK_ROLLED for (int step = SK_WARP / 2; step; step /= 2) {
+        SK_UNROLL for (int k = 0; k < kCount; k++) x[k] =
+            op(x[k], __shfl_xor_sync(0xffffffffu, x[k], step));
     }
 }
 
@@ -270,9 +273,9 @@ SK_DEVICE void sk_join_warps(T (&x)[kCount], Op op) {
     if (thread % SK_WARP == 0)
         for (int k = 0; k < kCount; k++) warps[thread / SK_WARP * kCount + k] = x[k];
     __syncthreads();
-    for (int k = 0; k < kCount; k++) {
-        x[k] = warps[k];
-        for (int w = 1; w < SK_BLOCK / SK_WARP; w++) x[k] = op(x[k], warps[w * kCount + k]);
+    SK_UNROLL for (int k = 0; k < kCount; k++) x[k] = warps[k];
+    SK_ROLLED for (int w = 1; w < SK_BLOCK / SK_WARP; w++) {
+        SK_UNROLL for (int k = 0; k < kCount; k++) x[k] = op(x[k], warps[w * kCount + k]);
     }
     __syncthreads(); /* the next reduction writes `warps` again */
 }

@@ -167,7 +167,8 @@ struct rows {
 template <typename T, int kVec, typename Stored>
 SK_DEVICE sk_real<T> load_logits(const Stored *row, int64_t stride, int64_t base, int64_t C,
                                  sk_real<T> (&to)[sk_items<T>]) {
-    return sk_load_above<T, kVec>(row, stride, base, C, (sk_real<T>)kLowest, to);
+    const sk_real<T> lowest = (sk_real<T>)kLowest;
+    return sk_load_above<T, kVec>(row, stride, base, C, lowest, lowest, to);
 }
 
 /* Leaves the sums of the row and, in `top`, their anchors, the largest logits, and how far apart
@@ -289,6 +290,18 @@ SK_DEVICE side side_of(const Row &row, int64_t C, double temperature) {
     return {top[0], log(sum[0])};
 }
 
+/* Of two rows, one after the other: the code is long, and rarely runs. */
+template <typename Row>
+SK_DEVICE void sides_of(const Row &u, const Row &v, int64_t C, double T, double T_v, side *x,
+                        side *y) {
+    SK_ROLLED for (int i = 0; i < 2; i++) {
+        Row row = v; /* a copy stays in registers, which a reference to either does not */
+        if (i == 0) row = u;
+        *y = side_of(row, C, i == 0 ? T : T_v);
+        if (i == 0) *x = *y;
+    }
+}
+
 SK_DEVICE double lse_of(const side &x, double temperature) {
     return x.top / temperature + x.log_sum;
 }
@@ -337,7 +350,8 @@ template <typename T>
 SK_DEVICE divergence careful(const rows<T> &r) {
     const stored_row<T> u = {r.u, r.u_stride}, v = {r.v, r.v_stride};
     const double t = r.temperature;
-    const side x = side_of(u, r.C, t), y = side_of(v, r.C, t);
+    side x, y;
+    sides_of(u, v, r.C, t, t, &x, &y);
     if (!isfinite(x.log_sum) || !isfinite(y.log_sum)) return undefined(lse_of(x, t), lse_of(y, t));
     double kl[2] = {0, 0};
     SK_ROLLED for (int64_t c = sk_lane(); c < r.C; c += sk_group()) {
@@ -460,8 +474,10 @@ SK_DEVICE void differentiate_far(const rows<T> &r, const divergence &of, double 
     typedef sk_real<T> real;
     const stored_row<T> u = {r.u, r.u_stride}, v = {r.v, r.v_stride};
     const double t = r.temperature;
-    const side x = side_within<real>(side_of(u, r.C, t), t, of.lse, 0);
-    const side y = side_within<real>(side_of(v, r.C, t), t, of.lse, of.dl);
+    side x, y;
+    sides_of(u, v, r.C, t, t, &x, &y);
+    x = side_within<real>(x, t, of.lse, 0);
+    y = side_within<real>(y, t, of.lse, of.dl);
     SK_ROLLED for (int64_t c = sk_lane(); c < r.C; c += sk_group()) {
         const double a = u(c), b = v(c), p = exp(log_p(a, t, x)), q = exp(log_p(b, t, y));
         const double d = log_ratio(a, b, t, t, x, y), diff = p - q;

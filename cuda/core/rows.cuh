@@ -33,18 +33,31 @@ SK_DEVICE real sk_weight(const sk_arg &weight, int64_t n, int64_t s) {
     return *sk_cell<real>(weight, n, s);
 }
 
-/* A tensor of any floating dtype, element by element. */
-SK_DEVICE double sk_load_any(const sk_arg &x, int64_t at) {
-    switch (x.dtype) {
+/* Element `at` of a tensor of any floating dtype. */
+SK_DEVICE double sk_load_any(const void *data, int dtype, int64_t at) {
+    switch (dtype) {
     case SK_DT_F16:
-        return sk_widen(((const __half *)x.data)[at]);
+        return sk_widen(((const __half *)data)[at]);
     case SK_DT_BF16:
-        return sk_widen(((const __nv_bfloat16 *)x.data)[at]);
+        return sk_widen(((const __nv_bfloat16 *)data)[at]);
     case SK_DT_F32:
-        return ((const float *)x.data)[at];
+        return ((const float *)data)[at];
     default:
-        return ((const double *)x.data)[at];
+        return ((const double *)data)[at];
     }
+}
+
+/* Row [n, s] of an "NC*" tensor of any floating dtype; class by class, for what is rare. */
+struct sk_any_row {
+    const void *data;
+    int dtype;
+    int64_t first, stride;
+    __device__ double operator()(int64_t c) const {
+        return sk_load_any(data, dtype, first + c * stride);
+    }
+};
+SK_DEVICE sk_any_row sk_any_row_of(const sk_arg &x, int64_t n, int64_t s) {
+    return {x.data, x.dtype, n * x.stride[0] + s * x.stride[2], x.stride[1]};
 }
 
 /* ---- rows ---- */
@@ -72,7 +85,8 @@ SK_DEVICE int sk_step() {
 SK_DEVICE int64_t sk_first_row() { return (int64_t)blockIdx.x * blockDim.y + threadIdx.y; }
 SK_DEVICE int64_t sk_row_step() { return (int64_t)gridDim.x * blockDim.y; }
 
-/* Which class item i is, counted from the first of a step. kVec neighbours are neighbours in memory.
+/* Which class item i is, counted from the first of a step. kVec neighbours are neighbours in
+ * memory.
  */
 template <int kVec>
 SK_DEVICE int sk_offset(int i) {
@@ -126,10 +140,12 @@ SK_DEVICE sk_bits<kVec * sizeof(T)> sk_pack(const sk_real<T> *from) {
 /* kVec neighbours of memory. */
 template <typename T, int kVec>
 SK_DEVICE void sk_load_run(const T *from, sk_real<T> *to) {
-    if constexpr (kVec == 1)
+    if constexpr (kVec == 1) {
         *to = sk_widen(*from);
-    else
-        sk_unpack<T, kVec>(*(const sk_bits<kVec * sizeof(T)> *)from, to);
+    } else {
+        const sk_bits<kVec * sizeof(T)> bits = *(const sk_bits<kVec * sizeof(T)> *)from;
+        sk_unpack<T, kVec>(bits, to);
+    }
 }
 template <typename T, int kVec>
 SK_DEVICE void sk_store_run(const sk_real<T> *from, T *to) {
@@ -145,10 +161,11 @@ template <typename T, int kVec, typename Stored>
 SK_DEVICE void sk_load(const Stored *row, int64_t stride, int64_t base, int64_t C,
                        sk_real<T> absent, sk_real<T> (&to)[sk_items<T>]) {
     if constexpr (kVec == 1) {
-        const int present = sk_present(base, C);
-        int64_t at = (base + sk_lane()) * stride;
-        SK_UNROLL for (int i = 0; i < sk_items<T>; i++, at += sk_group() * stride) to[i] =
-            sk_offset<1>(i) < present ? (sk_real<T>)sk_widen(row[at]) : absent;
+        const int present = sk_present(base, C) - sk_lane(), group = sk_group();
+        const int64_t step = group * stride;
+        row += (base + sk_lane()) * stride;
+        SK_UNROLL for (int i = 0; i < sk_items<T>; i++, row += step) to[i] =
+            i * group < present ? (sk_real<T>)sk_widen(*row) : absent;
     } else {
         SK_UNROLL for (int i = 0; i < sk_items<T>; i += kVec) {
             const int64_t c = base + sk_offset<kVec>(i);
@@ -161,21 +178,24 @@ SK_DEVICE void sk_load(const Stored *row, int64_t stride, int64_t base, int64_t 
     }
 }
 
-/* The same, and nothing below `low`, which absent ones are; returns the largest. NaN stays, and is
- * not the largest. A vector of bfloat16 is compared two by two, as it lies in memory. */
+/* The same, and nothing below `low`; returns the largest, `low` at least. NaN stays, and is not the
+ * largest. A vector of bfloat16 is compared two by two, as it lies in memory. */
 template <typename T, int kVec, typename Stored>
 SK_DEVICE sk_real<T> sk_load_above(const Stored *row, int64_t stride, int64_t base, int64_t C,
-                                   sk_real<T> low, sk_real<T> (&to)[sk_items<T>]) {
+                                   sk_real<T> absent, sk_real<T> low,
+                                   sk_real<T> (&to)[sk_items<T>]) {
     typedef sk_real<T> real;
     real largest = low;
     if constexpr (kVec > 1 && std::is_same<Stored, __nv_bfloat16>::value) {
         constexpr int kWords = kVec / 2;
-        const unsigned low_two = sk_narrow_two((float)low, (float)low, (__nv_bfloat16 *)0);
+        constexpr __nv_bfloat16 *kStored = 0;
+        const unsigned low_two = sk_narrow_two((float)low, (float)low, kStored);
+        const unsigned absent_two = sk_narrow_two((float)absent, (float)absent, kStored);
         unsigned top = low_two;
         SK_UNROLL for (int i = 0; i < sk_items<T>; i += kVec) {
             const int64_t c = sk_class<kVec>(base, i);
             unsigned word[kWords];
-            SK_UNROLL for (int k = 0; k < kWords; k++) word[k] = low_two;
+            SK_UNROLL for (int k = 0; k < kWords; k++) word[k] = absent_two;
             if (c < C) {
                 const auto bits = *(const sk_bits<kVec * sizeof(Stored)> *)(row + c);
                 memcpy(word, &bits, sizeof word);
@@ -189,29 +209,31 @@ SK_DEVICE sk_real<T> sk_load_above(const Stored *row, int64_t stride, int64_t ba
         }
         largest = sk_max(sk_first_of(top), sk_second_of(top));
     } else {
-        sk_load<T, kVec>(row, stride, base, C, low, to);
+        sk_load<T, kVec>(row, stride, base, C, absent, to);
         SK_UNROLL for (int i = 0; i < sk_items<T>; i++) largest =
             sk_max(largest, to[i] = sk_at_least(to[i], low));
     }
     return largest;
 }
 
-/* The same of row [n, s] of a tensor with a dtype of its own (CONSTANT). */
+/* The same of a row with a dtype of its own (CONSTANT). */
 template <typename T, int kVec>
-SK_DEVICE void sk_load_constant(const sk_arg &x, int64_t n, int64_t s, int64_t base, int64_t C,
-                                sk_real<T> absent, sk_real<T> (&to)[sk_items<T>]) {
-    SK_SWITCH_FLOATING(x.dtype, Stored,
-                       sk_load<T, kVec>(sk_row<Stored>(x, n, s), x.stride[1], base, C, absent, to));
+SK_DEVICE void sk_load_constant(const sk_any_row &row, int64_t base, int64_t C, sk_real<T> absent,
+                                sk_real<T> (&to)[sk_items<T>]) {
+    SK_SWITCH_FLOATING(
+        row.dtype, Stored,
+        sk_load<T, kVec>((const Stored *)row.data + row.first, row.stride, base, C, absent, to));
 }
 
 template <typename T, int kVec>
 SK_DEVICE void sk_store(T *row, int64_t stride, int64_t base, int64_t C,
                         const sk_real<T> (&from)[sk_items<T>]) {
     if constexpr (kVec == 1) {
-        const int present = sk_present(base, C);
-        int64_t at = (base + sk_lane()) * stride;
-        SK_UNROLL for (int i = 0; i < sk_items<T>; i++, at += sk_group() * stride) {
-            if (sk_offset<1>(i) < present) sk_narrow(from[i], row + at);
+        const int present = sk_present(base, C) - sk_lane(), group = sk_group();
+        const int64_t step = group * stride;
+        row += (base + sk_lane()) * stride;
+        SK_UNROLL for (int i = 0; i < sk_items<T>; i++, row += step) {
+            if (i * group < present) sk_narrow(from[i], row);
         }
     } else {
         SK_UNROLL for (int i = 0; i < sk_items<T>; i += kVec) {

@@ -56,33 +56,30 @@ template <typename T, int kVec>
 SK_DEVICE sk_real<T> load_teacher(const teacher &k, int64_t n, int64_t s, int64_t base, int64_t C,
                                   sk_real<T> (&to)[sk_items<T>]) {
     typedef sk_real<T> real;
-    real largest = (real)kLowest;
+    const real lowest = (real)kLowest, absent = k.probs ? 0 : lowest;
+    const real low = k.probs ? (real)-INFINITY : lowest;
+    real largest;
+    SK_SWITCH_FLOATING(k.x.dtype, Stored,
+                       largest = sk_load_above<T, kVec>(sk_row<Stored>(k.x, n, s), k.x.stride[1],
+                                                        base, C, absent, low, to));
     if (k.probs) {
-        sk_load_constant<T, kVec>(k.x, n, s, base, C, 0, to);
+        largest = lowest;
         SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
-            to[i] = sk_at_least(log(to[i]), (real)kLowest);
+            to[i] = sk_at_least(log(to[i]), lowest);
             largest = sk_max(largest, to[i]);
         }
-    } else {
-        SK_SWITCH_FLOATING(
-            k.x.dtype, Stored,
-            largest = load_logits<T, kVec>(sk_row<Stored>(k.x, n, s), k.x.stride[1], base, C, to));
     }
     return largest;
 }
 
-/* A teacher's logits in double, class by class; `at` is that of class 0. */
-struct teacher_row_of {
-    const teacher *k;
-    int64_t at;
-    __device__ double operator()(int64_t c) const {
-        const double x = sk_load_any(k->x, at + c * k->x.stride[1]);
-        return k->probs ? log(x) : x;
-    }
+/* Logits, or logarithms of probabilities, in double, class by class. */
+struct logits_row {
+    sk_any_row row;
+    bool probs;
+    __device__ double operator()(int64_t c) const { return probs ? log(row(c)) : row(c); }
 };
-
-SK_DEVICE teacher_row_of row_of(const teacher &k, int64_t n, int64_t s) {
-    return {&k, n * k.x.stride[0] + s * k.x.stride[2]};
+SK_DEVICE logits_row row_of(const teacher &k, int64_t n, int64_t s) {
+    return {sk_any_row_of(k.x, n, s), k.probs};
 }
 
 /* A student's and a teacher's logit; kShort as in core/kl.cuh, kSame: at one temperature. */
@@ -205,10 +202,10 @@ SK_DEVICE teacher_row conclude(const teacher &k, const double (&sum)[TEACHER_SUM
 }
 
 /* The same of a row class by class, in double, with 0 log 0 = 0: whatever its logits are. */
-template <typename Row>
-SK_DEVICE teacher_row careful(const teacher &k, const Row &student, const teacher_row_of &own,
+SK_DEVICE teacher_row careful(const teacher &k, const logits_row &student, const logits_row &own,
                               int64_t C) {
-    const side u = side_of(student, C, k.T), v = side_of(own, C, k.own);
+    side u, v;
+    sides_of(student, own, C, k.T, k.own, &u, &v);
     const divergence none = undefined(lse_of(u, k.T), lse_of(v, k.own));
     if (!isfinite(u.log_sum) || !isfinite(v.log_sum)) return {u.log_sum, none.dl, NAN, false};
     double kl[1] = {0};
