@@ -26,7 +26,7 @@ def _load_torch_functions() -> None:
     for name in _OPERATORS:
         globals()[name] = getattr(importlib.import_module(f".{name}", __name__), name)
     for name in _MODULES:
-        importlib.import_module(f".{name}", __name__)
+        globals()[name] = importlib.import_module(f".{name}", __name__)
     __all__.extend([*_MODULES, *_OPERATORS])
 
 

@@ -28,7 +28,7 @@ class ForCausalLMLoss(torch.nn.Module):
     """Transformers' loss of causal language models, as :func:`selfkd.distill` without a teacher.
 
     Logits in half precision are read as they are: there is no copy of them in float32, and their gradient is
-    rounded once. ``docs/integrations.md`` shows how a model gets it.
+    rounded once. ``docs/hub.md`` shows how a model gets it.
     """
 
     can_torch_compile = True
