@@ -5,6 +5,7 @@
 # make gpu-check  run the GPU tests with the Python and PyTorch already here; writes a report (REPORT=FILE;
 #                 SANITIZED="-k NAMES" restricts what compute-sanitizer sees)
 # make wheel      build a wheel (manylinux_2_28) and its sdist twice, compare, test (CUDA=OFF: no GPU kernels)
+# make hub        lay out a kernel for the Hugging Face Hub in build/hub and test it (HUB_WHEEL=FILE for a wheel that is there)
 # make docs       build the documentation in build/docs; a warning is an error
 # make compat     run tests under other PyTorch, Python and packages; adds to a table (COMPAT="NAMES"; COMPAT_WHEEL=FILE
 #                 for a wheel that is there; each environment takes gigabytes and is deleted when it has passed)
@@ -27,6 +28,7 @@ SANITIZED ?=
 COMPAT ?= $(TORCH_VERSIONS) $(PYTHON_VERSIONS) torchdistill
 COMPAT_TABLE ?= bench/results/compat.md
 COMPAT_WHEEL ?=
+HUB_WHEEL ?=
 MINUTES ?=
 CUDA ?= ON
 CUDA_ARCHITECTURES ?= 80;90
@@ -37,7 +39,7 @@ IN := PATH="$(abspath $(VENV))/bin:$$PATH"
 SOURCES := $(shell find ops cpu cuda cmake bindings -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 C_FILES := $(shell find ops cpu cuda bindings tests examples -name '*.[ch]' -o -name '*.cu*' -o -name '*.cpp')
 
-.PHONY: help demo test bench results docs wheel sanitize fuzz soak big gpu-check compat lint clean needs-python needs-compilers needs-cmocka
+.PHONY: help demo test bench results docs wheel hub sanitize fuzz soak big gpu-check compat lint clean needs-python needs-compilers needs-cmocka
 help:; @sed -n 's/^# make/make/p' Makefile
 
 demo: $(VENV)/selfkd.stamp; $(IN) python examples/sd_dropout.py
@@ -64,6 +66,10 @@ $(VENV)/selfkd.stamp: $(VENV)/torch.stamp $(SOURCES) | needs-compilers
 	touch $@
 $(VENV)/tools.stamp: $(VENV)/selfkd.stamp
 	$(IN) python -m pip install -q --no-compile 'cmake>=3.24' '$(CLANG_FORMAT)' 'selfkd[test]'
+	touch $@
+
+$(VENV)/hub.stamp: $(VENV)/tools.stamp
+	$(IN) python -m pip install -q --no-compile 'kernels>=0.17'
 	touch $@
 
 needs-python:
@@ -154,3 +160,10 @@ wheel: build/wheel/tools.stamp
 	twine check --strict $(DIST)/*
 	DIST=$(DIST) python -m pytest --noconftest tests/wheel.py
 	ls -l $(DIST)
+
+# A kernel for the Hugging Face Hub: the package of a wheel without CUDA, beside the one that is installed. One to
+# publish is made of a wheel of `make wheel CUDA=OFF`, which runs on other machines too.
+hub: $(VENV)/hub.stamp $(or $(HUB_WHEEL),build/compat/wheel.stamp)
+	rm -rf build/hub
+	$(IN) python bindings/hub.py $(or $(HUB_WHEEL),build/compat/*.whl) build/hub
+	$(IN) HUB=build/hub OMP_NUM_THREADS=1 python -m pytest -n 0 tests/hub.py

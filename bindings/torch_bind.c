@@ -3,9 +3,11 @@
  * error leaves as a C++ exception that aoti_torch_check() throws, after every handle has been
  * freed. */
 #define _GNU_SOURCE
+#include <ctype.h>
 #include <dlfcn.h>
 #include <link.h>
 #include <pthread.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -175,12 +177,15 @@ void sk_guard_from_torch(const sk_op *op, uint64_t *stack) {
 
 /* ---- registration ---- */
 
+enum { CPU, CUDA, AUTOGRAD, KEYS };
+static const char *const KEY[KEYS] = {"CPU", "CUDA", "Autograd"};
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static bool registered = false;
-static TorchLibraryHandle guard = NULL;
+static char registered[64] = ""; /* the namespace */
+static TorchLibraryHandle catalogue, back_end[KEYS];
 static char state[1024] = "not asked yet";
 
-int selfkd_torch_registered(void) { return registered; }
+const char *selfkd_torch(void) { return state; }
+const char *selfkd_torch_namespace(void) { return registered[0] ? registered : NULL; }
 
 /* "op(Tensor u, Tensor weight, bool has_weight, float T) -> (Tensor loss, ...)" */
 static void write_schema(const sk_op *op, char *text, size_t room) {
@@ -220,19 +225,19 @@ static AOTITorchError define(TorchLibraryHandle library, const char *schema) {
     return sk_torch.torch_library_def_with_tags(library, schema, &tag, 1);
 }
 
-/* The file of another copy of this library whose operators PyTorch has, or NULL. */
-static const char *other_copy(void) {
+/* The file of another copy of this library that has registered the namespace, or NULL. */
+static const char *other_copy(const char *namespace) {
     void *const self = dlopen(NULL, RTLD_LAZY);
     struct link_map *map = NULL;
     if (!self || dlinfo(self, RTLD_DI_LINKMAP, &map)) return NULL;
     for (; map; map = map->l_next) {
         void *const library = map->l_name[0] ? dlopen(map->l_name, RTLD_NOLOAD | RTLD_LAZY) : NULL;
-        void *const found = library ? dlsym(library, "selfkd_torch_registered") : NULL;
+        void *const found = library ? dlsym(library, "selfkd_torch_namespace") : NULL;
         if (library) dlclose(library);
-        int (*is_registered)(void);
-        memcpy(&is_registered, &found, sizeof found);
-        if (is_registered && is_registered != selfkd_torch_registered && is_registered())
-            return map->l_name;
+        const char *(*ask)(void);
+        memcpy(&ask, &found, sizeof found);
+        const char *const its = ask && ask != selfkd_torch_namespace ? ask() : NULL;
+        if (its && strcmp(its, namespace) == 0) return map->l_name;
     }
     return NULL;
 }
@@ -242,62 +247,100 @@ static const char *own_file(void) {
     return dladdr((void *)state, &info) && info.dli_fname ? info.dli_fname : "this library";
 }
 
-static bool register_all(void) {
-    TorchLibraryHandle catalogue, back_end[2];
-    const char *const key[2] = {"CPU", "CUDA"};
+/* Whether the text is an identifier that PyTorch does not use itself. */
+static bool is_namespace(const char *text) {
+    if (!text || !text[0] || isdigit((unsigned char)text[0]) || strlen(text) >= sizeof registered)
+        return false;
+    for (const char *c = text; *c; c++)
+        if (!isalnum((unsigned char)*c) && *c != '_') return false;
+    return strcmp(text, "_") != 0 && strcmp(text, "aten") != 0 && strcmp(text, "prim") != 0;
+}
+
+static void take_back(TorchLibraryHandle *handle) {
+    if (*handle) sk_torch.aoti_torch_delete_library_object(*handle);
+    *handle = NULL;
+}
+
+static void unregister_all(void) {
+    for (int k = KEYS; k-- > 0;) take_back(&back_end[k]);
+    take_back(&catalogue);
+    registered[0] = '\0';
+}
+
+static bool register_all(const char *namespace) {
     AOTITorchError error =
-        sk_torch.aoti_torch_library_init_fragment("selfkd", __FILE__, __LINE__, &catalogue);
-    for (int k = 0; k < 2 && !error; k++)
-        error = sk_torch.aoti_torch_library_init_impl("selfkd", key[k], __FILE__, __LINE__,
+        sk_torch.aoti_torch_library_init_fragment(namespace, __FILE__, __LINE__, &catalogue);
+    for (int k = 0; k < KEYS && !error; k++)
+        error = sk_torch.aoti_torch_library_init_impl(namespace, KEY[k], __FILE__, __LINE__,
                                                       &back_end[k]);
-    if (!error)
-        error =
-            sk_torch.aoti_torch_library_init_impl("selfkd", "Autograd", __FILE__, __LINE__, &guard);
     for (int i = 0; sk_ops[i] && !error; i++) {
         char schema[2048];
         write_schema(sk_ops[i], schema, sizeof schema);
         error = define(catalogue, schema);
-        for (int k = 0; k < 2 && !error; k++)
-            error =
-                sk_torch.aoti_torch_library_impl(back_end[k], sk_ops[i]->name, sk_ops[i]->torch);
-        if (!error)
-            error =
-                sk_torch.aoti_torch_library_impl(guard, sk_ops[i]->name, sk_ops[i]->torch_guard);
+        for (int k = 0; k < KEYS && !error; k++)
+            error = sk_torch.aoti_torch_library_impl(
+                back_end[k], sk_ops[i]->name,
+                k == AUTOGRAD ? sk_ops[i]->torch_guard : sk_ops[i]->torch);
     }
+    if (error)
+        unregister_all();
+    else
+        strcpy(registered, namespace);
     return !error;
 }
 
-int selfkd_register_torch(void) {
-    pthread_mutex_lock(&lock);
-    if (!registered) {
+/* Whether operators may be held: by a package, which takes the guard away, or by who called one. */
+static bool is_used(void) {
+    for (int i = 0; sk_ops[i]; i++)
+        if (*sk_ops[i]->calls) return true;
+    return !back_end[AUTOGRAD];
+}
+
+static bool say(bool result, const char *format, ...) __attribute__((format(printf, 2, 3)));
+static bool say(bool result, const char *format, ...) {
+    va_list values;
+    va_start(values, format);
+    vsnprintf(state, sizeof state, format, values);
+    va_end(values);
+    return result;
+}
+
+static bool registers(const char *namespace) {
+    if (!is_namespace(namespace))
+        return say(false,
+                   "namespace is %.99s, expected an identifier of less than %d characters that is"
+                   " none of PyTorch's own (aten, prim, _)",
+                   namespace ? namespace : "NULL", (int)sizeof registered);
+    if (strcmp(registered, namespace) != 0) {
+        if (registered[0] && is_used())
+            return say(false, "registered as %s and in use; a copy of %s can be registered as %s",
+                       registered, own_file(), namespace);
         const char *const missing = sk_find_torch();
-        const char *const other = missing ? NULL : other_copy();
-        if (missing) {
-            snprintf(state, sizeof state, "%s", missing);
-        } else if (other) {
-            snprintf(state, sizeof state, "registered by another copy, %s; %s registers nothing",
-                     other, own_file());
-        } else if (register_all()) {
-            registered = true;
-            sk_use_parallel_for(sk_torch.torch_parallel_for);
-            snprintf(state, sizeof state, "registered; threads: %s",
-                     sk_torch.torch_parallel_for ? "PyTorch's" : "selfkd's own pool");
-        } else {
-            snprintf(state, sizeof state, "PyTorch refused the registration (it printed why)");
-        }
+        if (missing) return say(false, "%s", missing);
+        const char *const other = other_copy(namespace);
+        if (other)
+            return say(false, "%s is registered by another copy, %s; %s registers nothing",
+                       namespace, other, own_file());
+        unregister_all();
+        if (!register_all(namespace))
+            return say(false, "PyTorch refused the registration (it printed why)");
+        sk_use_parallel_for(sk_torch.torch_parallel_for);
     }
-    const bool result = registered;
+    return say(true, "registered; threads: %s",
+               sk_torch.torch_parallel_for ? "PyTorch's" : "selfkd's own pool");
+}
+
+int selfkd_register_torch(const char *namespace) {
+    pthread_mutex_lock(&lock);
+    const bool result = registers(namespace);
     pthread_mutex_unlock(&lock);
     return result;
 }
 
-const char *selfkd_torch(void) { return state; }
-
 void selfkd_release_autograd_guard(void) {
     pthread_mutex_lock(&lock);
-    if (guard) sk_torch.aoti_torch_delete_library_object(guard);
-    guard = NULL;
+    take_back(&back_end[AUTOGRAD]);
     pthread_mutex_unlock(&lock);
 }
 
-__attribute__((constructor)) static void at_load(void) { selfkd_register_torch(); }
+__attribute__((constructor)) static void at_load(void) { selfkd_register_torch("selfkd"); }

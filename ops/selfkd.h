@@ -55,13 +55,15 @@ SELFKD_API const char *selfkd_last_path(void);
 /* The CUDA part: "none: ..." with a reason, or runtime, driver and device count. */
 SELFKD_API const char *selfkd_cuda(void);
 
-/* Registers the operators with the PyTorch in this process. Called when the library is loaded and
- * harmless to repeat. Returns 1 when they are registered by this library, 0 when there is no
- * (supported) PyTorch or another copy came first: selfkd_torch() then says which, else it names the
- * shim functions in use. */
-SELFKD_API int selfkd_register_torch(void);
+/* Registers the operators with the PyTorch in this process, as namespace::operator. Called with
+ * "selfkd" when the library is loaded, and harmless to repeat. A library has one namespace: another
+ * takes the place of the first as long as no operator was called; a second copy of the file can
+ * have its own. Returns 1 when they are registered by this library under that name, else 0, and
+ * selfkd_torch() says why: the name is none, there is no (supported) PyTorch, or another copy came
+ * first. Otherwise it names the shim functions in use. */
+SELFKD_API int selfkd_register_torch(const char *name);
 SELFKD_API const char *selfkd_torch(void);
-SELFKD_API int selfkd_torch_registered(void);
+SELFKD_API const char *selfkd_torch_namespace(void); /* NULL: not registered */
 
 /* For the Python package, before it registers autograd formulas: removes the guard that refuses
  * calls with gradients. */

@@ -42,7 +42,7 @@ HALF_SMALLEST = {
 VARIANTS = ("base", "v3", "v4")
 SIMT_LIBRARY = os.environ.get("SELFKD_SIMT_LIBRARY", "")
 needs_operators = pytest.mark.skipif(
-    not library.library().selfkd_register_torch(),
+    not library.library().selfkd_register_torch(b"selfkd"),
     reason="of torch.ops.selfkd, which PyTorch older than 2.8 has not: run under 2.8 or newer",
 )
 

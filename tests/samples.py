@@ -91,12 +91,13 @@ CALLS = {
 }
 
 
-def run(op: str, n: int = 6) -> list[Tensor]:
-    """Result and gradients of an operator's sample, the same for the same n."""
+def run(op: str, n: int = 6, function: Any = None) -> list[Tensor]:
+    """Result and gradients of an operator's sample, the same for the same n; of another function if given."""
     torch.manual_seed(n)
     sample = CALLS[op]
     live, fixed = sample.tensors(n)
-    result = sample.call(getattr(selfkd, op), *live, *fixed)
+    function = getattr(selfkd, op) if function is None else function
+    result = sample.call(function, *live, *fixed)
     return [result.detach(), *torch.autograd.grad(total(result), live)]
 
 

@@ -56,10 +56,10 @@ def python(code: str, *arguments: str, **environment: str) -> str:
 def test_loaded_before_torch() -> None:
     python("""
 lib = ctypes.CDLL(path)
-assert lib.selfkd_register_torch() == 0
+assert lib.selfkd_register_torch(b"selfkd") == 0
 import torch
-assert lib.selfkd_register_torch() == 1
-assert lib.selfkd_register_torch() == 1
+assert lib.selfkd_register_torch(b"selfkd") == 1
+assert lib.selfkd_register_torch(b"selfkd") == 1
 with torch.no_grad():
     assert call(torch, torch.ones(2, 3), torch.ones(2, 3)) == 0
 """)
@@ -94,7 +94,7 @@ def test_a_second_copy_registers_nothing(tmp_path: Path) -> None:
 import torch
 torch.ops.load_library(path)
 other = ctypes.CDLL(sys.argv[2])
-assert other.selfkd_register_torch() == 0
+assert other.selfkd_register_torch(b"selfkd") == 0
 other.selfkd_torch.restype = ctypes.c_char_p
 said = other.selfkd_torch().decode()
 assert path in said and sys.argv[2] in said, said
@@ -170,7 +170,7 @@ from selfkd import library
 lib = library.library()
 class Old:
     def __getattr__(self, name):
-        return (lambda: 0) if name == "selfkd_register_torch" else getattr(lib, name)
+        return (lambda _: 0) if name == "selfkd_register_torch" else getattr(lib, name)
 said = "this PyTorch is older than 2.8: it has no such function"
 text = library.text
 library.library = Old

@@ -51,6 +51,11 @@ WAYS = {
         del sys.modules[name]
     import selfkd
 """,
+    "deleted, but not its modules": """
+    del sys.modules["selfkd"], selfkd
+    import selfkd
+    assert set(selfkd.__all__) <= vars(selfkd).keys()
+""",
     "each module reloaded": """
     for name in [x for x in sys.modules if x.partition(".")[0] == "selfkd"]:
         importlib.reload(sys.modules[name])

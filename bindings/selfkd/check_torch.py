@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import selfkd
-
 from . import library
 from .check import SIZES, TOLERANCES, Line, shape_of, variants
 from .contract import Contract, contract, modules, operators
 
+# The package, whose functions mypy takes for the modules of the same names.
+SELFKD: Any = importlib.import_module(".", __package__)
 DTYPES = {name: getattr(torch, name) for name in TOLERANCES}
 LARGER = SIZES | {
     "N": 6,
@@ -31,7 +31,7 @@ def contract_of(op: str) -> Contract:
     """That of the library, or of an operator made of others in Python."""
     if op in operators():
         return contract(op)
-    own: Contract = importlib.import_module(f"selfkd.{op}")._CONTRACT
+    own: Contract = importlib.import_module(f".{op}", __package__)._CONTRACT
     return own
 
 
@@ -45,7 +45,7 @@ def learning(op: str, of: Contract) -> list[str]:
 def function(op: str, space: Any) -> Callable[..., Tensor]:
     """The public function in `space`, which takes the arguments of the contract."""
     found: Callable[..., Tensor] = getattr(space, op)
-    adapter = getattr(importlib.import_module(f"selfkd.{op}"), "by_contract", None)
+    adapter = getattr(importlib.import_module(f".{op}", __package__), "by_contract", None)
     return partial(adapter, found) if adapter else found
 
 
@@ -118,10 +118,10 @@ def check_ways_in(op: str, tensors: Mapping[str, Tensor]) -> None:
     of = contract_of(op)
     live = learning(op, of)
     numbers = {x.name: torch.tensor(x.default) for x in of.items if x.kind == "REAL"}
-    plain = run(op, selfkd, tensors, live, torch.float32)
+    plain = run(op, SELFKD, tensors, live, torch.float32)
     with torch.inference_mode():
         constants = {name: x if name in live else x.clone() for name, x in tensors.items()}
-    found = run(op, selfkd, {**constants, **numbers}, live, torch.float32)
+    found = run(op, SELFKD, {**constants, **numbers}, live, torch.float32)
     if not all(map(torch.equal, plain, found)):
         raise RuntimeError("inference tensors or numbers that are tensors change the result")
     for name, x in {**tensors, **numbers}.items():
@@ -129,7 +129,7 @@ def check_ways_in(op: str, tensors: Mapping[str, Tensor]) -> None:
             continue
         asking = {**tensors, **numbers, name: x.clone().requires_grad_()}
         try:
-            run(op, selfkd, asking, live, torch.float32)
+            run(op, SELFKD, asking, live, torch.float32)
         except ValueError as error:
             if "requires grad" in str(error):
                 continue
@@ -144,10 +144,10 @@ def check_operator(op: str, device: str, isas: list[str]) -> Line:
     errors: dict[str, float] = {}
     for name, dtype in DTYPES.items():
         tensors = {key: x.to(device) for key, x in stored(of, drawn, dtype).items()}
-        exact = run(op, selfkd.reference, stored(of, tensors, torch.float64), live, dtype)
+        exact = run(op, SELFKD.reference, stored(of, tensors, torch.float64), live, dtype)
         for isa in isas:
             library.set_isa(isa)
-            found = run(op, selfkd, tensors, live, dtype)
+            found = run(op, SELFKD, tensors, live, dtype)
             # what is stored in a wider dtype than the inputs must be as good as that
             parts = [
                 error(x, y) * TOLERANCES[name] / TOLERANCES[str(x.dtype).removeprefix("torch.")]

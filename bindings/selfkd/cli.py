@@ -20,8 +20,10 @@ def _torch() -> str:
         import torch
     except ModuleNotFoundError:
         return "not installed: the PyTorch functions are absent, selfkd.c works"
-    registered = library.library().selfkd_register_torch()
-    otherwise = "" if registered else "; functions run by ctypes, torch.ops.selfkd is absent"
+    from ._ops import NAMESPACE
+
+    registered = library.library().selfkd_register_torch(NAMESPACE.encode())
+    otherwise = "" if registered else f"; functions run by ctypes, torch.ops.{NAMESPACE} is absent"
     return f"{torch.__version__} ({library.text('selfkd_torch')}{otherwise})"
 
 

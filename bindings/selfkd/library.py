@@ -23,8 +23,9 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "selfkd_call_count": (ctypes.c_int64, [ctypes.c_char_p]),
     "selfkd_last_path": (ctypes.c_char_p, []),
     "selfkd_cuda": (ctypes.c_char_p, []),
-    "selfkd_register_torch": (ctypes.c_int, []),
+    "selfkd_register_torch": (ctypes.c_int, [ctypes.c_char_p]),
     "selfkd_torch": (ctypes.c_char_p, []),
+    "selfkd_torch_namespace": (ctypes.c_char_p, []),
     "selfkd_release_autograd_guard": (None, []),
 }
 

@@ -1,7 +1,7 @@
 """Registers what PyTorch needs of every operator: fake kernel, gradient, double backward. Names no operator.
 
 PyTorch older than 2.8 cannot register operators from C. There the same gradients run the C functions by
-ctypes, and ``torch.ops.selfkd`` is empty.
+ctypes, and the namespace in ``torch.ops`` is empty.
 
 The gradient is derived from the contract of ``<op>_backward``: an argument named like an input or
 an output of the forward operator is that tensor, GRAD is the gradient of the result, and
@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 
 from . import arguments, c, library
 from . import contract as contracts
+from ._ops import NAMESPACE, ops
 from .contract import Contract, contract
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -40,7 +41,7 @@ def _registry() -> torch.library.Library | None:
 
     None where PyTorch is too old for it.
     """
-    if not library.library().selfkd_register_torch():
+    if not library.library().selfkd_register_torch(NAMESPACE.encode()):
         why = library.text("selfkd_torch")
         if why.startswith("this PyTorch is older than 2.8"):
             return None
@@ -48,10 +49,10 @@ def _registry() -> torch.library.Library | None:
     library.library().selfkd_release_autograd_guard()
     # What an earlier import of this package registered would be in the way: it is kept where deleting or
     # reloading the package does not reach.
-    kept = vars(torch.ops.selfkd)
+    kept = vars(ops)
     if earlier := kept.get("_registry_of_python"):
         earlier._destroy()
-    made = torch.library.Library("selfkd", "FRAGMENT")  # type: ignore[no-untyped-call]
+    made = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
     kept["_registry_of_python"] = made
     return made
 
@@ -149,7 +150,7 @@ class _Batched(RuntimeError):
 def kernel(op: str) -> Callable[..., Any]:
     """The operator of the library, as PyTorch has it or, if it cannot, called by ctypes."""
     if _registry():
-        return getattr(torch.ops.selfkd, op).default  # type: ignore[no-any-return]
+        return getattr(ops, op).default  # type: ignore[no-any-return]
     of = contract(op)
     allocate = _fake(of)
 
@@ -173,7 +174,7 @@ def kernel(op: str) -> Callable[..., Any]:
 def register_fake(op: str) -> None:
     """Register the fake kernel of an operator of the library."""
     if registry := _registry():
-        torch.library.register_fake(f"selfkd::{op}", _fake(contract(op)), lib=registry)
+        torch.library.register_fake(f"{NAMESPACE}::{op}", _fake(contract(op)), lib=registry)
 
 
 def register_private(op: str) -> Callable[..., Any]:
@@ -508,7 +509,7 @@ def define(
     registry.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     for key, function in (("CPU", run), ("CUDA", run), ("Autograd", autograd)):
         registry.impl(of.name, function, key)  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"selfkd::{of.name}", fake, lib=registry)
+    torch.library.register_fake(f"{NAMESPACE}::{of.name}", fake, lib=registry)
     return kernel(of.name)
 
 

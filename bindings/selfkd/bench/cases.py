@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-import selfkd
-from selfkd.nn import BiFPN
-
+from .._ops import ops
+from ..nn import BiFPN
 from . import authors, baselines
 from .case import Case, Loss, wide
 
-SELFKD: Any = selfkd  # whose functions mypy takes for the modules of the same names
+# The package, whose functions mypy takes for the modules of the same names.
+SELFKD: Any = importlib.import_module("..", __package__)
 PROVEN = 1 << 26  # values; larger cases are compared with the reference on fewer rows
 
 
@@ -34,9 +35,7 @@ class BareKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, v: Tensor) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            found = torch.ops.selfkd.sd_dropout_kl.default(
-                u, v, u, False, u, False, 3.0, 1.0, 1.0, False, 1
-            )
+            found = ops.sd_dropout_kl.default(u, v, u, False, u, False, 3.0, 1.0, 1.0, False, 1)
         loss, _, saved, denominator = found
         ctx.save_for_backward(u, v, saved, denominator)
         return loss  # type: ignore[no-any-return]
@@ -44,7 +43,7 @@ class BareKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         u, v, saved, denominator = ctx.saved_tensors
-        return torch.ops.selfkd.sd_dropout_kl_backward.default(
+        return ops.sd_dropout_kl_backward.default(
             grad, u, v, u, False, saved, denominator, 3.0, 1.0, 1.0, False
         )
 
@@ -54,7 +53,7 @@ def sd_dropout_kl(*shape: int, **need: float) -> Case:
     return Case(
         name=f"sd_dropout_kl {text(shape)}",
         fused=SELFKD.sd_dropout_kl,
-        reference=selfkd.reference.sd_dropout_kl,
+        reference=SELFKD.reference.sd_dropout_kl,
         baselines={
             "log_target": baselines.kl_of_log_targets,
             "probabilities": baselines.kl_of_probabilities,
@@ -74,7 +73,7 @@ def adversarial(*shape: int, **need: float) -> Case:
     return Case(
         name=f"adversarial {text(shape)}",
         fused=SELFKD.adversarial,
-        reference=selfkd.reference.adversarial,
+        reference=SELFKD.reference.adversarial,
         baselines={
             "bce_with_logits": baselines.bce_with_logits,
             "softplus": baselines.softplus_of_scores,
@@ -91,7 +90,7 @@ def simreg(*shape: int, **need: float) -> Case:
     return Case(
         name=f"simreg {text(shape)}",
         fused=SELFKD.simreg,
-        reference=selfkd.reference.simreg,
+        reference=SELFKD.reference.simreg,
         baselines={
             "cosine": baselines.cosine_of_normalized,
             "distance": baselines.distance_of_normalized,
@@ -112,7 +111,7 @@ def attention(*shape: int, teacher_channels: int = 0, **need: float) -> Case:
     return Case(
         name=f"attention {text(shape)} of {teacher_shape[1]} channels",
         fused=SELFKD.attention,
-        reference=selfkd.reference.attention,
+        reference=SELFKD.reference.attention,
         baselines={
             "powers": baselines.attention_of_powers,
             "norms": baselines.attention_of_norms,
@@ -154,7 +153,7 @@ def distill(
     return Case(
         name=f"distill {text(shape)} T {', '.join(f'{T:g}' for T in temperatures)}",
         fused=partial(call, SELFKD.distill, n),
-        reference=partial(call, selfkd.reference.distill, n),
+        reference=partial(call, SELFKD.reference.distill, n),
         baselines={
             "log_target": partial(baselines.distill_of_log_targets, **options),
             "probabilities": partial(baselines.distill_of_probabilities, **options),
@@ -184,7 +183,7 @@ def bifpn_fuse(*shape: int, resize: str = "nearest", **need: float) -> Case:
     return Case(
         name=f"bifpn_fuse {text(shape)} {resize} {other[2]}",
         fused=partial(call, SELFKD.bifpn_fuse),
-        reference=partial(call, selfkd.reference.bifpn_fuse),
+        reference=partial(call, SELFKD.reference.bifpn_fuse),
         baselines=baselines.FUSIONS[resize],
         inputs=lambda: [*map(torch.randn, (shape, shape, other)), torch.ones(3)],
         learning=4,
@@ -205,7 +204,7 @@ def dropout_views(*shape: int, p: float = 0.5, **need: float) -> Case:
     return Case(
         name=f"dropout_views {text(shape)}",
         fused=partial(call, SELFKD.dropout_views),
-        reference=partial(call, selfkd.reference.dropout_views),
+        reference=partial(call, SELFKD.reference.dropout_views),
         baselines={"stack": partial(baselines.stacked_views, p=p)},
         inputs=lambda: [torch.randn(shape), torch.randint(2**62, ())],
         learning=1,
@@ -232,8 +231,8 @@ def sd_dropout_head(rows: int, K: int, C: int, p: float = 0.5, **need: float) ->
 
     return Case(
         name=f"sd_dropout_head {rows}x{K} to {C}",
-        fused=partial(head, selfkd),
-        reference=partial(head, selfkd.reference),
+        fused=partial(head, SELFKD),
+        reference=partial(head, SELFKD.reference),
         baselines={
             "log_target": objective(baselines.kl_of_log_targets),
             "probabilities": objective(baselines.kl_of_probabilities),

@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 
-from selfkd import __version__, library
-
+from .. import __version__, library
 from . import report
 from .case import Case
 from .cases import FORMS, make

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from .. import arguments
 from . import _shared
 
+__all__ = ["at_loss", "kd_loss"]
+
 
 def _check_kd(
     logits_student: Any,

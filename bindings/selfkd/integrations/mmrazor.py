@@ -8,6 +8,8 @@ from torch import nn
 from .. import arguments
 from . import _shared
 
+__all__ = ["ATLoss", "ChannelWiseDivergence", "KLDivergence"]
+
 _LOGITS = ("preds_S", "preds_T")
 
 

@@ -7,6 +7,8 @@ from torch import nn
 
 from . import _shared
 
+__all__ = ["DistillKL"]
+
 
 class DistillKL(nn.Module):
     """T^2 KL(softmax(y_t/T) || softmax(y_s/T)), the sum over the batch size.

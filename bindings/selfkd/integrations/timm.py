@@ -9,6 +9,8 @@ import torch
 
 from . import _shared
 
+__all__ = ["LogitDistillationMixin"]
+
 _LOGITS = ("the student's output", "the teacher's output")
 
 

@@ -22,6 +22,8 @@ from ..sd_dropout_kl import sd_dropout_kl
 from ..simreg import simreg
 from . import _shared
 
+__all__ = ["ATLoss", "KDLoss", "LogitStdKDLoss", "SDDropoutLoss", "SimRegLoss", "register"]
+
 _IO = Mapping[str, Mapping[str, Any]]  # module path -> "input" or "output" -> what the module saw
 
 

@@ -13,6 +13,8 @@ from ..contract import number_rule
 from ..distill import distill
 from . import _shared
 
+__all__ = ["DistillMixin"]
+
 _OP = "DistillMixin"
 _WAY = "call selfkd.reference.distill, which gives it one, in a compute_loss_func of your own"
 IGNORED = -100  # the label that transformers' losses leave out
