@@ -1,6 +1,6 @@
 /* Calls the library for a process of another processor: remote MEMORY BYTES ADDRESS, started by
- * remote.py. Both map the file MEMORY at ADDRESS, so that a pointer into it is the same in both. For
- * each line "FUNCTION ADDRESS OF ARGUMENTS" a line "STATUS MESSAGE" is the answer. */
+ * remote.py. Both map the file MEMORY at ADDRESS, so that a pointer into it is the same in both.
+ * For each line "FUNCTION ADDRESS OF ARGUMENTS" a line "STATUS MESSAGE" is the answer. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
