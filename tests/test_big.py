@@ -89,7 +89,9 @@ def test_elements_far_from_each_other(
             for item in of.outputs:
                 if tensors is far and item.kind == "LIKE" and item.name in outputs:
                     outputs[item.name] = apart(outputs[item.name], dimension)
-            library.check(c.run(backend.lib, name, numbers | given | outputs, device=backend.claimed))
+            library.check(
+                c.run(backend.lib, name, numbers | given | outputs, device=backend.claimed)
+            )
             given |= outputs
         found.append([given[item.name] for x in (op, f"{op}_backward") for item in contract(x).outputs
                       if item.name in given])  # fmt: skip
