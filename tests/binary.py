@@ -10,6 +10,7 @@ NEEDED = {
     "libc.so.6",
     "libm.so.6",
     "ld-linux-x86-64.so.2",
+    "ld-linux-aarch64.so.1",
     "libpthread.so.0",
     "libdl.so.2",
     "librt.so.1",

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import selfkd
 import torch
+from remote import COMMAND as REMOTE
+from remote import remote
 from selfkd import c, library, operators
 from selfkd.contract import contract
 
@@ -77,12 +79,17 @@ ORDINARY = Case("ordinary", lambda g: {})
 
 @dataclass(frozen=True)
 class Backend:
-    """Where a case runs; `call(op, tensors, options, grad)` gives result and gradients."""
+    """Where a case runs; `call(op, tensors, options, grad)` gives result and gradients.
+
+    lib: a library that is called from C, and `claimed` the device that descriptors claim.
+    """
 
     name: str
     call: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
     device: str = "cpu"
     variant: str = ""
+    lib: Any = None
+    claimed: int | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -174,24 +181,29 @@ def run_operator(backend: Backend, op: str, named: Mapping[str, Any]) -> dict[st
     """All outputs of an operator by name, without autograd; numbers not given have their default."""
     of = contract(op)
     arguments = {item.name: item.default for item in of.items if item.is_number} | dict(named)
-    if backend.call is through_torch:
+    if backend.lib is None:
         found = operators.kernel(op)(*schema_values(op, arguments))
         found = found if isinstance(found, tuple) else (found,)
         return {item.name: x for item, x in zip(of.outputs, found, strict=True)}
     outputs = poisoned_outputs(op, arguments)
-    lib = library.open_library(SIMT_LIBRARY) if backend.name == "simt" else library.library()
-    device = 2 if backend.name == "simt" else None
-    library.check(c.run(lib, op, arguments | outputs, device=device))
+    library.check(c.run(backend.lib, op, arguments | outputs, device=backend.claimed))
     return outputs
 
 
+def from_c(name: str, lib: Any, claimed: int | None = None) -> Backend:
+    """A library that is called from C."""
+    return Backend(name, through_c(lib, claimed), lib=lib, claimed=claimed)
+
+
 def backends() -> list[Any]:
-    """The emulator alone where its library is given, else CPU variants, C and CUDA."""
+    """An emulator alone where its library or its command is given, else CPU variants, C and CUDA."""
     if SIMT_LIBRARY:
-        lib = library.open_library(SIMT_LIBRARY)
-        return [pytest.param(Backend("simt", through_c(lib, 2)), marks=pytest.mark.simt)]
+        simt = from_c("simt", library.open_library(SIMT_LIBRARY), 2)
+        return [pytest.param(simt, marks=pytest.mark.simt)]
+    if REMOTE:
+        return [pytest.param(from_c("remote", remote()), marks=pytest.mark.remote)]
     found = [Backend(variant, through_torch, variant=variant) for variant in VARIANTS]
-    found.append(Backend("c", through_c(library.library(), None)))
+    found.append(from_c("c", library.library()))
     cuda = Backend("cuda", through_torch, device="cuda")
     return [*found, pytest.param(cuda, marks=pytest.mark.cuda)]
 
@@ -423,8 +435,8 @@ def check_case(
 ) -> None:
     """Loss, every row, and all gradients of one case; and that the loop named `path` ran."""
     prepare(backend)
-    if case.big and backend.name == "simt":
-        pytest.skip("too large for the emulator; the CPU and CUDA back ends run it")
+    if case.big and backend.name in ("simt", "remote"):
+        pytest.skip("too large for an emulator; the CPU and CUDA back ends run it")
     tensors = cast(case.make(generator), op, DTYPES[dtype], backend.device)
     inputs = [item for item in contract(op).items if item.is_input]
     rows = [item.name for item in inputs if item.shape[:2] in ("NC", "ND")]

@@ -12,7 +12,7 @@ import pytest
 import selfkd
 import torch
 import torch.nn.functional as F
-from selfkd import c, library
+from selfkd import library
 
 OP = "adversarial"
 NAN, INF = torch.nan, torch.inf
@@ -70,7 +70,7 @@ def call(
     grad: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """On a back end; the C interface takes an empty tensor for fakes that are not there."""
-    if backend.name not in ("c", "simt"):
+    if backend.lib is None:
         return differentiated(selfkd.adversarial, tensors, options, grad)
     given = {"fake": tensors["real"].new_empty(0), **tensors}
     result, grads = backend.call(OP, given, options, grad)
@@ -262,17 +262,9 @@ def test_every_output_of_the_operator(backend: harness.Backend, generator: torch
     tensors = scores(generator, 40, 40, "float32", backend.device)
     real, fake = (F.softplus(s * x.cpu()) for s, x in zip((-1, 1), tensors.values(), strict=True))
     for code, expected in enumerate([real.sum() + fake.sum(), real.mean() + fake.mean()]):
-        if backend.name in ("c", "simt"):
-            simt = backend.name == "simt"
-            lib = library.open_library(harness.SIMT_LIBRARY) if simt else library.library()
-            arguments = {**tensors, "mode": 0, "side": 0, "reduction": code}
-            outputs = harness.poisoned_outputs(OP, arguments)
-            library.check(c.run(lib, OP, arguments | outputs, device=2 if simt else None))
-            loss, rows, fake_rows = outputs.values()
-        else:
-            loss, rows, fake_rows = (
-                x.cpu() for x in torch.ops.selfkd.adversarial(*tensors.values(), 0, 0, code)
-            )
+        named = {**tensors, "mode": 0, "side": 0, "reduction": code}
+        found = harness.run_operator(backend, OP, named)
+        loss, rows, fake_rows = (x.cpu() for x in found.values())
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(rows, real + fake if code == 0 else real)
         torch.testing.assert_close(fake_rows, fake)

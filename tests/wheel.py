@@ -1,8 +1,10 @@
-"""The wheel and the sdist of `make wheel`, which runs this: $DIST is their folder."""
+"""The wheels and the sdist of `make wheel`, which runs this: $DIST is their folder."""
 
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -21,26 +23,47 @@ ROOT = Path(__file__).parent.parent
 MEGABYTES = 60
 
 
-@pytest.fixture(scope="module")
-def wheel() -> Path:
-    (found,) = Path(os.environ["DIST"]).glob("*.whl")
+DIST = Path(os.environ["DIST"])
+# An interpreter for each processor that a wheel may be of; the other one is emulated.
+PYTHON = {"x86_64": [sys.executable], "aarch64": shlex.split(os.environ["ARM_PYTHON"])}
+
+
+@pytest.fixture(scope="module", params=sorted(DIST.glob("*.whl")), ids=lambda path: path.stem)
+def wheel(request: pytest.FixtureRequest) -> Path:
+    found: Path = request.param
     return found
 
 
 @pytest.fixture(scope="module")
-def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment that has Python, and the wheel, and nothing else."""
-    folder = tmp_path_factory.mktemp("environment")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    pip = [sys.executable, "-m", "pip", "--python", folder / "bin/python"]
-    subprocess.run([*pip, "install", "-q", "--no-index", wheel], check=True)
+def processor(wheel: Path) -> str:
+    return next(name for name in PYTHON if wheel.stem.endswith(name))
+
+
+@pytest.fixture(scope="module")
+def packages(wheel: Path, processor: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that has the wheel, as pip installs it, and nothing else."""
+    folder = tmp_path_factory.mktemp("packages")
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--only-binary=:all:"]
+    platform = f"--platform=manylinux_2_28_{processor}"
+    subprocess.run([*pip, platform, "--target", folder, wheel], check=True)
     return folder
 
 
 @pytest.fixture(scope="module")
-def library(environment: Path) -> Path:
-    (found,) = environment.glob("lib/*/site-packages/selfkd/libselfkd.so")
-    return found
+def library(packages: Path) -> Path:
+    return packages / "selfkd" / "libselfkd.so"
+
+
+def run(processor: str, packages: Path, command: str) -> str:
+    """What a command of selfkd prints, where Python has the wheel and nothing else."""
+    done = subprocess.run(
+        [*PYTHON[processor], "-S", packages / "bin" / "selfkd", command],
+        capture_output=True,
+        text=True,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(packages)},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def test_size(wheel: Path) -> None:
@@ -48,11 +71,16 @@ def test_size(wheel: Path) -> None:
 
 
 def test_tag(wheel: Path) -> None:
-    assert wheel.name.endswith("-py3-none-manylinux_2_28_x86_64.whl")
+    assert re.search(r"-py3-none-manylinux_2_28_(x86_64|aarch64).whl$", wheel.name)
 
 
-def test_glibc(library: Path) -> None:
+def test_glibc(wheel: Path, library: Path) -> None:
+    """By its symbols, and by what auditwheel says of all that the policy asks for."""
     assert newest_glibc(library) <= (2, 28)
+    said = tool(sys.executable, "-m", "auditwheel", "show", wheel)
+    found = re.search(r'"manylinux_2_(\d+)_', said)
+    assert found, said
+    assert int(found[1]) <= 28, said
 
 
 def test_library(library: Path) -> None:
@@ -85,17 +113,14 @@ def test_sdist_is_the_tree(wheel: Path) -> None:
     assert names - set(committed) <= {"PKG-INFO"}
 
 
-def test_it_works_where_nothing_else_is(environment: Path, library: Path) -> None:
-    done = subprocess.run(
-        [environment / "bin/selfkd", "info"], capture_output=True, text=True, check=True
-    )
-    assert str(library) in done.stdout
-    assert "not installed: the PyTorch functions are absent" in done.stdout
+def test_it_works_where_nothing_else_is(processor: str, packages: Path, library: Path) -> None:
+    said = run(processor, packages, "info")
+    assert str(library) in said
+    assert "not installed: the PyTorch functions are absent" in said
 
 
-def test_check_where_nothing_else_is(environment: Path) -> None:
+def test_check_where_nothing_else_is(processor: str, packages: Path) -> None:
     """Of the C functions, as PyTorch is not there."""
-    done = subprocess.run([environment / "bin/selfkd", "check"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "PyTorch is not installed" in done.stdout
-    assert done.stdout.endswith("\nall is right\n")
+    said = run(processor, packages, "check")
+    assert "PyTorch is not installed" in said
+    assert said.endswith("\nall is right\n")

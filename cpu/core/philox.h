@@ -8,8 +8,10 @@
 
 #include "core/philox.h"
 
-#ifdef __SSE2__
+#if defined __SSE2__
 #include <immintrin.h>
+#elif defined __ARM_NEON
+#include <arm_neon.h>
 #endif
 
 #if defined __AVX512F__
@@ -25,8 +27,10 @@ static inline sk_wide sk_multiply_wide(sk_wide a, sk_wide b) {
 #else
 typedef uint64_t sk_wide __attribute__((vector_size(16)));
 static inline sk_wide sk_multiply_wide(sk_wide a, sk_wide b) {
-#ifdef __SSE2__
+#if defined __SSE2__
     return (sk_wide)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#elif defined __ARM_NEON
+    return (sk_wide)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)b));
 #else
     return (a & 0xffffffffu) * (b & 0xffffffffu);
 #endif

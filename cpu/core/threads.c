@@ -5,28 +5,11 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdlib.h>
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
 
+#include "core/mode.h"
 #include "core/op.h"
 
-/* ---- a job, and the mode of a thread: how it rounds, and whether denormals are flushed ---- */
-
-#if defined(__x86_64__)
-static uint64_t mode_of_thread(void) { return _mm_getcsr() & ~(unsigned)_MM_EXCEPT_MASK; }
-static void set_mode(uint64_t mode) { _mm_setcsr((unsigned)mode); }
-#elif defined(__aarch64__)
-static uint64_t mode_of_thread(void) {
-    uint64_t mode;
-    __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
-    return mode;
-}
-static void set_mode(uint64_t mode) { __asm__ volatile("msr fpcr, %0" ::"r"(mode)); }
-#else
-static uint64_t mode_of_thread(void) { return 0; }
-static void set_mode(uint64_t mode) { (void)mode; }
-#endif
+/* ---- a job ---- */
 
 typedef struct job {
     sk_part rows;
@@ -36,10 +19,10 @@ typedef struct job {
 
 static void run_range(int64_t begin, int64_t end, void *context) {
     const job *const j = context;
-    const uint64_t own = mode_of_thread();
-    if (own != j->mode) set_mode(j->mode);
+    const uint64_t own = sk_mode();
+    if (own != j->mode) sk_set_mode(j->mode);
     j->rows(j->params, begin, end);
-    if (own != j->mode) set_mode(own);
+    if (own != j->mode) sk_set_mode(own);
 }
 
 /* The pool: workers sleep until `ticket` changes, take pieces of the job until none is left, and
@@ -156,10 +139,10 @@ void sk_parallel(int64_t count, int64_t grain, sk_part rows, const void *params)
     if (piece >= count || threads == 1 || atomic_load(&forked)) {
         rows(params, 0, count);
     } else if (torch) {
-        job j = {rows, params, mode_of_thread()};
+        job j = {rows, params, sk_mode()};
         torch(0, count, piece, run_range, &j);
     } else if (pthread_mutex_trylock(&pool.one_job) == 0) {
-        run_on_pool(count, piece, threads, (job){rows, params, mode_of_thread()});
+        run_on_pool(count, piece, threads, (job){rows, params, sk_mode()});
         pthread_mutex_unlock(&pool.one_job);
     } else {
         rows(params, 0, count); /* the pool serves another caller */
