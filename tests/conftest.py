@@ -1,4 +1,4 @@
-"""One seed for everything, the built test programs, and which devices there are."""
+"""One seed for everything, the built test programs, and which tests are left out."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import fcntl
 import os
 import subprocess
 import zlib
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import harness
 import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+FULL = bool(os.environ.get("SELFKD_FULL"))
+LEFT_OUT = pytest.StashKey[dict[str, int]]()
 SEED = int(os.environ.get("SELFKD_TEST_SEED", "20221111"))
 
 
@@ -32,13 +37,62 @@ def case_name(item: pytest.Item) -> str:
     return f"{test}[{'-'.join(parts)}]"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first: two processes share the tests, and neither should wait for the other. The
-    back ends of one case follow each other, so that its reference is computed once."""
-    order, first = {"test_simt": 0, "test_examples": 1}, dict[str, int]()
+def missing(item: pytest.Item) -> str | None:
+    """What would run a test that is left out; of one that repeats another, ""."""
+    parameters = getattr(item, "callspec", None) and item.callspec.params
+    backend = parameters and parameters.get("backend")
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        return "CUDA: `make gpu-check` on a machine with a GPU"
+    if isinstance(backend, harness.Backend):
+        if backend.variant and not harness.has_variant(backend.variant):
+            return f"CPU variant {backend.variant}: a newer x86-64 CPU"
+        if backend.variant == "v4" and parameters.get("dtype") in ("float64", torch.float64):
+            return ""  # one variant has the kernels in double, and other back ends run them
+        case = parameters.get("case")
+        if backend.name == "simt" and isinstance(case, harness.Case) and case.big:
+            return ""  # too slow there
+    if item.get_closest_marker("full") and not FULL:
+        return "long or many: `make test-full`"
+    return None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without tests of what is not here, the longest first: two processes share the tests, and neither
+    should wait for the other. The back ends of one case follow each other, so that its reference is
+    computed once."""
+    why = {item: missing(item) for item in items}
+    config.stash[LEFT_OUT] = Counter(reason for reason in why.values() if reason)
+    config.hook.pytest_deselected(items=[item for item in items if why[item] is not None])
+    items[:] = [item for item in items if why[item] is None]
+    first = dict[str, int]()
     for position, item in enumerate(items):
         first.setdefault(case_name(item), position)
-    items.sort(key=lambda item: (order.get(item.path.stem, 2), first[case_name(item)]))
+
+    def place(item: pytest.Item) -> tuple[int, int]:
+        long = item.get_closest_marker("long")
+        return (-long.args[0] if long else 0, first[case_name(item)])
+
+    items.sort(key=place)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A process of pytest-xdist tells the one that reports."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash[LEFT_OUT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", {})
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    found = [f"{count} of {reason}" for reason, count in config.stash.get(LEFT_OUT, {}).items()]
+    if found:
+        terminalreporter.write_line("left out: " + "; ".join(found))
 
 
 @pytest.fixture
