@@ -150,7 +150,7 @@ class Network(nn.Module):
 class Checkpoint:
     """What some training runs have reached, in one file; without a file, nothing is kept."""
 
-    def __init__(self, path: Path | None, every: int) -> None:
+    def __init__(self, path: Path | None, every: int = 100) -> None:
         self.path, self.every = path, every
         self.states = torch.load(path, weights_only=True) if path and path.exists() else {}
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import multiprocessing
 import os
+import runpy
 import subprocess
+import sys
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +53,11 @@ def missing(item: pytest.Item) -> str | None:
         if backend.variant == "v4" and parameters.get("dtype") in ("float64", torch.float64):
             return ""  # one variant has the kernels in double, and other back ends run them
         case = parameters.get("case")
-        if backend.name == "simt" and isinstance(case, harness.Case) and case.big:
-            return ""  # too slow there
+        if isinstance(case, harness.Case):
+            if case.big and backend.name == "simt":
+                return ""
+            if case.contiguous and parameters.get("layout", "contiguous") != "contiguous":
+                return ""
     if item.get_closest_marker("full") and not FULL:
         return "long or many: `make test-full`"
     return None
@@ -99,6 +106,42 @@ def pytest_terminal_summary(
 def generator(request: pytest.FixtureRequest) -> torch.Generator:
     """Random numbers that depend on the seed and the test's name only, the same for each back end."""
     return torch.Generator().manual_seed(SEED + zlib.crc32(case_name(request.node).encode()))
+
+
+def in_ranks(world: int, function: Callable[..., None], *arguments: object) -> None:
+    """Call `function(rank, *arguments)` in a process for each rank, forked, which has loaded PyTorch."""
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=function, args=(rank, *arguments)) for rank in range(world)]
+    for rank in ranks:
+        rank.start()
+    try:
+        for rank in ranks:
+            rank.join(300)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.exitcode for rank in ranks] == [0] * world
+
+
+@pytest.fixture
+def example(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Runs an example as a script, in this process, which has loaded what it needs; returns what it prints."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run_example(name: str, *options: object) -> str:
+        script = str(ROOT / "examples" / f"{name}.py")
+        monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(script, run_name="__main__")
+        printed = capsys.readouterr()
+        assert left.value.code == 0, printed
+        return printed.out
+
+    return run_example
 
 
 def build_tests() -> Path:

@@ -56,6 +56,7 @@ class Case:
     of large logits: it is measured against a tenth of the tensor's largest.
     per_sample: gradients are measured against the largest of their sample, not of their row.
     big: too slow for the emulator.
+    contiguous: its size decides something in that layout only.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Case:
     one_hot: bool = False
     per_sample: bool = False
     big: bool = False
+    contiguous: bool = False
 
     def __str__(self) -> str:
         return self.name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -43,27 +42,6 @@ def test_load_library() -> None:
     assert "loss" in out
 
 
-@pytest.fixture
-def example(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., str]:
-    """Runs an example as a script, in this process, which has loaded what it needs; returns what it prints."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def run_example(name: str, *options: object) -> str:
-        script = str(ROOT / "examples" / f"{name}.py")
-        monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
-        with pytest.raises(SystemExit) as left:
-            runpy.run_path(script, run_name="__main__")
-        printed = capsys.readouterr()
-        assert left.value.code == 0, printed
-        return printed.out
-
-    return run_example
-
-
 def check_curves(
     out: str,
     csv_file: Path,
@@ -95,11 +73,13 @@ def check_curves(
     return accuracies
 
 
-def test_sd_dropout(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [100, pytest.param(400, marks=pytest.mark.full)])
+def test_sd_dropout(steps: int, tmp_path: Path) -> None:
     """Fused and reference learn digits along one curve; without the loss the curve is another."""
-    out = run(sys.executable, ROOT / "examples" / "sd_dropout.py", "--control", cwd=tmp_path)
+    script = ROOT / "examples" / "sd_dropout.py"
+    out = run(sys.executable, script, "--control", "--steps", steps, cwd=tmp_path)
     file = tmp_path / "runs" / "sd_dropout.csv"
-    assert check_curves(out, file, least=95, steps=400)[2] >= 95
+    assert check_curves(out, file, least=95, steps=steps)[2] >= 95
 
 
 @pytest.mark.parametrize(
@@ -163,13 +143,21 @@ def test_example_goes_on_from_a_checkpoint(
 
 
 @pytest.mark.parametrize("steps", [24, pytest.param(300, marks=pytest.mark.full)])
-def test_ddp(steps: int, tmp_path: Path) -> None:
+def test_ddp(
+    steps: int, example: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One process and two, the second with fewer rows of some batches, train along one curve."""
     curves, least = [], 95 if steps == 300 else 0
-    for processes, impl in ((1, "both"), (2, "fused")):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(processes), str(ROOT / "examples" / "ddp.py")]
-        out = run(*command, "--steps", steps, "--impl", impl, "--out", str(processes), cwd=tmp_path)
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost"}
+    for name, value in (alone | {"MASTER_PORT": 0}).items():
+        monkeypatch.setenv(name, str(value))
+    outputs = [example("ddp", "--steps", steps, "--out", 1)]
+    for name in (*alone, "MASTER_PORT"):
+        monkeypatch.delenv(name)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    command += [ROOT / "examples" / "ddp.py", "--impl", "fused"]
+    outputs.append(run(*command, "--steps", steps, "--out", 2, cwd=tmp_path))
+    for processes, out in enumerate(outputs, 1):
         row = next(line for line in out.splitlines() if "held-out accuracy" in line)
         assert min(float(word.rstrip("%")) for word in row.split() if word.endswith("%")) >= least
         with (tmp_path / str(processes) / "ddp.csv").open() as file:
