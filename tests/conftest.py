@@ -16,6 +16,7 @@ from typing import Any
 
 import harness
 import pytest
+import selfkd
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -25,8 +26,6 @@ SEED = int(os.environ.get("SELFKD_TEST_SEED", "20221111"))
 
 
 def pytest_report_header() -> str:
-    import selfkd
-
     return f"seed {SEED} (SELFKD_TEST_SEED), library {selfkd.library_path()}, torch {torch.__version__}"
 
 
@@ -145,14 +144,20 @@ def example(
 
 
 def build_tests() -> Path:
-    """Build the C tests, the emulated CUDA library and the C example; returns the folder. Incremental."""
+    """Build the C tests, the emulated CUDA library and the C example; returns the folder. Incremental.
+
+    They are linked with the library under test, or, if SELFKD_LIBRARY names one, with one built here.
+    """
     folder = Path(os.environ.get("SELFKD_TEST_BUILD", ROOT / "build" / "test"))
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process builds, the others find it done
+        installed = "" if "SELFKD_LIBRARY" in os.environ else selfkd.library_path()
+        options = ["-DSELFKD_CUDA=OFF", "-DSELFKD_WERROR=ON", f"-DSELFKD_TEST_LIBRARY={installed}"]
+        target = "all" if FULL else "test_programs"
         for command in (
-            ["cmake", "-S", ROOT, "-B", folder, "-DSELFKD_CUDA=OFF", "-DSELFKD_WERROR=ON"],
-            ["cmake", "--build", folder, "--parallel", "2"],
+            ["cmake", "-S", ROOT, "-B", folder, *options],
+            ["cmake", "--build", folder, "--parallel", "2", "--target", target],
         ):
             done = subprocess.run(command, capture_output=True, text=True, timeout=900)
             assert done.returncode == 0, f"{command}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"

@@ -303,6 +303,7 @@ def test_threads_at_once(one_seed: None, two_threads: None) -> None:
 @each_operator
 def test_captured_in_a_cuda_graph(op: str, half: bool, one_seed: None) -> None:
     """Forward and backward, replayed with other inputs: the bits of an eager call."""
+
     def run(live: list[Tensor], fixed: list[Tensor]) -> list[Tensor]:
         with torch.autocast("cuda", torch.float16, enabled=half, cache_enabled=False):
             result = CALLS[op].call(getattr(selfkd, op), *live, *fixed)
