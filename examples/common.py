@@ -150,8 +150,8 @@ class Network(nn.Module):
 class Checkpoint:
     """What some training runs have reached, in one file; without a file, nothing is kept."""
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, every: int = 100) -> None:
+        self.path, self.every = path, every
         self.states = torch.load(path, weights_only=True) if path and path.exists() else {}
 
     def restore(self, name: str, curves: list[list[float]], *parts: Any) -> int:
@@ -163,6 +163,11 @@ class Checkpoint:
         for curve, values in zip(curves, self.states[name]["curves"], strict=True):
             curve.extend(values)
         return len(curves[0])
+
+    def after_step(self, name: str, curves: list[list[float]], *parts: Any) -> None:
+        """Save after every `every` steps."""
+        if len(curves[0]) % self.every == 0:
+            self.save(name, curves, *parts)
 
     def save(self, name: str, curves: list[list[float]], *parts: Any) -> None:
         """Save what `restore` restores."""
@@ -249,6 +254,7 @@ def parse(
     if long:
         add("--data", type=Path, help="folder of CIFAR-100 (or VOC), default: digits")
         add("--checkpoint", type=Path, help="file to save to and to go on from")
+        add("--every", type=int, default=100, help="steps between two saves, default: 100")
     return parser.parse_args(argv)
 
 
@@ -263,7 +269,7 @@ def prepare(
     With `features`, a teacher of so many as well. Data are `large`, from a folder, or `small`.
     """
     torch.set_num_threads(options.threads)
-    device, checkpoint = options.device, Checkpoint(options.checkpoint)
+    device, checkpoint = options.device, Checkpoint(options.checkpoint, options.every)
     data = large(options.data, device) if options.data else small(device)
     found = {"data": data, "checkpoint": checkpoint}
     if features:

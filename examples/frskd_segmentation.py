@@ -62,8 +62,7 @@ def train(
         loss.backward()
         optimizer.step()
         run.losses.append(loss.item())
-        if len(run.losses) % 100 == 0:
-            checkpoint.save(name, curves, student, teacher, optimizer)
+        checkpoint.after_step(name, curves, student, teacher, optimizer)
     run.accuracy, run.seconds = self_teacher.mean_iou(data, student), criterion.seconds
     return run
 

@@ -52,8 +52,7 @@ def train(
         (weight * loss).backward()
         optimizer.step()
         run.losses.append(loss.item())
-        if len(run.losses) % 100 == 0:
-            checkpoint.save(name, curves, backbone, head, optimizer)
+        checkpoint.after_step(name, curves, backbone, head, optimizer)
     run.accuracy, run.seconds = data.neighbour_accuracy(backbone), simreg.seconds
     return run
 

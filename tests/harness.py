@@ -12,7 +12,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -41,7 +41,6 @@ HALF_SMALLEST = {
     torch.float32: 2.0**-150,
     torch.float64: 0.0,
 }
-VARIANTS = ("base", "v3", "v4")
 SIMT_LIBRARY = os.environ.get("SELFKD_SIMT_LIBRARY", "")
 needs_operators = pytest.mark.skipif(
     not library.library().selfkd_register_torch(b"selfkd"),
@@ -59,6 +58,7 @@ class Case:
     of large logits: it is measured against a tenth of the tensor's largest.
     per_sample: gradients are measured against the largest of their sample, not of their row.
     big: too slow for the emulator.
+    contiguous: its size decides something in that layout only.
     """
 
     name: str
@@ -69,6 +69,7 @@ class Case:
     one_hot: bool = False
     per_sample: bool = False
     big: bool = False
+    contiguous: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -190,33 +191,43 @@ def run_operator(backend: Backend, op: str, named: Mapping[str, Any]) -> dict[st
     return outputs
 
 
-def from_c(name: str, lib: Any, claimed: int | None = None) -> Backend:
+def from_c(name: str, lib: Any, claimed: int | None = None, variant: str = "") -> Backend:
     """A library that is called from C."""
-    return Backend(name, through_c(lib, claimed), lib=lib, claimed=claimed)
+    return Backend(name, through_c(lib, claimed), variant=variant, lib=lib, claimed=claimed)
 
 
-def backends() -> list[Any]:
-    """An emulator alone where its library or its command is given, else CPU variants, C and CUDA."""
-    if SIMT_LIBRARY:
+def backends(*, emulated: bool = True) -> list[Any]:
+    """An emulator alone where its library or its command is given, else CPU variants and CUDA; one
+    variant through C."""
+    if SIMT_LIBRARY or REMOTE:
+        if not emulated:
+            return []
+        if REMOTE:
+            return [pytest.param(from_c("remote", remote()), marks=pytest.mark.remote)]
         simt = from_c("simt", library.open_library(SIMT_LIBRARY), 2)
         return [pytest.param(simt, marks=pytest.mark.simt)]
-    if REMOTE:
-        return [pytest.param(from_c("remote", remote()), marks=pytest.mark.remote)]
-    found = [Backend(variant, through_torch, variant=variant) for variant in VARIANTS]
-    found.append(from_c("c", library.library()))
+    found = [Backend(variant, through_torch, variant=variant) for variant in ("base", "v4")]
+    found.append(from_c("c", library.library(), variant="v3" if has_variant("v3") else ""))
     cuda = Backend("cuda", through_torch, device="cuda")
     return [*found, pytest.param(cuda, marks=pytest.mark.cuda)]
 
 
+@cache
+def has_variant(name: str) -> bool:
+    """Whether the library and this machine's CPU have a variant."""
+    before = library.text("selfkd_isa")
+    try:
+        selfkd.set_isa(name)
+    except ValueError:
+        return False
+    selfkd.set_isa(before)
+    return True
+
+
 def prepare(backend: Backend) -> None:
-    """Skip what this machine does not have, and force what the back end names."""
-    if backend.device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU here: run `make gpu-check` on a machine with one")
+    """Force what the back end names."""
     if backend.variant:
-        try:
-            selfkd.set_isa(backend.variant)
-        except ValueError as error:
-            pytest.skip(f"{error}: run on a newer x86-64 CPU")
+        selfkd.set_isa(backend.variant)
 
 
 # ---- layouts: the same values under other strides ----
@@ -435,8 +446,6 @@ def check_case(
 ) -> None:
     """Loss, every row, and all gradients of one case; and that the loop named `path` ran."""
     prepare(backend)
-    if case.big and backend.name in ("simt", "remote"):
-        pytest.skip("too large for an emulator; the CPU and CUDA back ends run it")
     tensors = cast(case.make(generator), op, DTYPES[dtype], backend.device)
     inputs = [item for item in contract(op).items if item.is_input]
     rows = [item.name for item in inputs if item.shape[:2] in ("NC", "ND")]

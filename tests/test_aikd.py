@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +14,12 @@ import numpy as np
 import pytest
 import selfkd
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from conftest import in_ranks
 from selfkd.nn import AIKDLoss, Discriminator, PreviousEpoch, sigmoid_rampup
 from torch.nn.utils import parametrizations
+from torch.utils.data import DataLoader, DistributedSampler
 
 pytestmark = pytest.mark.skipif(
     bool(harness.SIMT_LIBRARY), reason="the emulator has no PyTorch binding"
@@ -219,45 +219,30 @@ def test_to_moves_the_tables_and_casts_nothing() -> None:
         assert table.share_memory().previous.is_shared()
 
 
-RANKS = """
-import sys, torch, torch.distributed as dist
-from torch.utils.data import DataLoader, DistributedSampler
-from selfkd.nn import PreviousEpoch
-folder, rank, dtype = sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3])
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-table = PreviousEpoch(11, 5, dtype=dtype)
-sampler = DistributedSampler(range(11), num_replicas=2, rank=rank, shuffle=True, seed=3)
-for epoch in range(2):
-    sampler.set_epoch(epoch)
-    for step, index in enumerate(DataLoader(range(11), batch_size=2, sampler=sampler)):
-        table.lookup(index)
-        noise = torch.randn(11, 5, generator=torch.Generator().manual_seed(100 * epoch + rank))
-        table.update(index, noise[index])  # what a rank writes differs from rank to rank
-        if epoch == 1 and step == 1:
-            table.gather()
-            torch.save(table.state_dict(), f"{folder}/middle{rank}.pt")
-    torch.save(list(sampler), f"{folder}/order{epoch}{rank}.pt")
-    table.end_epoch()
-    torch.save(table.state_dict(), f"{folder}/end{epoch}{rank}.pt")
-dist.destroy_process_group()
-"""
+def hold_one_table(rank: int, folder: Path, dtype: torch.dtype) -> None:
+    """What a rank of two writes into its table; the states that it had are left in files."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    table = PreviousEpoch(11, 5, dtype=dtype)
+    sampler = DistributedSampler(range(11), num_replicas=2, rank=rank, shuffle=True, seed=3)
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        for step, index in enumerate(DataLoader(range(11), batch_size=2, sampler=sampler)):
+            table.lookup(index)
+            noise = torch.randn(11, 5, generator=torch.Generator().manual_seed(100 * epoch + rank))
+            table.update(index, noise[index])  # what a rank writes differs from rank to rank
+            if epoch == 1 and step == 1:
+                table.gather()
+                torch.save(table.state_dict(), folder / f"middle{rank}.pt")
+        torch.save(list(sampler), folder / f"order{epoch}{rank}.pt")
+        table.end_epoch()
+        torch.save(table.state_dict(), folder / f"end{epoch}{rank}.pt")
+    dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_two_ranks_hold_one_table(tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_two_ranks_hold_one_table(tmp_path: Path, dtype: torch.dtype) -> None:
     """11 samples on 2 ranks: one is repeated, and rank 0's row of it counts."""
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANKS, str(tmp_path), str(rank), dtype],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    for child in children:
-        errors = child.communicate(timeout=120)[1]
-        assert child.returncode == 0, errors
+    in_ranks(2, hold_one_table, tmp_path, dtype)
     for epoch in range(2):
         found = [torch.load(tmp_path / f"end{epoch}{rank}.pt") for rank in range(2)]
         orders = [torch.load(tmp_path / f"order{epoch}{rank}.pt") for rank in range(2)]
@@ -270,7 +255,7 @@ def test_two_ranks_hold_one_table(tmp_path: Path, dtype: str) -> None:
                 noise = torch.randn(
                     11, 5, generator=torch.Generator().manual_seed(100 * epoch + rank)
                 )
-                expected = noise[index].softmax(0).to(getattr(torch, dtype))
+                expected = noise[index].softmax(0).to(dtype)
                 assert torch.equal(state["previous"][index], expected)
     middle = [torch.load(tmp_path / f"middle{rank}.pt") for rank in range(2)]
     assert torch.equal(middle[0]["current"], middle[1]["current"])

@@ -69,7 +69,11 @@ CASES = [
     Case("samples_of_groups", pair(100, 3, 8)),
     Case("lines", pair(3, 8, 40, D=3)),
     Case("volumes", pair(2, 6, 3, 4, 5, D=3)),
-    Case("cifar_level_1", pair(128, 64, 32, 32, D=128), big=True),
+    Case("cifar_level_1", pair(16, 64, 32, 32, D=128), big=True),
+    pytest.param(
+        Case("batch_of_cifar_level_1", pair(128, 64, 32, 32, D=128), big=True),
+        marks=pytest.mark.full,
+    ),
     Case("cifar_level_4", pair(16, 512, 4, 4, D=1024), big=True),
     Case("imagenet_level_4", pair(4, 512, 7, 7, D=1024), big=True),
     Case("large_maps", pair(2, 3, 150, 170, D=4), big=True),

@@ -213,7 +213,6 @@ def test_a_contender_without_memory_enough_is_left_out(monkeypatch: pytest.Monke
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: run `make gpu-check`")
 @pytest.mark.parametrize("operator", TINY)
 def test_on_a_gpu(operator: str, tmp_path: Path) -> None:
     case = make(operator, *TINY[operator])

@@ -163,7 +163,8 @@ IMAGES = [
         close=True,
         exact=1e-6,
     ),
-    *[Case(f"{n}_positions", draw(1, 5, n)) for n in (16, 511, 512, 513)],
+    Case("16_positions", draw(1, 5, 16)),
+    *[Case(f"{n}_positions", draw(1, 5, n), contiguous=True) for n in (511, 512, 513)],
     Case("few_positions", weighted(draw(3, 130, 7))),
 ]
 DTYPES = list(harness.DTYPES)

@@ -1,16 +1,12 @@
 """Losses on sharded classes, and FSDP, in processes on one machine (gloo).
 
-``python tests/test_distributed.py FOLDER RANK WORLD`` is one rank: it makes every check and leaves the
-failures in a file, from which the tests take their results.
+Each rank makes every check and leaves the failures in a file, from which the tests take their results.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import os
-import subprocess
-import sys
 import tempfile
 import traceback
 import zlib
@@ -28,7 +24,7 @@ import test_distill
 import test_sd_dropout_kl
 import torch
 import torch.distributed as dist
-from conftest import SEED
+from conftest import SEED, in_ranks
 from harness import Case
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -472,8 +468,9 @@ def checks(world: int) -> dict[str, Callable[[], None]]:
 # ---- the ranks, and what they found ----
 
 
-def run_rank(folder: Path, rank: int, world: int) -> None:
+def run_rank(rank: int, folder: Path, world: int) -> None:
     """Make every check, and leave the failures by name."""
+    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meet",
@@ -498,23 +495,8 @@ def failures(world: int) -> dict[str, str]:
     """What failed on any of the ranks of a world of that size, which runs once."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, __file__, name, str(rank), str(world)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )
-            for rank in range(world)
-        ]
-        try:
-            texts = [rank.communicate(timeout=300)[0] for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
-        assert not any(rank.returncode for rank in ranks), "\n".join(x[-3000:] for x in texts)
-        print(texts[0])
+        importlib.import_module("torch._dynamo")  # once, not in each
+        in_ranks(world, run_rank, folder, world)
         found: dict[str, str] = {}
         for rank in range(world):
             for check, text in torch.load(folder / f"failures{rank}.pt").items():
@@ -528,7 +510,3 @@ def failures(world: int) -> dict[str, str]:
 def test_ranks(world: int, name: str) -> None:
     found = failures(world)
     assert name not in found, found[name]
-
-
-if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -6,6 +6,7 @@ import csv
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,13 @@ def test_load_library() -> None:
 
 
 def check_curves(
-    out: str, csv_file: Path, least: float, *, score: str = "accuracy", warm_up: int = 0
+    out: str,
+    csv_file: Path,
+    least: float,
+    *,
+    steps: int,
+    score: str = "accuracy",
+    warm_up: int = 0,
 ) -> list[float]:
     """Fused and reference run along one curve, the run with weight 0 elsewhere; returns the scores.
 
@@ -55,7 +62,7 @@ def check_curves(
     assert csv_file.with_suffix(".png").stat().st_size > 10_000
     with csv_file.open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) >= 300
+    assert len(rows) == steps
 
     def apart(a: str, b: str, start: int) -> float:
         return max(abs(float(r[a]) / float(r[b]) - 1) for r in rows[start : start + 50])
@@ -66,67 +73,95 @@ def check_curves(
     return accuracies
 
 
-def test_sd_dropout(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [100, pytest.param(400, marks=pytest.mark.full)])
+def test_sd_dropout(steps: int, tmp_path: Path) -> None:
     """Fused and reference learn digits along one curve; without the loss the curve is another."""
-    out = run(sys.executable, ROOT / "examples" / "sd_dropout.py", "--control", cwd=tmp_path)
-    accuracies = check_curves(out, tmp_path / "runs" / "sd_dropout.csv", least=95)
-    assert accuracies[2] >= 95
+    script = ROOT / "examples" / "sd_dropout.py"
+    out = run(sys.executable, script, "--control", "--steps", steps, cwd=tmp_path)
+    file = tmp_path / "runs" / "sd_dropout.csv"
+    assert check_curves(out, file, least=95, steps=steps)[2] >= 95
 
 
-def test_simreg(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "steps"), [("aikd", 30), ("simreg", 30), ("frskd", 15), ("frskd_segmentation", 15)]
+)
+def test_first_steps(name: str, steps: int, example: Callable[..., str], tmp_path: Path) -> None:
+    """Fused and reference begin along one curve, the run with weight 0 along another."""
+    out = example(name, "--control", "--steps", steps)
+    (file,) = (tmp_path / "runs").glob("*.csv")
+    score, warm_up = "accuracy", 0
+    if name == "frskd_segmentation":
+        score, warm_up = "mean IoU", 2 * steps // 3
+    check_curves(out, file, 0, steps=steps, score=score, warm_up=warm_up)
+
+
+@pytest.mark.full
+def test_simreg(example: Callable[..., str]) -> None:
     """A student without labels learns the features of a teacher."""
-    script = ROOT / "examples" / "simreg.py"
-    out = run(sys.executable, script, "--control", "--steps", 300, cwd=tmp_path)
-    accuracies = check_curves(out, tmp_path / "runs" / "simreg.csv", least=97)
+    out = example("simreg", "--control", "--steps", 300)
+    accuracies = check_curves(out, Path("runs/simreg.csv"), least=97, steps=300)
     assert accuracies[2] < min(accuracies[:2])
 
 
-def test_aikd(tmp_path: Path) -> None:
+@pytest.mark.full
+def test_aikd(example: Callable[..., str]) -> None:
     """A student of a pre-trained network, of its previous epoch and of a discriminator."""
-    script = ROOT / "examples" / "aikd.py"
-    out = run(sys.executable, script, "--control", "--steps", 300, cwd=tmp_path)
-    assert check_curves(out, tmp_path / "runs" / "ai_kd.csv", least=95)[2] >= 95
+    out = example("aikd", "--control", "--steps", 300)
+    assert check_curves(out, Path("runs/ai_kd.csv"), least=95, steps=300)[2] >= 95
 
 
-def test_frskd(tmp_path: Path) -> None:
+@pytest.mark.full
+@pytest.mark.long(3)
+def test_frskd(example: Callable[..., str]) -> None:
     """A classifier and the self-teacher on its stages."""
-    script = ROOT / "examples" / "frskd.py"
-    out = run(sys.executable, script, "--control", "--steps", 300, cwd=tmp_path)
-    assert check_curves(out, tmp_path / "runs" / "frskd.csv", least=95)[2] >= 90
+    out = example("frskd", "--control", "--steps", 300)
+    assert check_curves(out, Path("runs/frskd.csv"), least=95, steps=300)[2] >= 90
 
 
-def test_frskd_segmentation(tmp_path: Path) -> None:
+@pytest.mark.full
+@pytest.mark.long(3)
+def test_frskd_segmentation(example: Callable[..., str]) -> None:
     """A network and the self-teacher on its pyramid, whose loss counts in the last third."""
-    script = ROOT / "examples" / "frskd_segmentation.py"
-    out = run(sys.executable, script, "--control", cwd=tmp_path)
-    file = tmp_path / "runs" / "frskd_segmentation.csv"
-    check_curves(out, file, least=60, score="mean IoU", warm_up=300)
+    out = example("frskd_segmentation", "--control")
+    file = Path("runs/frskd_segmentation.csv")
+    check_curves(out, file, least=60, steps=400, score="mean IoU", warm_up=300)
 
 
-@pytest.mark.parametrize("example", ["aikd", "simreg", "frskd", "frskd_segmentation"])
-def test_example_goes_on_from_a_checkpoint(example: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["aikd", "simreg", "frskd", "frskd_segmentation"])
+def test_example_goes_on_from_a_checkpoint(
+    name: str, example: Callable[..., str], tmp_path: Path
+) -> None:
     """The second run takes the teacher and most steps from the file, and ends as the first."""
-    command = [sys.executable, ROOT / "examples" / f"{example}.py", "--impl", "fused"]
     curves = []
     for _ in range(2):
-        run(*command, "--steps", 120, "--checkpoint", "state.pt", cwd=tmp_path)
+        options = ("--steps", 14, "--every", 10, "--checkpoint", "state.pt")
+        example(name, "--impl", "fused", *options)
         (file,) = (tmp_path / "runs").glob("*.csv")
         curves.append(file.read_text())
-    assert len(curves[0].splitlines()) == 121
+    assert len(curves[0].splitlines()) == 15
     assert curves[0] == curves[1]
 
 
-def test_ddp(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [24, pytest.param(300, marks=pytest.mark.full)])
+def test_ddp(
+    steps: int, example: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One process and two, the second with fewer rows of some batches, train along one curve."""
-    curves = []
-    for processes, impl in ((1, "both"), (2, "fused")):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(processes), str(ROOT / "examples" / "ddp.py")]
-        out = run(*command, "--steps", 300, "--impl", impl, "--out", str(processes), cwd=tmp_path)
+    curves, least = [], 95 if steps == 300 else 0
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost"}
+    for name, value in (alone | {"MASTER_PORT": 0}).items():
+        monkeypatch.setenv(name, str(value))
+    outputs = [example("ddp", "--steps", steps, "--out", 1)]
+    for name in (*alone, "MASTER_PORT"):
+        monkeypatch.delenv(name)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    command += [ROOT / "examples" / "ddp.py", "--impl", "fused"]
+    outputs.append(run(*command, "--steps", steps, "--out", 2, cwd=tmp_path))
+    for processes, out in enumerate(outputs, 1):
         row = next(line for line in out.splitlines() if "held-out accuracy" in line)
-        assert min(float(word.rstrip("%")) for word in row.split() if word.endswith("%")) >= 95
+        assert min(float(word.rstrip("%")) for word in row.split() if word.endswith("%")) >= least
         with (tmp_path / str(processes) / "ddp.csv").open() as file:
             curves.append([float(r["fused"]) for r in csv.DictReader(file)])
-    assert len(curves[0]) == len(curves[1]) == 300
+    assert len(curves[0]) == len(curves[1]) == steps
     assert max(abs(a / b - 1) for a, b in zip(*curves, strict=True)) < 1e-2
     assert max(abs(a / b - 1) for a, b in list(zip(*curves, strict=True))[:50]) < 1e-5

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from selfkd.integrations import torchdistill, transformers
 from test_integrations import Pair, kl
 from torch import Tensor, nn
@@ -309,14 +306,10 @@ def test_transformers_without_a_teacher(
 @pytest.mark.skipif(
     importlib.util.find_spec("lightning") is None, reason="needs: pip install lightning"
 )
-def test_lightning_training(tmp_path: Path) -> None:
+def test_lightning_training(example: Callable[..., str]) -> None:
     """The example, in plain PyTorch and with the fused loss."""
-    command = [sys.executable, ROOT / "examples" / "lightning_distill.py", "--control"]
-    done = subprocess.run(
-        [*command, "--steps", "100"], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    with (tmp_path / "runs" / "lightning.csv").open() as file:
+    example("lightning_distill", "--control", "--steps", 40)
+    with Path("runs/lightning.csv").open() as file:
         rows = list(csv.DictReader(file))
     names = ("fused", "reference", "weight 0")
     assert_curves(*([float(row[name]) for row in rows] for name in names))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,18 @@ def sanitizer_environment() -> dict[str, str]:
     }
 
 
+def files() -> list[str]:
+    """The tests that have an emulated back end; others cost an import each."""
+    named = os.environ.get("SELFKD_SIMT_TESTS")
+    paths = sorted((ROOT / "tests").glob("test_*.py"))
+    return (
+        named.split()
+        if named
+        else [str(path) for path in paths if re.search(r"backends\(|mark\.simt", path.read_text())]
+    )
+
+
+@pytest.mark.long(9)
 @pytest.mark.skipif(bool(harness.SIMT_LIBRARY), reason="this is the inner run")
 def test_every_case_in_the_emulator(built: Path) -> None:
     simt = {
@@ -43,7 +56,7 @@ def test_every_case_in_the_emulator(built: Path) -> None:
         "-x",
         "-p",
         "no:cacheprovider",
-        os.environ.get("SELFKD_SIMT_TESTS", str(ROOT / "tests")),
+        *files(),
     ]
     done = subprocess.run(
         command,
