@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import os
 from pathlib import Path
 
@@ -31,8 +32,14 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
 
 
 def library_path() -> str:
-    """Path of ``libselfkd.so``: that of ``$SELFKD_LIBRARY`` if set, else the one beside this file."""
-    return os.environ.get("SELFKD_LIBRARY") or str(Path(__file__).with_name("libselfkd.so"))
+    """Path of ``libselfkd.so``: that of ``$SELFKD_LIBRARY`` if set, else the one in this package.
+
+    It is looked for as Python looks for an extension module of the package: after ``pip install -e``
+    it does not lie beside this file, and is built anew first if the install is one that rebuilds.
+    """
+    given = os.environ.get("SELFKD_LIBRARY")
+    found = None if given else importlib.util.find_spec(".libselfkd", __package__)
+    return given or (found and found.origin) or str(Path(__file__).with_name("libselfkd.so"))
 
 
 def open_library(path: str) -> ctypes.CDLL:
