@@ -146,7 +146,7 @@ static void compare_group(const teacher *k, const sk_rows *r, const real *u, con
 }
 
 /* The second visit: leaves the sums. */
-SK_SPECIAL void add_up(const forward_params *p, const sk_rows *r, bool has_ce, int ce_power,
+SK_OUTLINE void add_up(const forward_params *p, const sk_rows *r, bool has_ce, int ce_power,
                        const teacher *k, real tile[][SK_TILE], const real *x[][SK_GROUPS],
                        sums *m) {
     SK_ALIGNED real e[SK_ROW_C];

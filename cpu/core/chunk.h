@@ -87,7 +87,7 @@ static inline void sk_store_one(const sk_arg *t, int64_t at, real x) {
 }
 
 /* to[i] = element at + i * stride of t, for i < n. */
-static inline void sk_copy(const sk_arg *t, int64_t at, int64_t stride, int64_t n, real *to) {
+SK_SPECIAL void sk_copy_here(const sk_arg *t, int64_t at, int64_t stride, int64_t n, real *to) {
     if (stride != 1 || !t->data || t->dtype == SK_DT_BOOL) {
         for (int64_t i = 0; i < n; i++) to[i] = sk_load_one(t, at + i * stride);
         return;
@@ -109,9 +109,12 @@ static inline void sk_copy(const sk_arg *t, int64_t at, int64_t stride, int64_t 
         for (int64_t i = 0; i < n; i++) to[i] = single[i];
     }
 }
+SK_OUTLINE void sk_copy(const sk_arg *t, int64_t at, int64_t stride, int64_t n, real *to) {
+    sk_copy_here(t, at, stride, n, to);
+}
 
 /* element at + i * stride of t = from[i], for i < n. */
-static inline void sk_put(const sk_arg *t, int64_t at, int64_t stride, int64_t n,
+SK_OUTLINE void sk_put(const sk_arg *t, int64_t at, int64_t stride, int64_t n,
                           const real *from) {
     if (stride != 1) {
         for (int64_t i = 0; i < n; i++) sk_store_one(t, at + i * stride, from[i]);
@@ -289,7 +292,7 @@ static inline void sk_fill(const sk_arg *x, int64_t at, int64_t stride, int64_t 
 static inline const real *sk_read_exactly(const sk_arg *x, int64_t at, int64_t stride, int64_t n,
                                           real *buffer) {
     if (sk_is_plain(x, stride)) return (const real *)x->data + at;
-    sk_copy(x, at, stride, n, buffer);
+    sk_copy_here(x, at, stride, n, buffer);
     return buffer;
 }
 

@@ -5,6 +5,13 @@
 
 enum { SK_BLOCK = 4096 }; /* elements summed between two additions to the total */
 
+SK_OUTLINE double sk_sum_block(const real *x, int64_t n) {
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++) sum += x[i];
+    return sum;
+}
+
 /* The sum of N x S elements, in double. */
 static inline double sk_sum(const sk_arg *x, int64_t N, int64_t S) {
     real copy[SK_BLOCK];
@@ -16,11 +23,7 @@ static inline double sk_sum(const sk_arg *x, int64_t N, int64_t S) {
         for (int64_t i = 0; i < length; i += SK_BLOCK) {
             const int64_t count = sk_min(SK_BLOCK, length - i);
             const int64_t at = n * x->stride[0] + i * stride;
-            const real *const block = sk_read_exactly(x, at, stride, count, copy);
-            double part = 0;
-#pragma omp simd reduction(+ : part)
-            for (int64_t j = 0; j < count; j++) part += block[j];
-            sum += part;
+            sum += sk_sum_block(sk_read_exactly(x, at, stride, count, copy), count);
         }
     }
     return sum;
