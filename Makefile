@@ -1,5 +1,6 @@
 # make demo       train the example with plain PyTorch and with selfkd; a table and a picture
-# make test       run all tests (in two processes of one thread each; TESTS="-n 0 -k NAMES" for others)
+# make test       run the tests (in two processes of one thread each; TESTS="-n 0 -k NAMES" for others)
+# make test-full  run these and the long ones: whole trainings, large cases, warnings of all that is built
 # make bench      time selfkd against eager PyTorch and torch.compile (BENCH="--case 128x100 --json FILE")
 # make results    write the tables of README.md and docs/ from the reports in bench/results/
 # make gpu-check  run the GPU tests with the Python and PyTorch already here; writes a report (REPORT=FILE;
@@ -37,12 +38,15 @@ IN := PATH="$(abspath $(VENV))/bin:$$PATH"
 SOURCES := $(shell find ops cpu cuda cmake bindings -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 C_FILES := $(shell find ops cpu cuda bindings tests examples -name '*.[ch]' -o -name '*.cu*' -o -name '*.cpp')
 
-.PHONY: help demo test bench results docs wheel sanitize fuzz soak big gpu-check compat lint clean needs-python needs-compilers needs-cmocka
+.PHONY: help demo test test-full bench results docs wheel sanitize fuzz soak big gpu-check compat lint clean needs-python needs-compilers needs-cmocka
 help:; @sed -n 's/^# make/make/p' Makefile
 
 demo: $(VENV)/selfkd.stamp; $(IN) python examples/sd_dropout.py
+# Python may write bytecode: without it each of the processes that tests start compiles PyTorch's sources.
 test: $(VENV)/tools.stamp | needs-cmocka
-	$(IN) OMP_NUM_THREADS=1 python -m pytest $(TESTS)
+	$(IN) PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 python -m pytest $(TESTS)
+test-full: export SELFKD_FULL := 1
+test-full: test
 bench: $(VENV)/selfkd.stamp; $(IN) selfkd bench $(BENCH)
 results: $(VENV)/selfkd.stamp; $(IN) python -m selfkd.bench.results
 docs: $(VENV)/tools.stamp; $(IN) python -m sphinx -W --keep-going docs build/docs
