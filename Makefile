@@ -1,5 +1,6 @@
 # make demo       train the example with plain PyTorch and with selfkd; a table and a picture
-# make test       run all tests (in two processes of one thread each; TESTS="-n 0 -k NAMES" for others)
+# make test       run the tests (in two processes of one thread each; TESTS="-n 0 -k NAMES" for others)
+# make test-full  run what that leaves out: whole trainings, large cases, warnings of all that is built
 # make bench      time selfkd against eager PyTorch and torch.compile (BENCH="--case 128x100 --json FILE")
 # make results    write the tables of README.md and docs/ from the reports in bench/results/
 # make gpu-check  run the GPU tests with the Python and PyTorch already here; writes a report (REPORT=FILE;
@@ -42,12 +43,14 @@ IN := PATH="$(abspath $(VENV))/bin:$$PATH"
 SOURCES := $(shell find ops cpu cuda cmake bindings -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 C_FILES := $(shell find ops cpu cuda bindings tests examples -name '*.[ch]' -o -name '*.cu*' -o -name '*.cpp')
 
-.PHONY: help demo test bench results docs wheel hub sanitize fuzz soak big gpu-check compat lint clean arm needs-python needs-compilers needs-cmocka needs-arm
+.PHONY: help demo test test-full bench results docs wheel hub sanitize fuzz soak big gpu-check compat lint clean arm needs-python needs-compilers needs-cmocka needs-arm
 help:; @sed -n 's/^# make/make/p' Makefile
 
 demo: $(VENV)/selfkd.stamp; $(IN) python examples/sd_dropout.py
-test: $(VENV)/tools.stamp | needs-cmocka
-	$(IN) OMP_NUM_THREADS=1 python -m pytest $(TESTS)
+# Python may write bytecode: without it each of the processes that tests start compiles PyTorch's sources.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 python -m pytest
+test: $(VENV)/tools.stamp | needs-cmocka; $(IN) $(PYTEST) $(TESTS)
+test-full: $(VENV)/tools.stamp | needs-cmocka; $(IN) SELFKD_FULL=1 $(PYTEST) -m full $(TESTS)
 bench: $(VENV)/selfkd.stamp; $(IN) selfkd bench $(BENCH)
 results: $(VENV)/selfkd.stamp; $(IN) python -m selfkd.bench.results
 docs: $(VENV)/tools.stamp; $(IN) python -m sphinx -W --keep-going docs build/docs

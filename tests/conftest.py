@@ -22,6 +22,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 FULL = bool(os.environ.get("SELFKD_FULL"))
 LEFT_OUT = pytest.StashKey[dict[str, int]]()
+BEST = selfkd.library.text("selfkd_isa")
 SEED = int(os.environ.get("SELFKD_TEST_SEED", "20221111"))
 
 
@@ -82,10 +83,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=place)
 
 
+def pytest_runtest_teardown() -> None:
+    selfkd.set_isa(BEST)  # whatever the test's back end was
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A process of pytest-xdist tells the one that reports."""
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["left_out"] = session.config.stash[LEFT_OUT]
+        session.config.workeroutput["left_out"] = dict(session.config.stash[LEFT_OUT])
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -126,7 +131,7 @@ def in_ranks(world: int, function: Callable[..., None], *arguments: object) -> N
 def example(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
-    """Runs an example as a script, in this process, which has loaded what it needs; returns what it prints."""
+    """Runs an example as a script in this process, which has loaded PyTorch; returns what it prints."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT / "examples")
     monkeypatch.setenv("COLUMNS", "120")
