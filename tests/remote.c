@@ -1,9 +1,8 @@
-/* Calls the library for a process of another processor: remote MEMORY BYTES ADDRESS, started by
- * remote.py. Both map the file MEMORY at ADDRESS, so that a pointer into it is the same in both.
+/* Calls the library for a process of another processor: remote FILE BYTES ADDRESS, started by
+ * remote.py. Both map the open FILE at ADDRESS, so that a pointer into it is the same in both.
  * For each line "FUNCTION ADDRESS OF ARGUMENTS" a line "STATUS MESSAGE" is the answer. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
-#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,8 +11,8 @@
 #include "selfkd.h"
 
 int main(int count, char **given) {
-    if (count != 4) return fprintf(stderr, "remote MEMORY BYTES ADDRESS\n"), 2;
-    const int file = open(given[1], O_RDWR);
+    if (count != 4) return fprintf(stderr, "remote FILE BYTES ADDRESS\n"), 2;
+    const int file = atoi(given[1]);
     void *const address = (void *)(uintptr_t)strtoull(given[3], NULL, 0);
     if (mmap(address, strtoull(given[2], NULL, 0), PROT_READ | PROT_WRITE,
              MAP_SHARED | MAP_FIXED_NOREPLACE, file, 0) != address)

@@ -6,14 +6,12 @@ copied to, at the same address, so that what calls a library of ctypes calls thi
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import functools
 import mmap
 import os
 import shlex
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 
 from selfkd import c
@@ -40,23 +38,23 @@ class Library:
     """Its attributes are the functions of operators, as those of a ``ctypes.CDLL``."""
 
     def __init__(self, command: str) -> None:
-        file = tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="selfkd-")  # noqa: SIM115
-        os.ftruncate(file.fileno(), BYTES)
+        file = os.memfd_create("selfkd", 0)
+        os.ftruncate(file, BYTES)
         map_at = ctypes.CDLL(None, use_errno=True).mmap
         map_at.restype = ctypes.c_void_p
         map_at.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
         flags = mmap.MAP_SHARED | MAP_FIXED_NOREPLACE
         access = mmap.PROT_READ | mmap.PROT_WRITE
-        if map_at(ADDRESS, BYTES, access, flags, file.fileno(), 0) != ADDRESS:
+        if map_at(ADDRESS, BYTES, access, flags, file, 0) != ADDRESS:
             raise OSError(ctypes.get_errno(), "no memory to share at a fixed address")
         self.process = subprocess.Popen(
-            [*shlex.split(command), file.name, str(BYTES), hex(ADDRESS)],
+            [*shlex.split(command), str(file), str(BYTES), hex(ADDRESS)],
+            pass_fds=[file],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.file = file
-        atexit.register(self.process.kill)
+        os.close(file)
 
     def __getattr__(self, name: str) -> Callable[[int, int | None], int]:
         return functools.partial(self.call, name)
