@@ -68,7 +68,7 @@ $(VENV)/torch.stamp: | needs-python
 	$(IN) python -m pip install --no-compile '$(TORCH)'
 	touch $@
 $(VENV)/selfkd.stamp: $(VENV)/torch.stamp $(SOURCES) | needs-compilers
-	$(IN) python -m pip install --no-compile '.[examples]'
+	$(IN) python -m pip install -v --no-compile '.[examples]'
 	touch $@
 $(VENV)/tools.stamp: $(VENV)/selfkd.stamp
 	$(IN) python -m pip install -q --no-compile 'cmake>=3.24' '$(CLANG_FORMAT)' 'selfkd[test]'

@@ -218,7 +218,7 @@ static void pool_row(const fusion *f, workspace *w, const sk_place *s, int i, co
 
 /* Map i at a block of the result. */
 SK_OUTLINE const real *resized(const fusion *f, workspace *w, const sk_place *s, int i,
-                           const sk_block *b) {
+                               const sk_block *b) {
     const int64_t way = f->rows[i].way, row = b->columns * s->lanes;
     real *const to = w->resized[i];
     if (way == SK_RESIZE_NONE)
@@ -241,7 +241,7 @@ SK_OUTLINE const real *resized(const fusion *f, workspace *w, const sk_place *s,
 
 /* Leaves the sum at a block. */
 SK_OUTLINE void fuse(const fusion *f, workspace *w, const sk_place *s, const sk_block *b,
-                 real *restrict to) {
+                     real *restrict to) {
     const int64_t n = b->rows * b->columns * s->lanes;
     const real *x = resized(f, w, s, 0, b), *y = resized(f, w, s, 1, b);
     const real *z = f->count > 2 ? resized(f, w, s, 2, b) : NULL;
@@ -280,7 +280,8 @@ typedef struct folding {
 } folding;
 
 /* The gradient of the sum at a block: where it lies or, if it must be computed, in a buffer. */
-SK_OUTLINE const real *grad_of(const fusion *f, workspace *w, const sk_place *s, const sk_block *b) {
+SK_OUTLINE const real *grad_of(const fusion *f, workspace *w, const sk_place *s,
+                               const sk_block *b) {
     const real *g = sk_read_block(&f->grad, s, b, w->grad);
     if (!f->late || f->activation == SK_IDENTITY) return g;
     fuse(f, w, s, b, w->fused);
@@ -305,8 +306,8 @@ SK_SPECIAL double conclude_run(int64_t activation, real factor, const real *x, c
     return again;
 }
 
-SK_OUTLINE double conclude(const fusion *f, folding *m, const sk_arg *grad, const sk_place *s, int i,
-                       const sk_block *b, const real *g) {
+SK_OUTLINE double conclude(const fusion *f, folding *m, const sk_arg *grad, const sk_place *s,
+                           int i, const sk_block *b, const real *g) {
     const int64_t n = b->rows * b->columns * s->lanes;
     const real *x = sk_read_block(&f->x[i], s, b, m->x), factor = (real)f->factor[i];
     real *const to = sk_begin_block(grad, s, b, m->grad);
@@ -371,7 +372,7 @@ static void fold_row(const fusion *f, folding *m, const sk_place *s, int i, cons
 
 /* The gradient of a strip's share of map i, nearest or bilinear. */
 SK_OUTLINE double unfold_strip(const fusion *f, folding *m, const sk_arg *grad, const sk_place *s,
-                           int i, const sk_block *strip) {
+                               int i, const sk_block *strip) {
     const sk_block all = share_of(f, i, strip);
     const int64_t width = SK_SOURCE / s->lanes, end_x = all.x + all.columns;
     double sum = 0;
@@ -423,7 +424,7 @@ static void find_winners(const fusion *f, folding *m, const sk_place *s, int i, 
 /* The gradient of a strip's share of map i, maxpool: for each row of the result the first two rows
  * of its windows, the third being the next one's first. */
 SK_OUTLINE double unpool_strip(const fusion *f, folding *m, const sk_arg *grad, const sk_place *s,
-                           int i, const sk_block *strip) {
+                               int i, const sk_block *strip) {
     const sk_axis v = f->rows[i], h = f->columns[i];
     const sk_dealt *rows[3] = {&m->rows[0], &m->rows[1], &m->rows[2]};
     sk_dealt *grads[3] = {&m->grads[0], &m->grads[1], &m->grads[2]};

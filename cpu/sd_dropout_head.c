@@ -33,8 +33,8 @@ static bool load_labels(const row_params *p, const sk_rows *r, labels *to) {
 /* ---- cross-entropy ---- */
 
 /* Leaves each row's largest logit, log P and loss, from two visits to z. */
-SK_OUTLINE void cross_entropy(const row_params *p, const sk_rows *r, const labels *of, sk_softmax *m,
-                          double *level, double *ce) {
+SK_OUTLINE void cross_entropy(const row_params *p, const sk_rows *r, const labels *of,
+                              sk_softmax *m, double *level, double *ce) {
     SK_ALIGNED real tile[SK_TILE];
     const real *x[SK_GROUPS];
     const int64_t step = sk_tile_classes(r);
@@ -72,7 +72,7 @@ SK_RARE void careful_z(const row_params *p, const sk_rows *r, const labels *of, 
 
 /* Writes its gradient over z. */
 SK_OUTLINE void differentiate_z(const row_params *p, const sk_rows *r, const labels *of,
-                            const sk_softmax *m, const double *log_sum) {
+                                const sk_softmax *m, const double *log_sum) {
     SK_ALIGNED real buffer[2][SK_RUN], level[SK_PITCH] = {0};
     SK_ALIGNED sk_ce_scalars ce = {{0}};
     SK_ALIGNED double factor[SK_PITCH] = {0};
@@ -103,7 +103,7 @@ SK_OUTLINE void differentiate_z(const row_params *p, const sk_rows *r, const lab
 
 /* Writes their gradients over u and v. */
 SK_OUTLINE void differentiate_views(const row_params *p, const sk_rows *r, const sk_pair *pair,
-                                const labels *of, sk_term_weights w, const sk_divergences *x) {
+                                    const labels *of, sk_term_weights w, const sk_divergences *x) {
     SK_ALIGNED real buffer[4][SK_RUN];
     SK_ALIGNED sk_pair_scalars m;
     SK_ALIGNED double factor[SK_PITCH] = {0};

@@ -86,6 +86,11 @@ static inline void sk_store_one(const sk_arg *t, int64_t at, real x) {
     }
 }
 
+/* Whether elements can be used where they lie: contiguous and of the kernel's own dtype. */
+static inline bool sk_is_plain(const sk_arg *x, int64_t stride) {
+    return stride == 1 && x->dtype == (sizeof(real) == 8 ? SK_DT_F64 : SK_DT_F32);
+}
+
 /* to[i] = element at + i * stride of t, for i < n. */
 SK_SPECIAL void sk_copy_here(const sk_arg *t, int64_t at, int64_t stride, int64_t n, real *to) {
     if (stride != 1 || !t->data || t->dtype == SK_DT_BOOL) {
@@ -109,13 +114,20 @@ SK_SPECIAL void sk_copy_here(const sk_arg *t, int64_t at, int64_t stride, int64_
         for (int64_t i = 0; i < n; i++) to[i] = single[i];
     }
 }
-SK_OUTLINE void sk_copy(const sk_arg *t, int64_t at, int64_t stride, int64_t n, real *to) {
+SK_OUTLINE void sk_copy_apart(const sk_arg *t, int64_t at, int64_t stride, int64_t n, real *to) {
     sk_copy_here(t, at, stride, n, to);
+}
+/* A short row that needs no conversion is not worth a call. */
+static inline void sk_copy(const sk_arg *t, int64_t at, int64_t stride, int64_t n, real *to) {
+    if (t->data && sk_is_plain(t, stride))
+        for (int64_t i = 0; i < n; i++) to[i] = ((const real *)t->data)[at + i];
+    else
+        sk_copy_apart(t, at, stride, n, to);
 }
 
 /* element at + i * stride of t = from[i], for i < n. */
-SK_OUTLINE void sk_put(const sk_arg *t, int64_t at, int64_t stride, int64_t n,
-                          const real *from) {
+SK_OUTLINE void sk_put_apart(const sk_arg *t, int64_t at, int64_t stride, int64_t n,
+                             const real *from) {
     if (stride != 1) {
         for (int64_t i = 0; i < n; i++) sk_store_one(t, at + i * stride, from[i]);
         return;
@@ -132,6 +144,13 @@ SK_OUTLINE void sk_put(const sk_arg *t, int64_t at, int64_t stride, int64_t n,
     default:
         for (int64_t i = 0; i < n; i++) full[i] = from[i];
     }
+}
+static inline void sk_put(const sk_arg *t, int64_t at, int64_t stride, int64_t n,
+                          const real *from) {
+    if (sk_is_plain(t, stride))
+        for (int64_t i = 0; i < n; i++) ((real *)t->data)[at + i] = from[i];
+    else
+        sk_put_apart(t, at, stride, n, from);
 }
 
 /* ---- Rows of classes ----
@@ -266,12 +285,7 @@ static inline int64_t sk_depth(const sk_rows *r, int64_t classes) {
     return r->positions ? classes : sk_groups(classes);
 }
 
-/* Whether elements can be read where they lie: contiguous and of the kernel's own dtype. */
-static inline bool sk_is_plain(const sk_arg *x, int64_t stride) {
-    return stride == 1 && x->dtype == (sizeof(real) == 8 ? SK_DT_F64 : SK_DT_F32);
-}
-
-/* Whether n of them are whole groups of lanes besides. */
+/* Whether n elements are whole groups of lanes besides. */
 static inline bool sk_in_place(const sk_arg *x, int64_t stride, int64_t n) {
     return n % SK_LANES == 0 && sk_is_plain(x, stride);
 }

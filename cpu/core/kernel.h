@@ -41,8 +41,8 @@ enum sk_isa { SK_ISA_BASE, SK_ISA_V3, SK_ISA_V4, SK_ISA_F64, SK_ISA_COUNT };
 /* A function whose calls each get a copy of their own, with constant arguments folded in. */
 #define SK_SPECIAL static inline __attribute__((always_inline))
 
-/* A function that is never inlined: it has loops for every dtype or layout, or is large itself, and gcc
- * takes long over copies of it, and longer over what they make of a function. */
+/* A function that is never inlined: it has loops for every dtype or layout, or is large itself, and
+ * gcc takes long over copies of it, and longer over what they make of a function. */
 #define SK_OUTLINE static __attribute__((noinline, unused))
 
 /* A function that few rows need: it is kept out of the loops of the others. */

@@ -156,7 +156,7 @@ static inline void sk_compare_pair_again(const sk_rows *r, const sk_pair *x, sk_
 
 /* Leaves both KL of rows whose weight is not 0, and what their gradients need. */
 SK_OUTLINE void sk_diverge(const sk_rows *r, const sk_pair *x, const real *weight,
-                              sk_divergences *to) {
+                           sk_divergences *to) {
     sk_comparison m;
     sk_clear_sums(r, &m);
     for (int64_t i = 0; i < sk_scalars(r); i++) m.hu[i] = m.hv[i] = -INFINITY;
