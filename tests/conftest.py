@@ -58,6 +58,10 @@ def missing(item: pytest.Item) -> str | None:
                 return ""
             if case.contiguous and parameters.get("layout", "contiguous") != "contiguous":
                 return ""
+    for marker in item.iter_markers("only_with"):
+        there, what = marker.args
+        if not there:
+            return str(what)
     if item.get_closest_marker("full") and not FULL:
         return "long or many: `make test-full`"
     return None

@@ -115,14 +115,19 @@ def through_torch(
     options: Mapping[str, Any],
     grad: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The public function and its autograd."""
+    """The public function and its autograd; on the CPU PyTorch gives them memory full of NaN."""
     tensors = dict(tensors)
     live = live_inputs(op, tensors)
     for name in live:
         tensors[name] = tensors[name].detach().requires_grad_()
-    result = public(op, selfkd)(**tensors, **options)
     wanted = [tensors[name] for name in live]
-    grads = torch.autograd.grad(result, wanted, torch.ones_like(result) if grad is None else grad)
+    torch.use_deterministic_algorithms(not any(x.is_cuda for x in tensors.values()))
+    try:
+        result = public(op, selfkd)(**tensors, **options)
+        ones = torch.ones_like(result)
+        grads = torch.autograd.grad(result, wanted, ones if grad is None else grad)
+    finally:
+        torch.use_deterministic_algorithms(False)
     return result.detach(), dict(zip(live, grads, strict=True))
 
 

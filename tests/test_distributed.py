@@ -504,6 +504,7 @@ def failures(world: int) -> dict[str, str]:
         return found
 
 
+@pytest.mark.long(5)  # side by side, in one process: another would run the ranks again
 @pytest.mark.parametrize(
     ("world", "name"), [(world, name) for world in WORLDS for name in checks(world)]
 )

@@ -19,6 +19,7 @@ import pytest
 import selfkd
 import torch
 from conftest import ROOT
+from selfkd import library
 
 THREADS = 256  # SK_BLOCK
 BYTES = {"d": 8, "f": 4, "6__half": 2, "13__nv_bfloat16": 2}
@@ -219,11 +220,13 @@ def kernels_of(binary: Path) -> list[Kernel]:
     return list(kernels.values())
 
 
+@pytest.mark.only_with(
+    not library.text("selfkd_cuda").startswith("none"),
+    "CUDA kernels in the library: build it where nvcc is found",
+)
 def test_every_kernel() -> None:
-    library = selfkd.library_path()
-    kernels = kernels_of(Path(library))
-    if not kernels:
-        pytest.skip("this library has no CUDA kernels: build it where nvcc is found")
+    kernels = kernels_of(Path(selfkd.library_path()))
+    assert kernels
     names = {kernel.name for kernel in kernels}
     for source in (ROOT / "cuda").glob("*.cu"):
         assert any(name.startswith(source.stem) for name in names), source
@@ -273,7 +276,7 @@ template __global__ void attention_backward_rows_kernel<float, 4>(const float *,
 """
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+@pytest.mark.only_with(shutil.which("nvcc") is not None, "nvcc: the CUDA toolkit")
 @pytest.mark.parametrize(
     ("wrong", "fault"),
     [

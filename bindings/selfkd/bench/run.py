@@ -136,6 +136,7 @@ def run_child(options: argparse.Namespace, number: int, case: Case, tell: Tell) 
         except BaseException:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            process.wait()  # after Ctrl-C Popen itself gives up after a quarter of a second
             raise
     return result
 
