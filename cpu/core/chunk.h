@@ -36,12 +36,13 @@ static inline float sk_from_f16(uint16_t h) {
 
 static inline uint16_t sk_to_f16(float x) {
     const uint32_t bits = sk_float_bits(x) & 0x7fffffff, sign = (sk_float_bits(x) >> 16) & 0x8000;
+    const int32_t value = (int32_t)bits; /* signed ones are compared in one instruction */
     const float half = 0.5f; /* its ULP is the smallest subnormal of f16: the addition rounds */
     const uint32_t subnormal = sk_float_bits(sk_float(bits) + half) - sk_float_bits(half);
-    const uint32_t normal = (bits - (112u << 23) + 0xfff + ((bits >> 13) & 1)) >> 13;
-    const uint32_t special = bits > 0x7f800000 ? 0x7e00 : 0x7c00;
-    const uint32_t finite = bits < 113u << 23 ? subnormal : normal;
-    return (uint16_t)(sign | (bits >= 143u << 23 ? special : finite));
+    const uint32_t most = value < 143 << 23 ? bits : 143u << 23; /* 65536: what becomes infinity */
+    const uint32_t normal = (most - (112u << 23) + 0xfff + ((most >> 13) & 1)) >> 13;
+    const uint32_t number = value < 113 << 23 ? subnormal : normal;
+    return (uint16_t)(sign | (value > 0x7f800000 ? 0x7e00 : number));
 }
 
 static inline float sk_from_bf16(uint16_t h) { return sk_float((uint32_t)h << 16); }
