@@ -2,6 +2,7 @@
 # is generated.
 #   SK_STEMS    the stems, "sd_dropout_kl"
 #   SK_SOURCES  the generated C files
+include(cmake/contracts.cmake)
 file(GLOB headers CONFIGURE_DEPENDS ops/*.h)
 foreach(header IN LISTS headers)
   get_filename_component(STEM ${header} NAME_WE)
@@ -13,6 +14,7 @@ foreach(header IN LISTS headers)
       message(FATAL_ERROR "ops/${STEM}.h has no ${mirror}: every operator needs it")
     endif()
   endforeach()
+  sk_check_contracts(${header})
   list(APPEND SK_STEMS ${STEM})
   string(APPEND SK_INCLUDES "#include \"${STEM}.h\"\n")
   set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${header})

@@ -35,6 +35,45 @@ def test_the_corpus_of_the_fuzzer(built: Path) -> None:
     assert not never, f"no input of the corpus runs {never}: make fuzz"
 
 
+def test_a_contract_that_is_accepted_can_be_called(built: Path) -> None:
+    """Random contracts, and every single fault in those that there are (tests/fuzz/contracts.c)."""
+    fuzz = built / "tests" / "fuzz"
+    done = subprocess.run(
+        [fuzz / "contracts", "500000", fuzz / "contract.txt"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr + (fuzz / "contract.txt").read_text()
+    accepted, ran = map(int, re.findall(r"(\d+) accepted, (\d+) calls ran", done.stdout)[0])
+    assert accepted > 10_000
+    assert ran > 50_000
+    assert int(re.findall(r"faults: (\d+) tried", done.stdout)[0]) > 1000
+
+
+WRONG_ROWS = {
+    "X(LIKE, grad_v, w)": "sd_dropout_kl_backward: the contract of grad_v is wrong: .* not w",
+    'X(IN, v, "nC*", SAME)': "sd_dropout_kl: the contract of v is wrong: expected a shape",
+    "X(REAL, temprature)": r"sd_dropout_kl: a row of the contract is not X\(KIND, name",
+    "X(FLOAT, detach_target, ANY, 0)": "the contract of detach_target is wrong: expected a kind",
+    'X(OUT, loss, "N*", ACC)': "sd_dropout_kl: the contract has loss twice",
+}
+
+
+@pytest.mark.parametrize(("row", "sentence"), WRONG_ROWS.items(), ids=WRONG_ROWS)
+def test_cmake_refuses_a_contract(row: str, sentence: str, tmp_path: Path) -> None:
+    """What C could not read, or would read wrongly, is found before it is compiled."""
+    kind, name = re.findall(r"\w+", row)[1:3]
+    text = (ROOT / "ops" / "sd_dropout_kl.h").read_text()
+    old = {"loss": "rows", "temprature": "temperature"}.get(name, name)
+    of = {"FLOAT": "BOOL"}.get(kind, kind)
+    wrong, count = re.subn(rf"X\({of}, +{old},.*\)", lambda _: row, text, count=1)
+    assert count == 1
+    header = tmp_path / "wrong.h"
+    header.write_text(wrong)
+    command = ["cmake", f"-DHEADER={header}", "-P", ROOT / "cmake" / "contracts.cmake"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert re.search(sentence, " ".join(done.stderr.split())), done.stderr
+
+
 ALLOCATION = """
 import ctypes, gc, sys
 import torch, harness

@@ -136,6 +136,12 @@ static int fixed_rank(const char *shape) {
 
 static bool has_trailing(const char *shape) { return shape[fixed_rank(shape)] == '*'; }
 
+/* The shape of a tensor; of a LIKE that of its input. */
+static const char *shape_of(const sk_op *op, int item) {
+    const sk_item *const it = &op->items[item];
+    return it->kind == SK_LIKE ? op->items[find(op, it->shape)].shape : it->shape;
+}
+
 /* How many dimensions the '*' of this call stands for; 0 where no tensor has one. */
 static int trailing_rank(const sk_call *call) {
     if (call->trailing < 0) return 0;
@@ -225,8 +231,7 @@ static int check_tensor(sk_call *call, int item) {
     if (!status) status = check_device(call, item);
     if (!status) status = sk_check_descriptor(call, item);
     if (status || (it->kind == SK_GRAD && call->tensor[item].ndim == 0)) return status;
-    const char *const shape =
-        it->kind == SK_LIKE ? call->op->items[find(call->op, it->shape)].shape : it->shape;
+    const char *const shape = shape_of(call->op, item);
     status = check_rank(call, item, shape);
     if (!status) status = check_sizes(call, item, shape);
     const int64_t classes = call->params.dims.size['C' - 'A'];
@@ -314,7 +319,7 @@ static int check_resize(const sk_call *call, int item) {
  * or a WEIGHT. */
 int sk_fail_value(const sk_call *call, int item, int64_t row, double value) {
     const sk_item *const it = &call->op->items[item];
-    const int trailing = trailing_rank(call);
+    const int trailing = has_trailing(it->shape) ? trailing_rank(call) : 0;
     const int64_t *const size = call->tensor[item].shape + call->tensor[item].ndim - trailing;
     char place[SK_MAX_RANK * 24] = "", *end = place + sizeof place - 1;
     for (int k = trailing - 1; k >= -1; k--) { /* from the last dimension to the first, N */
@@ -366,10 +371,10 @@ int sk_check_weights(const sk_call *call) {
     for (int i = 0; i < op->count; i++)
         if (op->items[i].kind == SK_GRAD || op->items[i].kind == SK_INOUT) return SELFKD_OK;
     const int64_t N = call->params.dims.size['N' - 'A'];
-    const int64_t S = call->trailing < 0 ? 1 : call->params.dims.size['S' - 'A'];
     for (int i = 0; i < op->count; i++) {
         const sk_arg *const x = (const sk_arg *)(call->params.bytes + op->items[i].in_params);
         if (!sk_is_input(&op->items[i]) || op->items[i].rule != SK_WEIGHT || !x->data) continue;
+        const int64_t S = has_trailing(op->items[i].shape) ? call->params.dims.size['S' - 'A'] : 1;
         const bool merged = S == 1 || x->stride[0] == S * x->stride[1]; /* one run of N * S */
         const int64_t runs = merged ? 1 : N, length = merged ? N * S : S, step = x->stride[S > 1];
         for (int64_t n = 0; n < runs && x->dtype != SK_DT_BOOL; n++) {
@@ -390,7 +395,9 @@ int sk_check(sk_call *call) {
     call->trailing = -1;
     memset(call->bound, 0, sizeof call->bound);
     memset(&call->params, 0, op->params_size);
-    for (call->first = 0; op->items[call->first].rule != SK_FLOATING; call->first++) continue;
+    call->first = 0;
+    while (!sk_is_input(&op->items[call->first]) || op->items[call->first].rule != SK_FLOATING)
+        call->first++;
     int status = check_tensor(call, call->first);
     for (int i = 0; i < op->count && !status; i++) {
         const sk_item *const it = &op->items[i];
@@ -514,7 +521,7 @@ int sk_bind(sk_call *call, int item) {
     arg->data = data ? data : (void *)arg; /* an empty tensor's; NULL means absent */
     arg->dtype = (int32_t)sk_dtype_of(t->dtype);
     int fixed = t->ndim;
-    if (it->kind == SK_LIKE || has_trailing(it->shape)) fixed = t->ndim - trailing_rank(call);
+    if (has_trailing(shape_of(call->op, item))) fixed = t->ndim - trailing_rank(call);
     if (it->kind == SK_GRAD && t->ndim == 0) return SELFKD_OK;
     for (int k = 0; k < fixed; k++) arg->stride[k] = t->strides[k];
     if (fixed < t->ndim) arg->stride[fixed] = 1;

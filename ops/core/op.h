@@ -59,6 +59,10 @@ typedef struct sk_shape {
     int64_t stride[SK_MAX_RANK];
 } sk_shape;
 
+/* Whether a contract, or each of the catalogue, can be relied on (catalogue.c). */
+int sk_check_contract(const sk_op *op);
+int sk_check_catalogue(void);
+
 int sk_check(sk_call *call);
 void sk_output_like(const sk_call *call, int item, sk_shape *shape);
 bool sk_is_absent(const sk_call *call, int item);
