@@ -30,6 +30,7 @@ from .suite import suite
 Tell = Callable[[str, int], None]  # what is going on, and how many cases are done
 PICTURES = (".png", ".pdf", ".svg")
 TOLD = "selfkd bench: "  # begins the lines that the process of a case writes for this one
+ENDING = {signal.SIGINT, signal.SIGTERM}  # Ctrl-C, kill
 INTERRUPTED = 130  # exit code, as the shell has it for Ctrl-C
 
 
@@ -97,6 +98,7 @@ def check(options: argparse.Namespace) -> None:
 
 def child(options: argparse.Namespace) -> int:
     """Measure one case; a line of JSON for each stage, and one for the result."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     cases = select(options)
 
     def say(stage: str) -> None:
@@ -122,22 +124,27 @@ def run_child(options: argparse.Namespace, number: int, case: Case, tell: Tell) 
     command = [sys.executable, "-m", "selfkd", *options.given, "--child", str(number)]
     environment = os.environ | dict(case.environment)
     result: Result | None = None
-    # A session of its own, so that Ctrl-C reaches this process alone, which then ends the other.
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        try:
-            for line in process.stdout or ():
-                told = line.startswith(TOLD)
-                message = json.loads(line.removeprefix(TOLD)) if told else {}
-                if "stage" in message:
-                    tell(f"{case.name}: {message['stage']}", number)
-                result = message.get("result", result)
-        except BaseException:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()  # after Ctrl-C Popen itself gives up after a quarter of a second
-            raise
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until there is a process to end
+    try:
+        # A session of its own, so that Ctrl-C reaches this process alone, which then ends the other.
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+        ) as process:
+            try:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+                for line in process.stdout or ():
+                    told = line.startswith(TOLD)
+                    message = json.loads(line.removeprefix(TOLD)) if told else {}
+                    if "stage" in message:
+                        tell(f"{case.name}: {message['stage']}", number)
+                    result = message.get("result", result)
+            except BaseException:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()  # after Ctrl-C Popen itself gives up after a quarter of a second
+                raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     return result
 
 
