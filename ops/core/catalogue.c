@@ -147,11 +147,8 @@ static int check_item(const sk_op *op, const sk_item *it) {
     case SK_INT:
     case SK_BOOL:
         return check_range(op, it);
-    case SK_CHOICE:
-    case SK_RESIZE:
-        return check_choices(op, it);
     default:
-        return FAIL(op, it, "a kind that there is");
+        return check_choices(op, it);
     }
 }
 
@@ -164,6 +161,7 @@ int sk_check_contract(const sk_op *op) {
     for (int i = 0; i < op->count; i++) {
         const sk_item *const it = &op->items[i];
         if (!it->name) return fail_item(op, "an item", "a name");
+        if (it->kind < SK_IN || it->kind > SK_RESIZE) return FAIL(op, it, "a kind that there is");
         if (has_shape(it) && !it->shape) return FAIL(op, it, "a shape");
     }
     for (int i = 0; i < op->count; i++) {
