@@ -85,8 +85,7 @@ SK_DEVICE int sk_step() {
 SK_DEVICE int64_t sk_first_row() { return (int64_t)blockIdx.x * blockDim.y + threadIdx.y; }
 SK_DEVICE int64_t sk_row_step() { return (int64_t)gridDim.x * blockDim.y; }
 
-/* Which class item i is, counted from the first of a step. kVec neighbours are neighbours in
- * memory.
+/* Which class item i is, counted from the first of a step; kVec of them are neighbours in memory.
  */
 template <int kVec>
 SK_DEVICE int sk_offset(int i) {

@@ -7,7 +7,7 @@
 
 #include "op.h"
 
-#define FAIL(op, it, ...) fail_item(op, (it)->name, __VA_ARGS__)
+#define FAIL(op, it, expected) fail_item(op, (it)->name, expected)
 
 static int fail_item(const sk_op *op, const char *item, const char *expected) {
     return sk_fail(SELFKD_ERROR_VALUE, "%s: the contract of %s is wrong: expected %s", op->name,
@@ -16,9 +16,8 @@ static int fail_item(const sk_op *op, const char *item, const char *expected) {
 
 /* The item of that name, or NULL. */
 static const sk_item *item_of(const sk_op *op, const char *name) {
-    for (int i = 0; name && i < op->count; i++)
-        if (strcmp(op->items[i].name, name) == 0) return &op->items[i];
-    return NULL;
+    const int i = name ? sk_find_item(op, name) : -1;
+    return i < 0 ? NULL : &op->items[i];
 }
 
 static bool has_shape(const sk_item *it) { return it->kind >= SK_IN && it->kind <= SK_OUT; }
@@ -75,14 +74,12 @@ static int check_rule(const sk_op *op, const sk_item *it) {
     case SK_F64:
         return SELFKD_OK;
     case SK_WEIGHT:
-        if (it->kind != SK_IN && it->kind != SK_OPT) return FAIL(op, it, "an IN or OPT");
-        if (strcmp(it->shape, "N") == 0 || strcmp(it->shape, "N*") == 0) return SELFKD_OK;
-        return FAIL(op, it, "a weight of shape N or N*");
     case SK_INDEX:
         if (it->kind != SK_IN && it->kind != SK_OPT) return FAIL(op, it, "an IN or OPT");
-        if (!is_bound(op, 'C')) return FAIL(op, it, "an IN or INOUT with classes, C");
+        if (it->rule == SK_INDEX && !is_bound(op, 'C'))
+            return FAIL(op, it, "an IN or INOUT with classes, C");
         if (strcmp(it->shape, "N") == 0 || strcmp(it->shape, "N*") == 0) return SELFKD_OK;
-        return FAIL(op, it, "an index of shape N or N*");
+        return FAIL(op, it, "the shape N or N*");
     default:
         return FAIL(op, it, "a dtype that there is");
     }

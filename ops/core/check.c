@@ -20,11 +20,10 @@ int sk_fail(int status, const char *format, ...) {
     return status;
 }
 
-/* The item of that name. */
-static int find(const sk_op *op, const char *name) {
-    int item = 0;
-    while (strcmp(op->items[item].name, name) != 0) item++;
-    return item;
+int sk_find_item(const sk_op *op, const char *name) {
+    for (int i = 0; i < op->count; i++)
+        if (strcmp(op->items[i].name, name) == 0) return i;
+    return -1;
 }
 
 /* ---- dtypes ---- */
@@ -80,7 +79,7 @@ static int check_dtype(const sk_call *call, int item) {
                        "%s: %s has dtype %s, expected float16, bfloat16, float32 or float64", op,
                        it->name, has);
     case SK_SAME:
-        like = it->kind == SK_LIKE ? find(call->op, it->shape) : call->first;
+        like = it->kind == SK_LIKE ? sk_find_item(call->op, it->shape) : call->first;
         expected = sk_dtype_of(call->tensor[like].dtype);
         if (found == expected) return SELFKD_OK;
         return sk_fail(SELFKD_ERROR_TYPE, "%s: %s has dtype %s, expected %s like %s", op, it->name,
@@ -139,7 +138,7 @@ static bool has_trailing(const char *shape) { return shape[fixed_rank(shape)] ==
 /* The shape of a tensor; of a LIKE that of its input. */
 static const char *shape_of(const sk_op *op, int item) {
     const sk_item *const it = &op->items[item];
-    return it->kind == SK_LIKE ? op->items[find(op, it->shape)].shape : it->shape;
+    return it->kind == SK_LIKE ? op->items[sk_find_item(op, it->shape)].shape : it->shape;
 }
 
 /* How many dimensions the '*' of this call stands for; 0 where no tensor has one. */
@@ -293,7 +292,7 @@ static int check_number(const sk_call *call, int item) {
 /* Height and width of a RESIZE's input. */
 static int check_resize(const sk_call *call, int item) {
     const sk_item *const it = &call->op->items[item];
-    const int of = find(call->op, it->of), code = (int)call->number[item].integer;
+    const int of = sk_find_item(call->op, it->of), code = (int)call->number[item].integer;
     for (int k = 2; k < 4 && call->tensor[of].ndim != SK_ABSENT; k++) {
         const long long found = call->tensor[of].shape[k], to = call->tensor[call->first].shape[k];
         char expected[64] = "";
@@ -339,10 +338,7 @@ int sk_fail_value(const sk_call *call, int item, int64_t row, double value) {
     if (it->rule == SK_WEIGHT)
         return sk_fail(SELFKD_ERROR_VALUE, "%s: %s is %g at position [%s], expected a number >= 0",
                        op, it->name, isnan(value) ? (double)NAN : value, end);
-    long long ignored = 0;
-    for (int i = 0; i < call->op->count; i++)
-        if (strcmp(call->op->items[i].name, "ignore_index") == 0)
-            ignored = (long long)call->number[i].integer;
+    const long long ignored = call->number[sk_find_item(call->op, "ignore_index")].integer;
     return sk_fail(SELFKD_ERROR_VALUE,
                    "%s: %s is %.0f at position [%s], expected 0 to %lld, or ignore_index, %lld", op,
                    it->name, value, end, (long long)call->params.dims.size['C' - 'A'] - 1, ignored);
@@ -452,7 +448,7 @@ static void strides_like(const selfkd_tensor *t, int64_t *stride) {
 void sk_output_like(const sk_call *call, int item, sk_shape *out) {
     const sk_item *const it = &call->op->items[item];
     if (it->kind == SK_LIKE) {
-        const selfkd_tensor *const t = &call->tensor[find(call->op, it->shape)];
+        const selfkd_tensor *const t = &call->tensor[sk_find_item(call->op, it->shape)];
         if (t->ndim == SK_ABSENT) {
             *out = (sk_shape){
                 .ndim = 1, .dtype = call->tensor[call->first].dtype, .stride = {1}}; /* empty */
@@ -487,7 +483,7 @@ void sk_output_like(const sk_call *call, int item, sk_shape *out) {
 /* Whether an item is a tensor that is not there: an OPT that is not given, or what is LIKE it. */
 bool sk_is_absent(const sk_call *call, int item) {
     const sk_item *const it = &call->op->items[item];
-    const int of = it->kind == SK_LIKE ? find(call->op, it->shape) : item;
+    const int of = it->kind == SK_LIKE ? sk_find_item(call->op, it->shape) : item;
     return call->tensor[of].ndim == SK_ABSENT;
 }
 

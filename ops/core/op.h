@@ -59,6 +59,10 @@ typedef struct sk_shape {
     int64_t stride[SK_MAX_RANK];
 } sk_shape;
 
+/* The index of the item of that name; -1: there is none, which of a name in a contract cannot be.
+ */
+int sk_find_item(const sk_op *op, const char *name);
+
 /* Whether a contract, or each of the catalogue, can be relied on (catalogue.c). */
 int sk_check_contract(const sk_op *op);
 int sk_check_catalogue(void);
