@@ -1,12 +1,7 @@
-/* Adversarial losses on the CPU: see ops/adversarial.h for the formulas.
- *
- * Both sides come from one function of a term: the fakes' b(f) is a(-f), but for lsgan, where the
- * fakes have a target of their own. So a term is named by y = r or y = -f. */
-#include "adversarial.h"
-#include "cpu/core/chunk.h"
-#include "cpu/core/kernel.h"
-#include "cpu/core/math.h"
+/* Adversarial losses on the CPU: see ops/adversarial.h for the formulas. */
 #include "cpu/core/reduce.h"
+
+#include "formula/adversarial.h"
 
 SK_PARAMS(adversarial)
 SK_PARAMS(adversarial_backward)
@@ -21,47 +16,12 @@ typedef struct side {
 } side;
 static const side REAL = {1, 1}, FAKE = {-1, 0};
 
-/* What kind of term the call has: the generator's hinge is open, like wgan. */
-static int64_t term_of(int64_t mode, int64_t of) {
-    return of == SK_GENERATOR && mode == SK_HINGE ? SK_WGAN : mode;
-}
-
-/* e^-|x|: softplus and sigmoid both are functions of it that lose nothing. */
-static inline real decay(real x) { return sk_exp_below(x < 0 ? x : -x); }
-
-SK_SPECIAL real value(int64_t term, real y, real target) {
-    const real room = 1 - y, d = y - target;
-    switch (term) {
-    case SK_BCE:
-        return (y > 0 ? 0 : -y) + sk_log1p(decay(y));
-    case SK_HINGE:
-        return room <= 0 ? 0 : room; /* a NaN stays one */
-    case SK_LSGAN:
-        return (real)0.5 * d * d;
-    default:
-        return -y;
-    }
-}
-
-/* Its derivative by y. */
-SK_SPECIAL real slope(int64_t term, real y, real target) {
-    switch (term) {
-    case SK_BCE:
-        return -(y > 0 ? decay(y) : 1) / (1 + decay(y));
-    case SK_HINGE:
-        return 1 - y <= 0 ? 0 : -1;
-    case SK_LSGAN:
-        return y - target;
-    default:
-        return -1;
-    }
-}
-
 /* ---- Forward ---- */
 
 SK_SPECIAL void values(int64_t term, side of, int64_t n, const real *score, real *restrict to) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; i++) to[i] = value(term, of.sign * score[i], of.target);
+    for (int64_t i = 0; i < n; i++)
+        to[i] = sk_adversarial_value(term, of.sign * score[i], of.target);
 }
 
 /* Leaves in `to` the terms of scores at .. at + n. */
@@ -93,7 +53,7 @@ static inline int64_t part(int64_t count, int64_t at) {
 /* Leaves rows and fake_rows of one task. */
 static void forward_task(const forward_params *p, int64_t at) {
     SK_ALIGNED real real_rows[SCORES], fake_rows[SCORES];
-    const int64_t term = term_of(p->mode, p->side);
+    const int64_t term = sk_adversarial_term(p->mode, p->side);
     const int64_t n = part(SK_DIM(p, N), at), m = part(SK_DIM(p, M), at);
     if (n > 0) load_values(term, REAL, &p->real, at, n, real_rows);
     if (m > 0) {
@@ -111,7 +71,7 @@ SK_SPECIAL void slopes(int64_t term, side of, int64_t n, const real *score, cons
                        real *restrict to) {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++)
-        to[i] = of.sign * factor[i] * slope(term, of.sign * score[i], of.target);
+        to[i] = of.sign * factor[i] * sk_adversarial_slope(term, of.sign * score[i], of.target);
 }
 
 /* Leaves the gradient of scores at .. at + n, whose incoming gradient is grad / denominator. */
@@ -143,7 +103,7 @@ static void differentiate(int64_t term, side of, const sk_arg *x, const sk_arg *
 }
 
 static void backward_task(const backward_params *p, int64_t at) {
-    const int64_t term = term_of(p->mode, p->side), N = SK_DIM(p, N), M = SK_DIM(p, M);
+    const int64_t term = sk_adversarial_term(p->mode, p->side), N = SK_DIM(p, N), M = SK_DIM(p, M);
     const int64_t n = part(N, at), m = part(M, at);
     const bool mean = p->reduction == SELFKD_MEAN;
     if (n > 0)
@@ -170,13 +130,11 @@ static void adversarial_rows(const void *params, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) forward_task(params, i * SCORES);
 }
 
-/* The term of score i of a side, in double where a finite score may have one too large for a float.
- */
+/* The term of score i of a side, as its sum takes it. */
 static double value_of(const forward_params *p, side of, const sk_arg *x, int64_t i) {
-    const int64_t term = term_of(p->mode, p->side);
+    const int64_t term = sk_adversarial_term(p->mode, p->side);
     const real y = of.sign * sk_load_one(x, i * x->stride[0]);
-    const double d = (double)y - of.target;
-    return term == SK_LSGAN ? 0.5 * d * d : (double)value(term, y, of.target);
+    return sk_adversarial_summand(term, y, of.target, sk_adversarial_value(term, y, of.target));
 }
 static double real_value(const void *params, int64_t n, int64_t s) {
     const forward_params *p = params;

@@ -1,12 +1,11 @@
-/* Attention transfer on the CPU: see ops/attention.h for the formula, cpu/core/chunk.h for rows.
+/* Attention transfer on the CPU: see ops/attention.h for the formula, cpu/core/task.h for rows.
  *
  * A task is a run of positions of one sample; the few numbers of all positions are put together
  * when the tasks are done. Squares are summed in double, whatever the dtype: to convert costs less
  * than to read, no square of a float overflows, and maps that nearly agree keep the digits of their
  * difference. Samples of doubles whose squares are no numbers are visited again. */
 #include "attention.h"
-#include "cpu/core/chunk.h"
-#include "cpu/core/kernel.h"
+#include "cpu/core/run.h"
 
 SK_PARAMS(attention)
 SK_PARAMS(attention_backward)
@@ -19,10 +18,10 @@ enum {
 };
 
 /* Runs of equal length, long enough for the hardware to follow. */
-static sk_rows rows_of(int64_t N, int64_t C, int64_t S) {
+static sk_task rows_of(int64_t N, int64_t C, int64_t S) {
     const int64_t most = N * S < MANY_TASKS * SK_RUN ? SK_WIDTH : SK_RUN;
     const int64_t runs = (S - 1) / most + 1;
-    return (sk_rows){.N = N,
+    return (sk_task){.N = N,
                      .C = C,
                      .S = S,
                      .width = sk_groups((S + runs - 1) / runs) * SK_LANES,
@@ -30,7 +29,7 @@ static sk_rows rows_of(int64_t N, int64_t C, int64_t S) {
 }
 
 static sk_work work_of(int64_t N, int64_t C, int64_t S) {
-    const sk_rows all = rows_of(N, C, S);
+    const sk_task all = rows_of(N, C, S);
     sk_work work = sk_work_of(&all, 1);
     work.path = "maps";
     return work;
@@ -60,7 +59,7 @@ static double squares(const real *x, int64_t n) {
 }
 
 /* Leaves the means of squares over C channels of x, at the positions of a task. */
-static void mean_squares(const sk_rows *r, const sk_arg *x, int64_t C, double *to) {
+static void mean_squares(const sk_task *r, const sk_arg *x, int64_t C, double *to) {
     static const real zeros[SK_RUN]; /* the channels beyond C */
     SK_ALIGNED real buffer[CHANNELS][SK_RUN];
     SK_ALIGNED double sum[SK_RUN] = {0};
@@ -111,7 +110,7 @@ static inline bool is_near(double length) { return length > 0x1p-400 && length <
 
 /* Replaces a map by its directions, a / max(|a|, eps); returns max(|a|, eps)^(-1/2), and whether
  * the length is 1. */
-SK_RARE double far_map(const sk_rows *r, const sk_arg *x, double eps, double *a, bool *unit) {
+SK_RARE double far_map(const sk_task *r, const sk_arg *x, double eps, double *a, bool *unit) {
     double top = 0, square = 0;
     for (int64_t s = 0; s < r->S; s++)
         for (int64_t c = 0; c < r->C; c++)
@@ -136,7 +135,7 @@ SK_RARE double conclude_far(const forward_params *p, int64_t n) {
     const int64_t N = SK_DIM(p, N), S = SK_DIM(p, S);
     double *const q = (double *)p->maps.data + n * S, *const t = q + N * S;
     double *const slopes = p->slopes.data;
-    const sk_rows of_x = {.N = N, .C = SK_DIM(p, C), .S = S, .n = n},
+    const sk_task of_x = {.N = N, .C = SK_DIM(p, C), .S = S, .n = n},
                   of_t = {.N = N, .C = SK_DIM(p, D), .S = S, .n = n};
     bool unit_q, unit_t;
     const double root = far_map(&of_x, &p->student, p->eps, q, &unit_q);
@@ -171,7 +170,7 @@ static double conclude(const forward_params *p, int64_t n) {
 
 /* Leaves, for each position of a task, what the features are multiplied by; returns what they are
  * multiplied by once more. */
-static double factors_of(const backward_params *p, const sk_rows *r, double *restrict to) {
+static double factors_of(const backward_params *p, const sk_task *r, double *restrict to) {
     const int64_t *const stride = p->maps.stride;
     const double *const a = (const double *)p->maps.data + r->n * stride[1] + r->s * stride[2];
     const double *const b = a + stride[0];
@@ -197,7 +196,7 @@ static void scale_row(double factor, const real *restrict x, int64_t n, real *re
 }
 
 /* Multiplies the gradients of a task. */
-SK_RARE void multiply(const sk_arg *grad, const sk_rows *r, double by) {
+SK_RARE void multiply(const sk_arg *grad, const sk_task *r, double by) {
     for (int64_t i = 0; i < r->width; i++) {
         for (int64_t c = 0; c < r->C; c++) {
             const int64_t at = sk_class_at(r, grad, i, c);
@@ -207,7 +206,7 @@ SK_RARE void multiply(const sk_arg *grad, const sk_rows *r, double by) {
 }
 
 /* Leaves the gradients of a task, in the order of their addresses. */
-static void backward_task(const backward_params *p, const sk_rows *r) {
+static void backward_task(const backward_params *p, const sk_task *r) {
     SK_ALIGNED real buffer[2][SK_RUN];
     SK_ALIGNED double factor[SK_RUN];
     const double once_more = factors_of(p, r, factor);
@@ -233,9 +232,9 @@ static sk_work forward_work(const void *params) {
 static void attention_rows(const void *params, int64_t begin, int64_t end) {
     const forward_params *p = params;
     const int64_t N = SK_DIM(p, N), S = SK_DIM(p, S);
-    const sk_rows all = rows_of(N, SK_DIM(p, C), S);
+    const sk_task all = rows_of(N, SK_DIM(p, C), S);
     for (int64_t i = begin; i < end; i++) {
-        const sk_rows r = sk_task(&all, i);
+        const sk_task r = sk_task_at(&all, i);
         double *const maps = (double *)p->maps.data + r.n * S + r.s; /* outputs are compact */
         mean_squares(&r, &p->student, SK_DIM(p, C), maps);
         mean_squares(&r, &p->teacher, SK_DIM(p, D), maps + N * S);
@@ -257,10 +256,10 @@ static sk_work backward_work(const void *params) {
 
 static void attention_backward_rows(const void *params, int64_t begin, int64_t end) {
     const backward_params *p = params;
-    const sk_rows all = rows_of(SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
+    const sk_task all = rows_of(SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
     const bool planes = has_planes(&p->grad_student, all.S);
     for (int64_t i = begin; i < end; i++) {
-        sk_rows r = sk_task(&all, i);
+        sk_task r = sk_task_at(&all, i);
         r.positions = planes;
         backward_task(p, &r);
     }

@@ -5,8 +5,6 @@
  * the result, on the stack, and adds them up. Backward folds the gradient back row by row: each
  * source pixel gathers its own, none is scattered to, so that no two tasks write to one place. */
 #include "bifpn_fuse.h"
-#include "cpu/core/chunk.h"
-#include "cpu/core/kernel.h"
 #include "cpu/core/map.h"
 #include "cpu/core/resize.h"
 

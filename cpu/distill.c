@@ -1,15 +1,12 @@
 /* Distillation on the CPU: see ops/distill.h for the formula, cpu/core/kl.h and ce.h for the
- * numerics, cpu/core/chunk.h for rows, groups of lanes, tiles and runs.
+ * numerics, cpu/core/task.h, tile.h and run.h for how rows are visited.
  *
  * Forward visits the logits twice (largest logits; sums that cross-entropy and KL follow from),
  * backward once. */
 #include "distill.h"
 #include "cpu/core/ce.h"
-#include "cpu/core/chunk.h"
-#include "cpu/core/kernel.h"
-#include "cpu/core/kl.h"
-#include "cpu/core/math.h"
 #include "cpu/core/reduce.h"
+#include "cpu/core/tile.h"
 #include "cpu/core/values.h"
 
 SK_PARAMS(distill)
@@ -76,7 +73,7 @@ static const real *to_logs(const real *x, int64_t n, real *buffer) {
 }
 
 /* A tile of a teacher's logits. */
-static void load_teacher(const sk_rows *r, const teacher *k, int64_t c, int64_t classes, real *tile,
+static void load_teacher(const sk_task *r, const teacher *k, int64_t c, int64_t classes, real *tile,
                          const real **lanes) {
     sk_load_tile(r, k->x, c, classes, tile, lanes);
     if (!k->is_probs) return;
@@ -102,7 +99,7 @@ typedef struct sums {
 } sums;
 
 /* The first visit: leaves the anchors. */
-static void find_anchors(const forward_params *p, const sk_rows *r, const teacher *k,
+static void find_anchors(const forward_params *p, const sk_task *r, const teacher *k,
                          real tile[][SK_TILE], const real *x[][SK_GROUPS], sums *m) {
     const int64_t step = sk_tile_classes(r);
     for (int64_t i = 0; i < sk_scalars(r); i++)
@@ -126,7 +123,7 @@ static void find_anchors(const forward_params *p, const sk_rows *r, const teache
     }
 }
 
-static void compare_group(const teacher *k, const sk_rows *r, const real *u, const real *v,
+static void compare_group(const teacher *k, const sk_task *r, const real *u, const real *v,
                           sk_ahead next_u, sk_ahead next_v, int64_t depth, int64_t g, real *e,
                           sk_comparison *m) {
     sk_to_power(e, depth * SK_LANES, k->power);
@@ -146,7 +143,7 @@ static void compare_group(const teacher *k, const sk_rows *r, const real *u, con
 }
 
 /* The second visit: leaves the sums. */
-SK_OUTLINE void add_up(const forward_params *p, const sk_rows *r, bool has_ce, int ce_power,
+SK_OUTLINE void add_up(const forward_params *p, const sk_task *r, bool has_ce, int ce_power,
                        const teacher *k, real tile[][SK_TILE], const real *x[][SK_GROUPS],
                        sums *m) {
     SK_ALIGNED real e[SK_ROW_C];
@@ -175,7 +172,7 @@ SK_OUTLINE void add_up(const forward_params *p, const sk_rows *r, bool has_ce, i
 }
 
 /* The results that follow from a teacher's sums; NaN as KL of a row that is not good. */
-SK_SPECIAL void conclude(enum sk_form form, const sk_rows *r, const teacher *k, const real *h,
+SK_SPECIAL void conclude(enum sk_form form, const sk_task *r, const teacher *k, const real *h,
                          const sk_comparison *m, double *level, double *dl, double *kl) {
     const sk_scale t = k->t, own = k->own;
 #pragma omp simd
@@ -183,26 +180,26 @@ SK_SPECIAL void conclude(enum sk_form form, const sk_rows *r, const teacher *k, 
         const sk_concluded x = sk_conclude(form, false, m, i, &t, &own);
         level[i] = (m->hu[i] - h[i]) * t.per_T + sk_level(m, i);
         dl[i] = x.dl;
-        kl[i] = x.reverse;
+        kl[i] = x.kl_qp;
     }
 }
 
-static sk_side student_side(const sk_rows *r, const sk_arg *logits, const teacher *k, int64_t i) {
+static sk_side student_side(const sk_task *r, const sk_arg *logits, const teacher *k, int64_t i) {
     return sk_side_of(r, logits, false, k->t.T, i);
 }
-static sk_side teacher_side(const sk_rows *r, const teacher *k, int64_t i) {
+static sk_side teacher_side(const sk_task *r, const teacher *k, int64_t i) {
     return sk_side_of(r, k->x, k->is_probs, k->own.T, i);
 }
 
 /* log p - log q of class c of row i. */
-static double log_ratio_at(const sk_rows *r, const sk_arg *logits, const teacher *k, int64_t i,
+static double log_ratio_at(const sk_task *r, const sk_arg *logits, const teacher *k, int64_t i,
                            int64_t c, sk_side u, sk_side v) {
     return sk_log_ratio_of(sk_logit_at(r, logits, false, i, c),
                            sk_logit_at(r, k->x, k->is_probs, i, c), k->t.T, k->own.T, u, v);
 }
 
 /* A row in double, class by class, with 0 log 0 = 0. */
-SK_RARE void careful_row(const forward_params *p, const sk_rows *r, const teacher *k, int64_t i,
+SK_RARE void careful_row(const forward_params *p, const sk_task *r, const teacher *k, int64_t i,
                          double *level, double *dl, double *kl) {
     const double T = k->t.T, own = k->own.T;
     const sk_side u = student_side(r, &p->logits, k, i), v = teacher_side(r, k, i);
@@ -223,7 +220,7 @@ SK_RARE void careful_row(const forward_params *p, const sk_rows *r, const teache
 
 /* Compares again what the first results left open: in the exact form, against T lse, or, where that
  * does not help, in double. */
-static void compare_again(const forward_params *p, const sk_rows *r, const teacher *k, int j,
+static void compare_again(const forward_params *p, const sk_task *r, const teacher *k, int j,
                           const real *weight, real tile[][SK_TILE], const real *x[][SK_GROUPS],
                           sums *m, results *to) {
     double *const level = to->level_T[j], *const dl = to->dl[j], *const kl = to->kl[j];
@@ -258,7 +255,7 @@ static void compare_again(const forward_params *p, const sk_rows *r, const teach
 }
 
 /* Leaves the task's rows and what is saved; without m all weights are 0. */
-static void save(const forward_params *p, const sk_rows *r, bool has_ce, const teacher *k,
+static void save(const forward_params *p, const sk_task *r, bool has_ce, const teacher *k,
                  const real *weight, const int32_t *target, const sums *m, const results *x) {
     SK_ALIGNED double kl[SK_PITCH] = {0};
     const int64_t plane = p->levels.stride[0], at = r->n * r->S + r->s; /* outputs are compact */
@@ -298,7 +295,7 @@ static void save(const forward_params *p, const sk_rows *r, bool has_ce, const t
     }
 }
 
-static void forward_task(const forward_params *p, const sk_rows *r) {
+static void forward_task(const forward_params *p, const sk_task *r) {
     TEACHERS_OF(p, k);
     SK_ALIGNED real tile[TEACHERS + 1][SK_TILE], weight[SK_PITCH];
     SK_ALIGNED int32_t target[SK_PITCH];
@@ -374,7 +371,7 @@ static int32_t target_at(const forward_params *p, int64_t n, int64_t s) {
 /* What rows of cross-entropy and of the teachers come to, class by class. */
 static double ce_value(const void *params, int64_t n, int64_t s) {
     const forward_params *p = params;
-    const sk_rows r = sk_one_row(SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S), n, s);
+    const sk_task r = sk_one_row(SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S), n, s);
     const double w = sk_weight_at(&p->weight, n, s);
     const sk_side x = sk_side_of(&r, &p->logits, false, 1, 0);
     return p->ce_weight * w *
@@ -384,7 +381,7 @@ static double kl_value(const void *params, int64_t n, int64_t s) {
     const forward_params *p = params;
     TEACHERS_OF(p, k);
     (void)has_ce, (void)ce_power;
-    const sk_rows r = sk_one_row(SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S), n, s);
+    const sk_task r = sk_one_row(SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S), n, s);
     const double w = sk_weight_at(&p->weight, n, s);
     double sum = 0;
     for (int j = 0; j < TEACHERS; j++) {
@@ -445,7 +442,7 @@ SK_SPECIAL void teacher_run(bool positions, bool apart, bool reuse, const teache
     }
 }
 
-static void add_teacher(const sk_rows *r, const teacher *k, sk_run run, teacher_scalars m,
+static void add_teacher(const sk_task *r, const teacher *k, sk_run run, teacher_scalars m,
                         const real *h, const real *z, const real *x, sk_ahead next, real *e,
                         const real *base, real *grad) {
     sk_to_power(e, run.n, k->power);
@@ -480,7 +477,7 @@ static void add_teacher(const sk_rows *r, const teacher *k, sk_run run, teacher_
 #undef RUN
 }
 
-static void add_ce(const sk_rows *r, sk_run run, int power, const int32_t *target, sk_ce_scalars m,
+static void add_ce(const sk_task *r, sk_run run, int power, const int32_t *target, sk_ce_scalars m,
                    const real *z, sk_ahead next, real *e, const real *base, real *grad) {
     sk_to_power(e, run.n, power);
     if (r->positions && power != 0)
@@ -502,7 +499,7 @@ typedef struct incoming {
     bool all_live;
 } incoming;
 
-static void load_incoming(const backward_params *p, const sk_rows *r, bool has_ce, const teacher *k,
+static void load_incoming(const backward_params *p, const sk_task *r, bool has_ce, const teacher *k,
                           incoming *in) {
     SK_ALIGNED real grad[SK_PITCH] = {0}, weight[SK_PITCH] = {0};
     const real *const denominator = (const real *)p->denominators.data;
@@ -536,7 +533,7 @@ static void load_incoming(const backward_params *p, const sk_rows *r, bool has_c
     in->all_live = dead == 0;
 }
 
-static void load_plane(const sk_rows *r, const sk_arg *x, int plane, real *to) {
+static void load_plane(const sk_task *r, const sk_arg *x, int plane, real *to) {
     sk_load_reals(r, (const real *)x->data + plane * x->stride[0], x->stride[1], x->stride[2], to);
 }
 
@@ -549,7 +546,7 @@ static inline bool is_far_teacher(double h, double per_T, double dl, double fact
     return ((large >= SK_FAR_LSE) & (large < (double)INFINITY)) | sk_is_far_factor(factor);
 }
 
-static bool any_far_ce(const sk_rows *r, const real *h, const double *factor) {
+static bool any_far_ce(const sk_task *r, const real *h, const double *factor) {
     double far = 0;
 #pragma omp simd reduction(+ : far)
     for (int64_t i = 0; i < sk_scalars(r); i++) far += is_far_ce(h[i], factor[i]) ? 1 : 0;
@@ -557,7 +554,7 @@ static bool any_far_ce(const sk_rows *r, const real *h, const double *factor) {
 }
 
 /* Returns whether any row is far. */
-static bool set_teacher_scalars(const backward_params *p, const sk_rows *r, const teacher *k, int j,
+static bool set_teacher_scalars(const backward_params *p, const sk_task *r, const teacher *k, int j,
                                 const double *factor, const real *h, teacher_scalars m) {
     SK_ALIGNED real level[SK_PITCH] = {0};
     SK_ALIGNED double dl[SK_PITCH] = {0};
@@ -584,7 +581,7 @@ static bool set_teacher_scalars(const backward_params *p, const sk_rows *r, cons
     return far != 0;
 }
 
-static void clear_dead(const sk_rows *r, sk_run run, const real *live, real *grad) {
+static void clear_dead(const sk_task *r, sk_run run, const real *live, real *grad) {
     const real *const of = live + run.row;
     if (!r->positions) {
         if (of[0] == 0) memset(grad, 0, (size_t)run.n * sizeof *grad);
@@ -595,24 +592,24 @@ static void clear_dead(const sk_rows *r, sk_run run, const real *live, real *gra
 }
 
 /* The gradient of such a row, in double, class by class. */
-SK_RARE void careful_gradient(const backward_params *p, const sk_rows *r, bool has_ce,
+SK_RARE void careful_gradient(const backward_params *p, const sk_task *r, bool has_ce,
                               const teacher *k, const incoming *in, int64_t i, int64_t classes,
                               double h, const double *level, const double *dl) {
     const sk_arg *const z = &p->logits, *const to = &p->grad_logits;
     sk_side u[TEACHERS], v[TEACHERS];
-    const sk_side x = sk_whole_side(sk_side_of(r, z, false, 1, i), h, level[0]);
+    const sk_side x = sk_whole_side(sk_side_of(r, z, false, 1, i), h, level[0], SK_ROUNDED);
     for (int j = 0; j < TEACHERS; j++) {
         if (k[j].weight == 0) continue;
         const double lse = h / k[j].t.T + level[1 + j];
-        u[j] = sk_whole_side(student_side(r, z, &k[j], i), h, level[1 + j]);
-        v[j] = sk_side_within(teacher_side(r, &k[j], i), k[j].own.T, lse, dl[j]);
+        u[j] = sk_whole_side(student_side(r, z, &k[j], i), h, level[1 + j], SK_ROUNDED);
+        v[j] = sk_side_within(teacher_side(r, &k[j], i), k[j].own.T, lse, dl[j], SK_ROUNDED);
     }
     for (int64_t c = 0; c < r->C; c++) {
         const double z_c = sk_logit_at(r, z, false, i, c);
         double grad = 0;
         if (has_ce && in->ce[i] != 0)
-            grad += in->ce[i] *
-                    sk_careful_ce_slope(z_c, c == in->target[i], p->label_smoothing, classes, x);
+            grad +=
+                in->ce[i] * sk_ce_slope_of(z_c, c == in->target[i], p->label_smoothing, classes, x);
         for (int j = 0; j < TEACHERS; j++) {
             if (k[j].weight == 0 || in->kl[j][i] == 0) continue;
             const double t_c = sk_logit_at(r, k[j].x, k[j].is_probs, i, c);
@@ -626,7 +623,7 @@ SK_RARE void careful_gradient(const backward_params *p, const sk_rows *r, bool h
 }
 
 /* Leaves the gradients of all such rows of a task. */
-SK_RARE void differentiate_far(const backward_params *p, const sk_rows *r, bool has_ce,
+SK_RARE void differentiate_far(const backward_params *p, const sk_task *r, bool has_ce,
                                const teacher *k, const incoming *in, int64_t classes,
                                const real *h) {
     const int64_t *const of_level = p->levels.stride, *const of_dl = p->ratios.stride;
@@ -646,7 +643,7 @@ SK_RARE void differentiate_far(const backward_params *p, const sk_rows *r, bool 
     }
 }
 
-static void backward_task(const backward_params *p, const sk_rows *r) {
+static void backward_task(const backward_params *p, const sk_task *r) {
     TEACHERS_OF(p, k);
     SK_ALIGNED real buffer[4][SK_RUN];
     SK_ALIGNED real level[SK_PITCH] = {0};
@@ -712,30 +709,30 @@ static sk_bad backward_first_bad(const void *params) {
 
 static sk_work forward_work(const void *params) {
     const forward_params *p = params;
-    const sk_rows all = sk_rows_of(&p->logits, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
+    const sk_task all = sk_tasks_of(&p->logits, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
     return sk_work_of(&all, 2);
 }
 
 static void distill_rows(const void *params, int64_t begin, int64_t end) {
     const forward_params *p = params;
-    const sk_rows all = sk_rows_of(&p->logits, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
+    const sk_task all = sk_tasks_of(&p->logits, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
     for (int64_t i = begin; i < end; i++) {
-        const sk_rows r = sk_task(&all, i);
+        const sk_task r = sk_task_at(&all, i);
         forward_task(p, &r);
     }
 }
 
 static sk_work backward_work(const void *params) {
     const backward_params *p = params;
-    const sk_rows all = sk_rows_of(&p->logits, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
+    const sk_task all = sk_tasks_of(&p->logits, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
     return sk_work_of(&all, 2);
 }
 
 static void distill_backward_rows(const void *params, int64_t begin, int64_t end) {
     const backward_params *p = params;
-    const sk_rows all = sk_rows_of(&p->logits, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
+    const sk_task all = sk_tasks_of(&p->logits, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
     for (int64_t i = begin; i < end; i++) {
-        const sk_rows r = sk_task(&all, i);
+        const sk_task r = sk_task_at(&all, i);
         backward_task(p, &r);
     }
 }

@@ -3,8 +3,7 @@
  * A task is a run of elements of the batch, whatever rows they are in: four at a time have their
  * words from one counter, and counters know of no rows. */
 #include "dropout_views.h"
-#include "cpu/core/chunk.h"
-#include "cpu/core/kernel.h"
+#include "cpu/core/load.h"
 #include "cpu/core/philox.h"
 
 SK_PARAMS(dropout_views)
@@ -105,7 +104,7 @@ static sk_work forward_work(const void *params) {
     return work_of(SK_DIM(p, N), SK_DIM(p, C));
 }
 
-const sk_cpu_kernel SK_CPU(dropout_views) = {.work = forward_work, .rows = forward_rows};
+const sk_cpu_kernel SK_CPU(dropout_views) = {.work = forward_work, .tasks = forward_rows};
 
 /* ---- Backward ---- */
 
@@ -148,4 +147,5 @@ static sk_work backward_work(const void *params) {
     return work_of(SK_DIM(p, N), SK_DIM(p, C));
 }
 
-const sk_cpu_kernel SK_CPU(dropout_views_backward) = {.work = backward_work, .rows = backward_rows};
+const sk_cpu_kernel SK_CPU(dropout_views_backward) = {.work = backward_work,
+                                                      .tasks = backward_rows};

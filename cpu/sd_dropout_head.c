@@ -3,8 +3,6 @@
  * begins: its gradients replace logits that are still in cache. */
 #include "sd_dropout_head.h"
 #include "cpu/core/ce.h"
-#include "cpu/core/chunk.h"
-#include "cpu/core/kernel.h"
 #include "cpu/core/pair.h"
 #include "cpu/core/values.h"
 
@@ -18,7 +16,7 @@ typedef struct labels {
     SK_ALIGNED real of_target[SK_PITCH]; /* the logits of the targets */
 } labels;
 
-static bool load_labels(const row_params *p, const sk_rows *r, labels *to) {
+static bool load_labels(const row_params *p, const sk_task *r, labels *to) {
     bool any = false;
     sk_load_scalars(r, &p->weight, to->weight);
     sk_load_targets(r, &p->target, p->ignore_index, to->target);
@@ -33,7 +31,7 @@ static bool load_labels(const row_params *p, const sk_rows *r, labels *to) {
 /* ---- cross-entropy ---- */
 
 /* Leaves each row's largest logit, log P and loss, from two visits to z. */
-SK_OUTLINE void cross_entropy(const row_params *p, const sk_rows *r, const labels *of,
+SK_OUTLINE void cross_entropy(const row_params *p, const sk_task *r, const labels *of,
                               sk_softmax *m, double *level, double *ce) {
     SK_ALIGNED real tile[SK_TILE];
     const real *x[SK_GROUPS];
@@ -60,18 +58,17 @@ SK_OUTLINE void cross_entropy(const row_params *p, const sk_rows *r, const label
 }
 
 /* Writes its gradient over row i of z, in double, class by class. */
-SK_RARE void careful_z(const row_params *p, const sk_rows *r, const labels *of, int64_t i) {
+SK_RARE void careful_z(const row_params *p, const sk_task *r, const labels *of, int64_t i) {
     const sk_side x = sk_side_of(r, &p->z, false, 1, i);
     for (int64_t c = 0; c < r->C; c++) {
         const double z = sk_logit_at(r, &p->z, false, i, c);
-        const double slope =
-            sk_careful_ce_slope(z, c == of->target[i], p->label_smoothing, r->C, x);
+        const double slope = sk_ce_slope_of(z, c == of->target[i], p->label_smoothing, r->C, x);
         sk_store_one(&p->z, sk_class_at(r, &p->z, i, c), (real)(of->weight[i] * slope));
     }
 }
 
 /* Writes its gradient over z. */
-SK_OUTLINE void differentiate_z(const row_params *p, const sk_rows *r, const labels *of,
+SK_OUTLINE void differentiate_z(const row_params *p, const sk_task *r, const labels *of,
                                 const sk_softmax *m, const double *log_sum) {
     SK_ALIGNED real buffer[2][SK_RUN], level[SK_PITCH] = {0};
     SK_ALIGNED sk_ce_scalars ce = {{0}};
@@ -102,19 +99,19 @@ SK_OUTLINE void differentiate_z(const row_params *p, const sk_rows *r, const lab
 /* ---- divergence ---- */
 
 /* Writes their gradients over u and v. */
-SK_OUTLINE void differentiate_views(const row_params *p, const sk_rows *r, const sk_pair *pair,
+SK_OUTLINE void differentiate_views(const row_params *p, const sk_task *r, const sk_pair *pair,
                                     const labels *of, sk_term_weights w, const sk_divergences *x) {
     SK_ALIGNED real buffer[4][SK_RUN];
     SK_ALIGNED sk_pair_scalars m;
     SK_ALIGNED double factor[SK_PITCH] = {0};
     for (int64_t i = 0; i < r->width; i++)
-        factor[i] = x->forward[i] == 0 && x->reverse[i] == 0
+        factor[i] = x->kl_pq[i] == 0 && x->kl_qp[i] == 0
                         ? 0
                         : p->kl_weight * p->temperature * of->weight[i];
     const bool all_close = sk_set_pair(r, &pair->t, w, x, factor, m);
     for (sk_run run = {0}; sk_next_run(r, &run);) {
-        const sk_diverged_row row = {x->lse[run.row], x->dl[run.row], x->forward[run.row],
-                                     x->reverse[run.row]};
+        const sk_diverged_row row = {x->lse[run.row], x->dl[run.row], x->kl_pq[run.row],
+                                     x->kl_qp[run.row]};
         if (factor[run.row] != 0 && !sk_is_ordinary(row, factor[run.row])) {
             if (run.c == 0)
                 sk_careful_gradient(r, pair, run.row, row, factor[run.row], w, &p->u, &p->v);
@@ -131,7 +128,7 @@ SK_OUTLINE void differentiate_views(const row_params *p, const sk_rows *r, const
 
 /* ---- the task ---- */
 
-static void row_task(const row_params *p, const sk_rows *r, const sk_pair *pair,
+static void row_task(const row_params *p, const sk_task *r, const sk_pair *pair,
                      sk_term_weights w) {
     labels of;
     sk_softmax softmax;
@@ -146,8 +143,8 @@ static void row_task(const row_params *p, const sk_rows *r, const sk_pair *pair,
     const double TT = p->temperature * p->temperature, wf = p->forward_weight,
                  wr = p->reverse_weight;
     for (int64_t i = 0; i < r->width; i++) {
-        if (of.weight[i] == 0) kl.lse[i] = kl.dl[i] = kl.forward[i] = kl.reverse[i] = 0;
-        const double sum = (wf != 0 ? wf * kl.forward[i] : 0) + (wr != 0 ? wr * kl.reverse[i] : 0);
+        if (of.weight[i] == 0) kl.lse[i] = kl.dl[i] = kl.kl_pq[i] = kl.kl_qp[i] = 0;
+        const double sum = (wf != 0 ? wf * kl.kl_pq[i] : 0) + (wr != 0 ? wr * kl.kl_qp[i] : 0);
         const double loss = ce[i] + (p->kl_weight != 0 ? p->kl_weight * TT * sum : 0);
         ((real *)p->rows.data)[r->n + i] = of.weight[i] != 0 ? (real)(of.weight[i] * loss) : 0;
     }
@@ -158,24 +155,23 @@ static void row_task(const row_params *p, const sk_rows *r, const sk_pair *pair,
 
 /* ---- the kernel ---- */
 
-static sk_rows all_rows(const row_params *p) {
-    return sk_rows_of(&p->z, SK_DIM(p, N), SK_DIM(p, C), 1);
+static sk_task all_rows(const row_params *p) {
+    return sk_tasks_of(&p->z, SK_DIM(p, N), SK_DIM(p, C), 1);
 }
 
 static sk_work work_of(const void *params) {
-    const sk_rows all = all_rows(params);
+    const sk_task all = all_rows(params);
     return sk_work_of(&all, 3);
 }
 
 static void do_rows(const void *params, int64_t begin, int64_t end) {
     const row_params *const p = params;
-    const sk_rows all = all_rows(p);
+    const sk_task all = all_rows(p);
     const sk_pair pair = {&p->u, &p->v, sk_scale_of(p->temperature)};
-    const real forward = (real)p->forward_weight, reverse = (real)p->reverse_weight;
-    const sk_term_weights w = {forward, reverse, p->detach_target ? 0 : forward,
-                               p->detach_target ? 0 : reverse};
+    const real pq = (real)p->forward_weight, qp = (real)p->reverse_weight;
+    const sk_term_weights w = {pq, qp, p->detach_target ? 0 : pq, p->detach_target ? 0 : qp};
     for (int64_t i = begin; i < end; i++) {
-        const sk_rows r = sk_task(&all, i);
+        const sk_task r = sk_task_at(&all, i);
         row_task(p, &r, &pair, w);
     }
 }

@@ -1,8 +1,6 @@
 /* SD-Dropout on the CPU: see ops/sd_dropout_kl.h for the formula, cpu/core/pair.h and kl.h for
- * what is done to a row, cpu/core/chunk.h for rows, groups of lanes, tiles and runs. */
+ * what is done to a row, cpu/core/task.h, tile.h and run.h for how rows are visited. */
 #include "sd_dropout_kl.h"
-#include "cpu/core/chunk.h"
-#include "cpu/core/kernel.h"
 #include "cpu/core/pair.h"
 #include "cpu/core/reduce.h"
 
@@ -13,19 +11,18 @@ typedef struct sd_dropout_kl_backward_params backward_params;
 
 /* What a row's loss is made of: T^2 and the weights of both KL. */
 typedef struct terms {
-    double TT, forward, reverse;
+    double TT, pq, qp;
 } terms;
 
 static inline terms terms_of(const forward_params *p) {
     return (terms){p->temperature * p->temperature, p->forward_weight, p->reverse_weight};
 }
-static inline double value_of(terms w, double weight, double forward, double reverse) {
-    const double sum =
-        (w.forward != 0 ? w.forward * forward : 0) + (w.reverse != 0 ? w.reverse * reverse : 0);
+static inline double value_of(terms w, double weight, double kl_pq, double kl_qp) {
+    const double sum = (w.pq != 0 ? w.pq * kl_pq : 0) + (w.qp != 0 ? w.qp * kl_qp : 0);
     return weight * w.TT * sum;
 }
 
-static void forward_task(const forward_params *p, const sk_rows *r, const sk_pair *pair) {
+static void forward_task(const forward_params *p, const sk_task *r, const sk_pair *pair) {
     sk_divergences x;
     SK_ALIGNED real weight[SK_PITCH];
     bool any = false;
@@ -40,19 +37,19 @@ static void forward_task(const forward_params *p, const sk_rows *r, const sk_pai
 #pragma omp simd
     for (int64_t i = 0; i < r->width; i++) {
         const bool used = any && weight[i] != 0;
-        const double forward = used ? x.forward[i] : 0, reverse = used ? x.reverse[i] : 0;
-        rows[i] = used ? (real)value_of(w, weight[i], forward, reverse) : 0;
+        const double kl_pq = used ? x.kl_pq[i] : 0, kl_qp = used ? x.kl_qp[i] : 0;
+        rows[i] = used ? (real)value_of(w, weight[i], kl_pq, kl_qp) : 0;
         saved[i] = used ? x.lse[i] : 0;
         saved[plane + i] = used ? x.dl[i] : 0;
-        saved[2 * plane + i] = forward;
-        saved[3 * plane + i] = reverse;
+        saved[2 * plane + i] = kl_pq;
+        saved[3 * plane + i] = kl_qp;
     }
 }
 
 /* ---- Backward ---- */
 
 /* Leaves what was saved, and each row's factor. */
-static void load_results(const backward_params *p, const sk_rows *r, sk_divergences *x,
+static void load_results(const backward_params *p, const sk_task *r, sk_divergences *x,
                          double *factor) {
     SK_ALIGNED real grad[SK_PITCH], weight[SK_PITCH];
     const double per_row = p->temperature / *(const real *)p->denominator.data;
@@ -63,24 +60,24 @@ static void load_results(const backward_params *p, const sk_rows *r, sk_divergen
         const double *saved = (const double *)p->saved.data + sk_row_at(r, stride[1], stride[2], i);
         x->lse[i] = saved[0];
         x->dl[i] = saved[stride[0]];
-        x->forward[i] = saved[2 * stride[0]];
-        x->reverse[i] = saved[3 * stride[0]];
+        x->kl_pq[i] = saved[2 * stride[0]];
+        x->kl_qp[i] = saved[3 * stride[0]];
         /* No gradient: none comes in, or the row has no loss, for its weight or because p = q. */
         const bool none =
-            (grad[i] == 0) | (weight[i] == 0) | ((x->forward[i] == 0) & (x->reverse[i] == 0));
+            (grad[i] == 0) | (weight[i] == 0) | ((x->kl_pq[i] == 0) & (x->kl_qp[i] == 0));
         factor[i] = none ? 0 : per_row * grad[i] * weight[i];
     }
     for (int64_t i = r->width; i < sk_scalars(r); i++)
-        x->lse[i] = x->dl[i] = x->forward[i] = x->reverse[i] = factor[i] = 0;
+        x->lse[i] = x->dl[i] = x->kl_pq[i] = x->kl_qp[i] = factor[i] = 0;
 }
 
 /* Whether the gradient of a row is found in double, class by class. */
 static inline bool is_careful(const sk_divergences *x, const double *factor, int64_t i) {
-    const sk_diverged_row row = {x->lse[i], x->dl[i], x->forward[i], x->reverse[i]};
+    const sk_diverged_row row = {x->lse[i], x->dl[i], x->kl_pq[i], x->kl_qp[i]};
     return (factor[i] != 0) & !sk_is_ordinary(row, factor[i]);
 }
 
-static void backward_task(const backward_params *p, const sk_rows *r, const sk_pair *pair,
+static void backward_task(const backward_params *p, const sk_task *r, const sk_pair *pair,
                           sk_term_weights w) {
     SK_ALIGNED real buffer[4][SK_RUN];
     SK_ALIGNED sk_pair_scalars m;
@@ -102,7 +99,7 @@ static void backward_task(const backward_params *p, const sk_rows *r, const sk_p
 #pragma omp simd reduction(+ : careful)
     for (int64_t i = 0; i < r->width; i++) careful += is_careful(&x, factor, i) ? 1 : 0;
     for (int64_t i = 0; i < r->width && careful != 0; i++) {
-        const sk_diverged_row row = {x.lse[i], x.dl[i], x.forward[i], x.reverse[i]};
+        const sk_diverged_row row = {x.lse[i], x.dl[i], x.kl_pq[i], x.kl_qp[i]};
         if (is_careful(&x, factor, i))
             sk_careful_gradient(r, pair, i, row, factor[i], w, &p->grad_u, &p->grad_v);
     }
@@ -110,21 +107,21 @@ static void backward_task(const backward_params *p, const sk_rows *r, const sk_p
 
 /* ---- The kernels ---- */
 
-static sk_rows forward_all(const forward_params *p) {
-    return sk_rows_of(&p->u, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
+static sk_task forward_all(const forward_params *p) {
+    return sk_tasks_of(&p->u, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
 }
 
 static sk_work forward_work(const void *params) {
-    const sk_rows all = forward_all(params);
+    const sk_task all = forward_all(params);
     return sk_work_of(&all, 2);
 }
 
 static void sd_dropout_kl_rows(const void *params, int64_t begin, int64_t end) {
     const forward_params *p = params;
-    const sk_rows all = forward_all(p);
+    const sk_task all = forward_all(p);
     const sk_pair pair = {&p->u, &p->v, sk_scale_of(p->temperature)};
     for (int64_t i = begin; i < end; i++) {
-        const sk_rows r = sk_task(&all, i);
+        const sk_task r = sk_task_at(&all, i);
         forward_task(p, &r, &pair);
     }
 }
@@ -143,24 +140,23 @@ static void forward_finish(const void *params) {
                    SK_DIM(p, S), &p->loss, &p->denominator);
 }
 
-static sk_rows backward_all(const backward_params *p) {
-    return sk_rows_of(&p->u, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
+static sk_task backward_all(const backward_params *p) {
+    return sk_tasks_of(&p->u, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
 }
 
 static sk_work backward_work(const void *params) {
-    const sk_rows all = backward_all(params);
+    const sk_task all = backward_all(params);
     return sk_work_of(&all, 2);
 }
 
 static void sd_dropout_kl_backward_rows(const void *params, int64_t begin, int64_t end) {
     const backward_params *p = params;
-    const sk_rows all = backward_all(p);
+    const sk_task all = backward_all(p);
     const sk_pair pair = {&p->u, &p->v, sk_scale_of(p->temperature)};
-    const real forward = (real)p->forward_weight, reverse = (real)p->reverse_weight;
-    const sk_term_weights w = {forward, reverse, p->detach_target ? 0 : forward,
-                               p->detach_target ? 0 : reverse};
+    const real pq = (real)p->forward_weight, qp = (real)p->reverse_weight;
+    const sk_term_weights w = {pq, qp, p->detach_target ? 0 : pq, p->detach_target ? 0 : qp};
     for (int64_t i = begin; i < end; i++) {
-        const sk_rows r = sk_task(&all, i);
+        const sk_task r = sk_task_at(&all, i);
         backward_task(p, &r, &pair, w);
     }
 }

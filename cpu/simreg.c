@@ -1,37 +1,22 @@
-/* SimReg on the CPU: see ops/simreg.h for the formula, cpu/core/chunk.h for rows and runs.
- *
- * Each pass reads the features once and computes with them in double, whatever their dtype: to
- * convert costs less than to read, no square of a float overflows or underflows, and the 2 - 2 cos
- * of floats keeps its digits down to rows 1e-3 apart. Closer ones are visited again, while they are
- * in the cache; and so are rows of doubles whose squares are no numbers. */
+/* SimReg on the CPU: see ops/simreg.h for the formula, cpu/core/task.h and run.h for rows and runs.
+ */
 #include "simreg.h"
-#include "cpu/core/chunk.h"
-#include "cpu/core/kernel.h"
 #include "cpu/core/reduce.h"
+#include "cpu/core/run.h"
+#include "formula/simreg.h"
 
 SK_PARAMS(simreg)
 SK_PARAMS(simreg_backward)
 typedef struct simreg_params forward_params;
 typedef struct simreg_backward_params backward_params;
 
-/* The least length that a row is divided by. */
-#define EPS 1e-12
-
-/* 2 - 2 cos is off by some 1e-15: below this the differences are summed up instead. */
-#define NEAR (sizeof(real) == 8 ? 0.03 : 1e-6)
-
-/* A row's loss and, as saved for backward, x_hat = x scale_x, t_hat = t scale_t and h. */
-typedef struct result {
-    double value, scale_x, scale_t, h;
-} result;
-
 /* Tasks of "classes" only: rows one after the other, at any strides. */
-static sk_rows rows_of(int64_t N, int64_t C, int64_t S) {
-    return (sk_rows){.N = N, .C = C, .S = S, .width = C > SK_ROW_C ? 1 : SK_SHORT_ROWS};
+static sk_task rows_of(int64_t N, int64_t C, int64_t S) {
+    return (sk_task){.N = N, .C = C, .S = S, .width = C > SK_ROW_C ? 1 : SK_SHORT_ROWS};
 }
 
 static sk_work work_of(int64_t N, int64_t C, int64_t S) {
-    const sk_rows all = rows_of(N, C, S);
+    const sk_task all = rows_of(N, C, S);
     sk_work work = sk_work_of(&all, 2);
     work.path = "rows";
     return work;
@@ -39,11 +24,8 @@ static sk_work work_of(int64_t N, int64_t C, int64_t S) {
 
 /* ---- Forward ---- */
 
-typedef struct products {
-    double xx, tt, xt;
-} products;
-
-static products multiply(products sum, const real *restrict x, const real *restrict t, int64_t n) {
+static sk_simreg_sums multiply(sk_simreg_sums sum, const real *restrict x, const real *restrict t,
+                               int64_t n) {
     double xx = 0, tt = 0, xt = 0;
 #pragma omp simd reduction(+ : xx, tt, xt)
     for (int64_t i = 0; i < n; i++) {
@@ -52,7 +34,7 @@ static products multiply(products sum, const real *restrict x, const real *restr
         tt += b * b;
         xt += a * b;
     }
-    return (products){sum.xx + xx, sum.tt + tt, sum.xt + xt};
+    return (sk_simreg_sums){sum.xx + xx, sum.tt + tt, sum.xt + xt};
 }
 
 /* The sum of (ratio x - t)^2, exactly 0 for equal rows and ratio 1. */
@@ -66,9 +48,10 @@ static double distance(double ratio, const real *restrict x, const real *restric
     return sum;
 }
 
-/* Both rows are visited in chunks, for `products` or, where it is not NULL, for the distance. */
-static double visit(const forward_params *p, const sk_rows *r, int64_t i, double ratio,
-                    products *sum) {
+/* Both rows are visited in chunks, for `sk_simreg_sums` or, where it is not NULL, for the distance.
+ */
+static double visit(const forward_params *p, const sk_task *r, int64_t i, double ratio,
+                    sk_simreg_sums *sum) {
     SK_ALIGNED real buffer[2][SK_ROW_C];
     const sk_arg *x = &p->student, *t = &p->target;
     double apart = 0;
@@ -84,75 +67,60 @@ static double visit(const forward_params *p, const sk_rows *r, int64_t i, double
     return apart;
 }
 
-/* ---- Rows of doubles too large or too small to square: times powers of two, one by one ---- */
+/* ---- Rows of doubles too large or too small to square ---- */
 
-/* Squares of lengths, and factors of features, that are sure to be good. */
-static inline bool is_near(double square) { return square > 0x1p-900 && square < 0x1p900; }
-static inline bool is_far_scale(double scale) { return scale > 0 && scale < 0x1p-450; }
-
-/* What brings the largest element of row i to between 1 and 2; 1 where there is none. */
-static double power_of(const sk_rows *r, const sk_arg *x, int64_t i) {
+static double power_of(const sk_task *r, const sk_arg *x, int64_t i) {
     double top = 0;
     for (int64_t c = 0; c < r->C; c++)
         top = fmax(top, fabs(sk_load_one(x, sk_class_at(r, x, i, c))));
-    const int exponent = top > 0 && isfinite(top) ? -ilogb(top) : 0;
-    return ldexp(1, exponent < 1023 ? exponent : 1023);
+    return sk_simreg_power(top);
 }
 
-SK_RARE result compare_far(const forward_params *p, const sk_rows *r, int64_t i) {
-    const sk_arg *const student = &p->student, *const target = &p->target;
-    const double by_x = power_of(r, student, i), by_t = power_of(r, target, i);
-    products sum = {0, 0, 0};
+SK_RARE sk_simreg_row compare_far(const forward_params *p, const sk_task *r, int64_t i) {
+    const sk_arg *const x = &p->student, *const t = &p->target;
+    const double by_x = power_of(r, x, i), by_t = power_of(r, t, i);
+    sk_simreg_sums sum = {0, 0, 0};
     for (int64_t c = 0; c < r->C; c++) {
-        const double a = sk_load_one(student, sk_class_at(r, student, i, c)) * by_x;
-        const double b = sk_load_one(target, sk_class_at(r, target, i, c)) * by_t;
-        sum = (products){sum.xx + a * a, sum.tt + b * b, sum.xt + a * b};
+        const double a = sk_load_one(x, sk_class_at(r, x, i, c)) * by_x;
+        const double b = sk_load_one(t, sk_class_at(r, t, i, c)) * by_t;
+        sum = (sk_simreg_sums){sum.xx + a * a, sum.tt + b * b, sum.xt + a * b};
     }
-    const double x = sqrt(sum.xx), t = sqrt(sum.tt);
-    const bool unit_x = !(x < EPS * by_x), unit_t = !(t < EPS * by_t);
-    const double scale_x = 1 / (unit_x ? x : EPS * by_x), scale_t = 1 / (unit_t ? t : EPS * by_t);
-    const double xx = unit_x ? 1 : sum.xx * scale_x * scale_x;
-    const double tt = unit_t ? 1 : sum.tt * scale_t * scale_t;
-    double value = xx + tt - 2 * (sum.xt * scale_x * scale_t);
-    if (!(value >= NEAR)) {
-        double apart = 0;
-        for (int64_t c = 0; c < r->C; c++) {
-            const double a = sk_load_one(student, sk_class_at(r, student, i, c)) * by_x;
-            const double b = sk_load_one(target, sk_class_at(r, target, i, c)) * by_t;
-            const double d = a * (scale_x / scale_t) - b;
-            apart += d * d;
-        }
-        value = apart * scale_t * scale_t;
+    const sk_simreg_lengths k = sk_simreg_measure(sum, by_x, by_t);
+    double apart = 0;
+    for (int64_t c = 0; c < r->C && !(k.value >= SK_SIMREG_NEAR(real)); c++) {
+        const double a = sk_load_one(x, sk_class_at(r, x, i, c)) * by_x;
+        const double b = sk_load_one(t, sk_class_at(r, t, i, c)) * by_t;
+        const double d = a * (k.scale_x / k.scale_t) - b;
+        apart += d * d;
     }
-    return (result){value, scale_x * by_x, scale_t * by_t, unit_x ? (value + (1 - tt)) / 2 : 0};
+    const bool good = k.value >= SK_SIMREG_NEAR(real);
+    return sk_simreg_finish(k, good ? k.value : apart * k.scale_t * k.scale_t, by_x, by_t);
 }
 
-/* ---- all rows ---- */
+/* ---- All rows ---- */
 
 /* Row i, of unit lengths: by its products or, where 2 - 2 cos would cancel, by its differences. */
-static result compare(const forward_params *p, const sk_rows *r, int64_t i) {
-    products sum = {0, 0, 0};
+static sk_simreg_row compare(const forward_params *p, const sk_task *r, int64_t i) {
+    sk_simreg_sums sum = {0, 0, 0};
     visit(p, r, i, 1, &sum);
-    if (sizeof(real) == 8 && !(is_near(sum.xx) && is_near(sum.tt))) return compare_far(p, r, i);
-    const double x = sqrt(sum.xx), t = sqrt(sum.tt);
-    const bool unit_x = !(x < EPS), unit_t = !(t < EPS);
-    const double scale_x = 1 / (unit_x ? x : EPS), scale_t = 1 / (unit_t ? t : EPS);
-    const double xx = unit_x ? 1 : sum.xx * scale_x * scale_x; /* |x_hat|^2 */
-    const double tt = unit_t ? 1 : sum.tt * scale_t * scale_t;
-    double value = xx + tt - 2 * (sum.xt * scale_x * scale_t);
-    if (!(value >= NEAR)) value = visit(p, r, i, scale_x / scale_t, NULL) * scale_t * scale_t;
-    return (result){value, scale_x, scale_t, unit_x ? (value + (1 - tt)) / 2 : 0};
+    if (sizeof(real) == 8 && !(sk_simreg_is_near(sum.xx) && sk_simreg_is_near(sum.tt)))
+        return compare_far(p, r, i);
+    const sk_simreg_lengths k = sk_simreg_measure(sum, 1, 1);
+    double value = k.value;
+    if (!(value >= SK_SIMREG_NEAR(real)))
+        value = visit(p, r, i, k.scale_x / k.scale_t, NULL) * k.scale_t * k.scale_t;
+    return sk_simreg_finish(k, value, 1, 1);
 }
 
 /* Leaves rows and saved. */
-static void forward_task(const forward_params *p, const sk_rows *r) {
+static void forward_task(const forward_params *p, const sk_task *r) {
     real weight[SK_SHORT_ROWS];
     sk_load_scalars(r, &p->weight, weight);
     const int64_t plane = p->saved.stride[0], at = r->n * r->S + r->s; /* outputs are compact */
     double *saved = (double *)p->saved.data + at;
     real *rows = (real *)p->rows.data + at;
     for (int64_t i = 0; i < r->width; i++) {
-        result x = {0, 1, 1, 0};
+        sk_simreg_row x = {0, 1, 1, 0};
         if (weight[i] != 0 && p->normalize)
             x = compare(p, r, i);
         else if (weight[i] != 0)
@@ -166,56 +134,33 @@ static void forward_task(const forward_params *p, const sk_rows *r) {
 
 /* ---- Backward ---- */
 
-/* What the gradient of a row needs: dl/dx = factor ((ratio x - t) - along x), of a far row with x
- * times by_x and t times by_t. */
-typedef struct slope {
-    bool zero, far; /* zero: no gradient, whatever the features hold */
-    double factor, ratio, along, by_x, by_t;
-} slope;
-
-static slope slope_of(const backward_params *p, const sk_rows *r, int64_t i, double grad,
-                      double weight) {
+static sk_simreg_slope slope_of(const backward_params *p, const sk_task *r, int64_t i, double grad,
+                                double weight) {
     const int64_t *stride = p->saved.stride;
     const double *saved = (const double *)p->saved.data + sk_row_at(r, stride[1], stride[2], i);
-    const double scale_x = saved[0], scale_t = saved[stride[0]], h = saved[2 * stride[0]];
-    const double of_row = 2 * grad * weight / *(const real *)p->denominator.data;
-    slope k = {.zero = grad == 0 || weight == 0, .by_x = 1, .by_t = 1};
-    k.far = sizeof(real) == 8 && (is_far_scale(scale_x) || is_far_scale(scale_t));
-    if (k.far) {
-        k.by_x = ldexp(1, ilogb(scale_x));
-        k.by_t = ldexp(1, ilogb(scale_t));
-    }
-    k.ratio = (scale_x / k.by_x) / (scale_t / k.by_t);
-    k.factor = of_row * scale_x * (scale_t / k.by_t);
-    k.along = k.ratio * h;
-    return k;
+    return sk_simreg_slope_of(grad, weight, *(const real *)p->denominator.data, saved[0],
+                              saved[stride[0]], saved[2 * stride[0]], sizeof(real) == 8);
 }
 
-/* Leaves the gradient of a run; exactly 0 for equal features. */
-static void gradient(slope k, const real *restrict x, const real *restrict t, int64_t n,
+/* Leaves the gradient of a run. */
+static void gradient(sk_simreg_slope k, const real *restrict x, const real *restrict t, int64_t n,
                      real *restrict to) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; i++) {
-        const double a = x[i], apart = a * k.ratio - (double)t[i];
-        const double g = k.factor * (apart - a * k.along);
-        to[i] = k.zero ? 0 : (real)g;
-    }
+    for (int64_t i = 0; i < n; i++) to[i] = (real)sk_simreg_gradient(k, x[i], t[i]);
 }
 
-SK_RARE void far_gradient(slope k, const real *x, const real *t, int64_t n, real *to) {
-    for (int64_t i = 0; i < n; i++) {
-        const double a = x[i] * k.by_x, apart = a * k.ratio - t[i] * k.by_t;
-        to[i] = k.zero ? 0 : (real)(k.factor * (apart - a * k.along));
-    }
+SK_RARE void far_gradient(sk_simreg_slope k, const real *x, const real *t, int64_t n, real *to) {
+    for (int64_t i = 0; i < n; i++)
+        to[i] = (real)sk_simreg_gradient(k, x[i] * k.by_x, t[i] * k.by_t);
 }
 
 /* Leaves the gradients of a task. */
-static void backward_task(const backward_params *p, const sk_rows *r) {
+static void backward_task(const backward_params *p, const sk_task *r) {
     SK_ALIGNED real buffer[3][SK_RUN];
     real grad[SK_SHORT_ROWS], weight[SK_SHORT_ROWS];
     sk_load_scalars(r, &p->grad, grad);
     sk_load_scalars(r, &p->weight, weight);
-    slope k[SK_SHORT_ROWS];
+    sk_simreg_slope k[SK_SHORT_ROWS];
     for (int64_t i = 0; i < r->width; i++) k[i] = slope_of(p, r, i, grad[i], weight[i]);
     for (sk_run run = {0}; sk_next_run(r, &run);) {
         const real *x = sk_read_run(r, &p->student, run, buffer[0]);
@@ -238,16 +183,16 @@ static sk_work forward_work(const void *params) {
 
 static void simreg_rows(const void *params, int64_t begin, int64_t end) {
     const forward_params *p = params;
-    const sk_rows all = rows_of(SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
+    const sk_task all = rows_of(SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
     for (int64_t i = begin; i < end; i++) {
-        const sk_rows r = sk_task(&all, i);
+        const sk_task r = sk_task_at(&all, i);
         forward_task(p, &r);
     }
 }
 
 static double row_value(const void *params, int64_t n, int64_t s) {
     const forward_params *p = params;
-    const sk_rows r = sk_one_row(SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S), n, s);
+    const sk_task r = sk_one_row(SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S), n, s);
     const double w = sk_weight_at(&p->weight, n, s);
     return w * (p->normalize ? compare(p, &r, 0).value : visit(p, &r, 0, 1, NULL));
 }
@@ -265,9 +210,9 @@ static sk_work backward_work(const void *params) {
 
 static void simreg_backward_rows(const void *params, int64_t begin, int64_t end) {
     const backward_params *p = params;
-    const sk_rows all = rows_of(SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
+    const sk_task all = rows_of(SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
     for (int64_t i = begin; i < end; i++) {
-        const sk_rows r = sk_task(&all, i);
+        const sk_task r = sk_task_at(&all, i);
         backward_task(p, &r);
     }
 }

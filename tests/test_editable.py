@@ -67,14 +67,14 @@ def test_editable_installation(tmp_path: Path) -> None:
     here.install("-C", "editable.rebuild=true")
     assert here.library().is_relative_to(here.source / "build/editable")
     here.edit("bindings/selfkd/cli.py", "huge pages", "large pages")
-    here.edit("cuda/core/runtime.c", "built without nvcc", "rebuilt on import")
+    here.edit("ops/core/device.c", "built without nvcc", "rebuilt on import")
     said = here.run("-m", "selfkd", "info")
     assert "large pages" in said
     assert "rebuilt on import" in said
 
     here.install()  # compiles what has changed, then no more
     assert here.library() == here.site / "selfkd/libselfkd.so"
-    here.edit("cuda/core/runtime.c", "rebuilt on import", "rebuilt once more")
+    here.edit("ops/core/device.c", "rebuilt on import", "rebuilt once more")
     assert "rebuilt on import" in here.run("-m", "selfkd", "info")
 
     here.run("-m", "pip", "uninstall", "-y", "selfkd")

@@ -49,7 +49,7 @@ static void expected(const rows *x, int n, double T, double T_v, double *forward
 }
 
 static void measure(rows *x, enum sk_form form, double T, double T_v, sk_concluded *to) {
-    const sk_rows r = {.N = N, .C = C, .S = 1, .width = N, .groups = N};
+    const sk_task r = {.N = N, .C = C, .S = 1, .width = N, .groups = N};
     const sk_scale t = sk_scale_of(T), t_v = sk_scale_of(T_v);
     const sk_ahead next = {(uintptr_t)x, 0};
     sk_comparison m;
@@ -73,8 +73,8 @@ static void check(enum sk_form form, double T, double T_v, double apart, double 
     for (int n = 0; n < N; n++) {
         double forward, reverse;
         expected(&x, n, T, T_v, &forward, &reverse);
-        assert_true(fabs(found[n].forward - forward) <= 3e-6 * forward);
-        assert_true(fabs(found[n].reverse - reverse) <= 3e-6 * reverse);
+        assert_true(fabs(found[n].kl_pq - forward) <= 3e-6 * forward);
+        assert_true(fabs(found[n].kl_qp - reverse) <= 3e-6 * reverse);
     }
 }
 
@@ -97,7 +97,7 @@ static void rows_far_from_each_other(void **state) {
     check(SK_EXACT, 1, 1, 1, 100);
     draw(&x, 1, 100);
     measure(&x, SK_PLAIN, 1, 1, found);
-    for (int n = 0; n < N; n++) assert_true(isnan(found[n].forward)); /* and says so */
+    for (int n = 0; n < N; n++) assert_true(isnan(found[n].kl_pq)); /* and says so */
 }
 
 int main(void) {

@@ -3,6 +3,7 @@
  * keep their digits however sure the row is of its class, where log of 1 + rest would drop them. */
 #pragma once
 #include "cpu/core/kl.h"
+#include "cpu/core/run.h"
 
 enum { SK_REST, SK_TIES, SK_ABOVE, SK_CE_SUMS }; /* ABOVE: sum of h - z over all classes */
 
@@ -14,7 +15,7 @@ typedef struct sk_softmax {
 
 /* Adds a tile's group of lanes, whose exponentials are found or, reused, lie in e; asks for the
  * next ones. */
-SK_SPECIAL void sk_add_exponentials(enum sk_exps exps, const sk_rows *r, const real *z,
+SK_SPECIAL void sk_add_exponentials(enum sk_exps exps, const sk_task *r, const real *z,
                                     sk_ahead next, int64_t depth, int64_t g, const real *e,
                                     sk_softmax *m) {
     const sk_scale t = sk_scale_of(1);
@@ -37,7 +38,7 @@ SK_SPECIAL void sk_add_exponentials(enum sk_exps exps, const sk_rows *r, const r
 }
 
 /* Adds h - z; infinite for a class at -inf, as the loss with label smoothing is. */
-static inline void sk_add_above(const sk_rows *r, const real *z, int64_t classes, int64_t g,
+static inline void sk_add_above(const sk_task *r, const real *z, int64_t classes, int64_t g,
                                 sk_softmax *m) {
     const int64_t pitch = sk_pitch(r), depth = sk_depth(r, classes);
     real h[SK_LANES], above[SK_LANES] = {0};
@@ -62,7 +63,7 @@ static inline real sk_log_sum(const sk_softmax *m, int64_t i) {
 /* ---- rows with a target ---- */
 
 /* The class of each row, -1 where there is none: it is ignored, or there is no target. */
-static inline void sk_load_targets(const sk_rows *r, const sk_arg *x, int64_t ignored,
+static inline void sk_load_targets(const sk_task *r, const sk_arg *x, int64_t ignored,
                                    int32_t *to) {
     SK_ALIGNED int64_t y[SK_PITCH];
     for (int64_t i = 0; i < sk_scalars(r); i++) to[i] = -1;
@@ -73,7 +74,7 @@ static inline void sk_load_targets(const sk_rows *r, const sk_arg *x, int64_t ig
 }
 
 /* The logits of the targets; of class 0 where there is none, or none of these classes. */
-static inline void sk_load_target_logits(const sk_rows *r, const sk_arg *x, const int32_t *target,
+static inline void sk_load_target_logits(const sk_task *r, const sk_arg *x, const int32_t *target,
                                          real *to) {
     SK_ALIGNED int32_t c[SK_PITCH];
     for (int64_t i = 0; i < r->width; i++)
@@ -83,7 +84,7 @@ static inline void sk_load_target_logits(const sk_rows *r, const sk_arg *x, cons
 
 /* Leaves log P and the loss of each row whose target has logit z: -sum y log p with y = (1 -
  * smooth) onehot + smooth/C. */
-static inline void sk_conclude_ce(const sk_rows *r, const sk_softmax *m, const real *z,
+static inline void sk_conclude_ce(const sk_task *r, const sk_softmax *m, const real *z,
                                   double smooth, double *level, double *ce) {
     const double per_class = 1 / (double)r->C;
 #pragma omp simd
@@ -100,7 +101,7 @@ static inline void sk_conclude_ce(const sk_rows *r, const sk_softmax *m, const r
 
 /* The same of a row class by class, in double: where the first results are not finite, for its
  * logits lie below SK_LEAST or the sum of h - z is too large for a real. */
-SK_RARE double sk_careful_ce(const sk_rows *r, const sk_arg *logits, int64_t i, int32_t target,
+SK_RARE double sk_careful_ce(const sk_task *r, const sk_arg *logits, int64_t i, int32_t target,
                              double smooth, sk_side x) {
     const double z = sk_logit_at(r, logits, false, i, target), C = (double)r->C;
     const double hard = z == -INFINITY ? INFINITY + 0 * x.log_sum : (x.top - z) + x.log_sum;
@@ -113,7 +114,7 @@ SK_RARE double sk_careful_ce(const sk_rows *r, const sk_arg *logits, int64_t i, 
 
 /* Leaves h of rows that have no anchor, -inf of nothing but -inf; and level and loss of those and
  * of rows with a class whose loss is not finite. */
-SK_RARE void sk_mend_ce_rows(const sk_rows *r, const sk_arg *logits, const real *weight,
+SK_RARE void sk_mend_ce_rows(const sk_task *r, const sk_arg *logits, const real *weight,
                              const int32_t *target, double smooth, real *h, double *level,
                              double *ce) {
     for (int64_t i = 0; i < r->width; i++) {
@@ -125,7 +126,7 @@ SK_RARE void sk_mend_ce_rows(const sk_rows *r, const sk_arg *logits, const real 
         if (lost) ce[i] = sk_careful_ce(r, logits, i, target[i], smooth, x);
     }
 }
-static inline void sk_mend_ce(const sk_rows *r, const sk_arg *logits, const real *weight,
+static inline void sk_mend_ce(const sk_task *r, const sk_arg *logits, const real *weight,
                               const int32_t *target, double smooth, real *h, double *level,
                               double *ce) {
     double open = 0;
@@ -137,13 +138,6 @@ static inline void sk_mend_ce(const sk_rows *r, const sk_arg *logits, const real
     if (open != 0) sk_mend_ce_rows(r, logits, weight, target, smooth, h, level, ce);
 }
 
-/* p - y of a class of logit z, in double; `classes` share the smoothing. */
-static inline double sk_careful_ce_slope(double z, bool is_target, double smooth, int64_t classes,
-                                         sk_side x) {
-    const double log_p = sk_log_p(z, 1, x);
-    return (is_target ? expm1(log_p) + smooth : exp(log_p)) - smooth / (double)classes;
-}
-
 /* What the gradients of a row need: p - y is FACTOR e^(z - LARGEST) + OTHER, OF_TARGET for the
  * target, all times the row's factor. */
 enum { SK_LARGEST, SK_FACTOR, SK_OTHER, SK_OF_TARGET, SK_CE_SCALARS };
@@ -151,7 +145,7 @@ typedef real sk_ce_scalars[SK_CE_SCALARS][SK_PITCH];
 
 /* Leaves all but LARGEST, which it finds there; z are the targets' logits, level is log P;
  * `classes` share the smoothing. */
-static inline void sk_set_ce(const sk_rows *r, const double *factors, const real *z,
+static inline void sk_set_ce(const sk_task *r, const double *factors, const real *z,
                              const real *level, double label_smoothing, int64_t classes,
                              sk_ce_scalars m) {
     const sk_scale unit = sk_scale_of(1);

@@ -10,7 +10,8 @@
  * with h(r) = r - log(1 + r). Every term is of second order, so rows close to each other keep their
  * digits; those that would lose too many are told apart (sk_conclude) and done once more. */
 #pragma once
-#include "cpu/core/chunk.h"
+#include "cpu/core/row.h"
+#include "cpu/core/tile.h"
 
 /* ---- one pair of logits ---- */
 
@@ -86,7 +87,7 @@ typedef struct sk_comparison {
     SK_ALIGNED double sum[SK_SUMS][SK_PITCH];
 } sk_comparison;
 
-static inline void sk_clear_sums(const sk_rows *r, sk_comparison *m) {
+static inline void sk_clear_sums(const sk_task *r, sk_comparison *m) {
     for (int i = 0; i < SK_SUMS; i++)
         memset(m->sum[i], 0, (size_t)sk_scalars(r) * sizeof m->sum[i][0]);
 }
@@ -107,7 +108,7 @@ static inline void sk_to_power(real *e, int64_t n, int power) {
 }
 
 /* Adds a tile's group of lanes; asks for the next ones. DY only if `both` KL are wanted. */
-SK_SPECIAL void sk_compare_group(enum sk_form form, bool both, enum sk_exps exps, const sk_rows *r,
+SK_SPECIAL void sk_compare_group(enum sk_form form, bool both, enum sk_exps exps, const sk_task *r,
                                  const sk_scale *scale, const sk_scale *scale_v, const real *u,
                                  const real *v, sk_ahead next_u, sk_ahead next_v, int64_t depth,
                                  int64_t g, real *restrict e, sk_comparison *m) {
@@ -153,25 +154,12 @@ SK_SPECIAL void sk_compare_group(enum sk_form form, bool both, enum sk_exps exps
 
 /* ---- from sums to divergences ---- */
 
-/* h(r) = r - log(1 + r), given log(1 + r) for an r that is not small: log(1 + r) = 2 atanh(s). */
-static inline double sk_log_gap(double r, double log1p_r) {
-    const double s = r / (2 + r), z = s * s;
-    double series = 1.0 / 15;
-    series = series * z + 1.0 / 13;
-    series = series * z + 1.0 / 11;
-    series = series * z + 1.0 / 9;
-    series = series * z + 1.0 / 7;
-    series = series * z + 1.0 / 5;
-    series = series * z + 1.0 / 3;
-    return r < 0.1 && r > -0.1 ? s * (r - 2 * z * series) : r - log1p_r;
-}
-
 /* log-ratio dl, KL(p||q) (if both are wanted) and KL(q||p); both KL are NaN where they lost too
  * many digits: to the subtraction of h(r), to that of gq from gp + gq, to the rounding of u - v
  * (2^-25 of the gap, to be small against the spread of y, which is sqrt(2 KL)), to that of u/T and
  * v/T', or to infinities. */
 typedef struct sk_concluded {
-    double dl, forward, reverse;
+    double dl, kl_pq, kl_qp;
 } sk_concluded;
 
 /* hu/T - hv/T' */
@@ -188,79 +176,20 @@ static inline sk_concluded sk_conclude(enum sk_form form, bool both, const sk_co
     const double r =
         d * per_q; /* 1 + r is P/Q, and agrees with r in its errors, unless it cancels */
     const double h = sk_log_gap(r, sk_log(r > -0.5 ? 1 + r : p * per_q));
-    const double gq = m->sum[SK_GQ][i] * per_q, reverse = gq - h;
+    const double gq = m->sum[SK_GQ][i] * per_q, kl_qp = gq - h;
     const double gp = both ? (m->sum[SK_DY][i] - m->sum[SK_GQ][i]) / p : gq;
-    const double forward = both ? gp - (r * d / p - h) : reverse;
-    const double least = forward < reverse ? forward : reverse;
-    const double most = forward < reverse ? reverse : forward;
+    const double kl_pq = both ? gp - (r * d / p - h) : kl_qp;
+    const double least = kl_pq < kl_qp ? kl_pq : kl_qp;
+    const double most = kl_pq < kl_qp ? kl_qp : kl_pq;
     const double large = fabs(m->hu[i] * t->per_T) + fabs(m->hv[i] * t_v->per_T);
-    const bool good = (gp <= 6 * forward) & (gq <= 6 * reverse) & (most < SK_INFINITE) &
+    const bool good = (gp <= 6 * kl_pq) & (gq <= 6 * kl_qp) & (most < SK_INFINITE) &
                       (!both | (gq <= 16 * gp)) &
                       ((form != SK_PLAIN) | (gap * gap <= 512 * least)) &
                       ((form != SK_APART) | (large < SK_FAR_LSE));
-    return (sk_concluded){gap + (r - h), good ? forward : (double)NAN,
-                          good ? reverse : (double)NAN};
+    return (sk_concluded){gap + (r - h), good ? kl_pq : (double)NAN, good ? kl_qp : (double)NAN};
 }
 
 /* log P, to the precision of its sum. */
 static inline real sk_level(const sk_comparison *m, int64_t i) {
     return sk_log_of((real)m->sum[SK_P][i]);
-}
-
-/* ---- a row in double, class by class: whatever its logits are ---- */
-
-/* A side of a row: its largest logit, and the logarithm of the sum of e^((z - top)/T). Kept apart,
- * for log_sum would be lost in the log-sum-exp of large logits. */
-typedef struct sk_side {
-    double top, log_sum; /* -inf of nothing but -inf, NaN of a row that holds NaN or inf */
-} sk_side;
-
-/* Class c of row i; of probabilities the logarithm. */
-static inline double sk_logit_at(const sk_rows *r, const sk_arg *x, bool probs, int64_t i,
-                                 int64_t c) {
-    const double z = sk_load_one(x, sk_class_at(r, x, i, c));
-    return probs ? log(z) : z;
-}
-
-SK_RARE sk_side sk_side_of(const sk_rows *r, const sk_arg *x, bool probs, double T, int64_t i) {
-    double top = -INFINITY, sum = 0;
-    for (int64_t c = 0; c < r->C; c++) top = fmax(top, sk_logit_at(r, x, probs, i, c));
-    for (int64_t c = 0; c < r->C; c++) {
-        const double z = sk_logit_at(r, x, probs, i, c);
-        sum += z == -INFINITY ? 0 : exp((z - top) / T);
-    }
-    return (sk_side){top, log(sum)};
-}
-
-static inline bool sk_is_finite_side(sk_side x) { return isfinite(x.log_sum); }
-
-static inline double sk_lse_of(sk_side x, double T) { return x.top / T + x.log_sum; }
-
-/* What was saved says of which row the classes are a part: a log_sum; or lse(u/T) and dl, of which
- * follows lse(v/T). But where that is no more than what they are, x knows the digits that were
- * rounded away. */
-#define SK_ROUNDED (sizeof(real) == 8 ? 4 * DBL_EPSILON : 1e-6)
-
-static inline sk_side sk_whole_side(sk_side x, double top, double log_sum) {
-    const bool same = fabs(log_sum - x.log_sum) <= SK_ROUNDED * (1 + fabs(x.log_sum));
-    return x.top == top && same ? x : (sk_side){top, log_sum};
-}
-static inline sk_side sk_side_within(sk_side x, double T, double lse_u, double dl) {
-    if (x.top == -INFINITY) return (sk_side){0, lse_u - dl};
-    const double log_sum = (lse_u - dl) - x.top / T;
-    const double rounded = SK_ROUNDED + 4 * DBL_EPSILON * (fabs(lse_u) + fabs(dl));
-    return (sk_side){x.top, fabs(log_sum - x.log_sum) <= rounded ? x.log_sum : log_sum};
-}
-
-/* log p */
-static inline double sk_log_p(double z, double T, sk_side x) { return (z - x.top) / T - x.log_sum; }
-
-/* log p - log q, infinite for a class at -inf on one side. At one temperature from the exact
- * difference of (u - v) and (top - top), however large they are. */
-static inline double sk_log_ratio_of(double u, double v, double T, double T_v, sk_side x,
-                                     sk_side y) {
-    if (isinf(u) || isinf(v)) return u - v;
-    if (T != T_v) return sk_log_p(u, T, x) - sk_log_p(v, T_v, y);
-    const sk_two a = sk_two_of(u, v), b = sk_two_of(x.top, y.top);
-    return ((a.high - b.high) + (a.low - b.low)) / T - (x.log_sum - y.log_sum);
 }

@@ -1,7 +1,7 @@
 /* Blocks of a map (N, C, H, W) in memory, whatever its strides: each is read as one run of
  * elements, row by row, in place where that can be. */
 #pragma once
-#include "cpu/core/chunk.h"
+#include "cpu/core/load.h"
 
 /* Channels c .. c + lanes - 1 of sample n; and some rows and columns of them. */
 typedef struct sk_place {

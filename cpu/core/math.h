@@ -7,7 +7,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "cpu/core/kernel.h"
+#include "cpu/core/variant.h"
 
 #ifdef SK_REAL_IS_DOUBLE
 #define SK_REAL_MAX DBL_MAX
@@ -194,14 +194,4 @@ static inline sk_split sk_split_difference(real a, real b) {
 static inline real sk_difference(real a, real b, sk_split k, real exact) {
     const sk_split x = sk_split_difference(a, b);
     return (x.high - k.high) + exact * (x.low - k.low);
-}
-
-/* The same in double. */
-typedef struct sk_two {
-    double high, low;
-} sk_two;
-
-static inline sk_two sk_two_of(double a, double b) {
-    const double high = a - b, minus_b = high - a;
-    return (sk_two){high, (a - (high - minus_b)) - (b + minus_b)};
 }

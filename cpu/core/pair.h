@@ -4,9 +4,8 @@
  * Forward visits the logits twice (largest logits; sums that both KL follow from), backward once.
  */
 #pragma once
-#include "cpu/core/chunk.h"
 #include "cpu/core/kl.h"
-#include "cpu/core/math.h"
+#include "cpu/core/run.h"
 
 /* Logits of shape (N, C, S) and their temperature. */
 typedef struct sk_pair {
@@ -16,12 +15,12 @@ typedef struct sk_pair {
 
 /* Per row, as saved for backward. */
 typedef struct sk_divergences {
-    SK_ALIGNED double lse[SK_PITCH], dl[SK_PITCH], forward[SK_PITCH], reverse[SK_PITCH];
+    SK_ALIGNED double lse[SK_PITCH], dl[SK_PITCH], kl_pq[SK_PITCH], kl_qp[SK_PITCH];
 } sk_divergences;
 
 /* Per row: lse(u/T), and what it lies above lse(v/T); both KL. */
 typedef struct sk_diverged_row {
-    double lse_u, dl, forward, reverse;
+    double lse_u, dl, kl_pq, kl_qp;
 } sk_diverged_row;
 
 /* Rows with a KL beyond this are computed in double (careful_*): in float, d would be too coarse
@@ -29,7 +28,7 @@ typedef struct sk_diverged_row {
 enum { SK_FAR = 64 };
 
 static inline bool sk_is_ordinary(sk_diverged_row x, double factor) {
-    return (x.forward < SK_FAR) & (x.reverse < SK_FAR) & (fabs(x.lse_u) < SK_FAR_LSE) &
+    return (x.kl_pq < SK_FAR) & (x.kl_qp < SK_FAR) & (fabs(x.lse_u) < SK_FAR_LSE) &
            (fabs(x.dl) < SK_FAR_LSE) & !sk_is_far_factor(factor);
 }
 
@@ -41,7 +40,7 @@ typedef struct sk_class_terms {
     bool no_p, no_q; /* u, v infinite */
 } sk_class_terms;
 
-static inline sk_class_terms sk_class_of(const sk_rows *r, const sk_pair *x, sk_side of_u,
+static inline sk_class_terms sk_class_of(const sk_task *r, const sk_pair *x, sk_side of_u,
                                          sk_side of_v, int64_t i, int64_t c) {
     const double u = sk_logit_at(r, x->u, false, i, c), v = sk_logit_at(r, x->v, false, i, c);
     const double T = x->t.T;
@@ -51,7 +50,7 @@ static inline sk_class_terms sk_class_of(const sk_rows *r, const sk_pair *x, sk_
 
 /* A row that is far or holds infinities, with 0 log 0 = 0; both KL are NaN for one with a NaN or a
  * side of nothing but -inf, whose other results are those of the contract. */
-SK_RARE sk_diverged_row sk_careful_divergence(const sk_rows *r, const sk_pair *x, int64_t i) {
+SK_RARE sk_diverged_row sk_careful_divergence(const sk_task *r, const sk_pair *x, int64_t i) {
     const double T = x->t.T;
     const sk_side u = sk_side_of(r, x->u, false, T, i), v = sk_side_of(r, x->v, false, T, i);
     if (!sk_is_finite_side(u) || !sk_is_finite_side(v)) {
@@ -64,14 +63,14 @@ SK_RARE sk_diverged_row sk_careful_divergence(const sk_rows *r, const sk_pair *x
         if (k.no_p && k.no_q) continue;
         const double diff = k.p - k.q, dd = k.d * k.d;
         const bool near = fabs(k.d) < 0.5; /* as in kl.h: nothing cancels */
-        row.forward += k.no_p   ? k.q
-                       : k.no_q ? INFINITY
-                       : near   ? k.p * dd * sk_exp_rest(-(real)k.d)
-                                : k.p * k.d - diff;
-        row.reverse += k.no_q   ? k.p
-                       : k.no_p ? INFINITY
-                       : near   ? k.q * dd * sk_exp_rest((real)k.d)
-                                : diff - k.q * k.d;
+        row.kl_pq += k.no_p   ? k.q
+                     : k.no_q ? INFINITY
+                     : near   ? k.p * dd * sk_exp_rest(-(real)k.d)
+                              : k.p * k.d - diff;
+        row.kl_qp += k.no_q   ? k.p
+                     : k.no_p ? INFINITY
+                     : near   ? k.q * dd * sk_exp_rest((real)k.d)
+                              : diff - k.q * k.d;
     }
     return row;
 }
@@ -79,23 +78,23 @@ SK_RARE sk_diverged_row sk_careful_divergence(const sk_rows *r, const sk_pair *x
 /* ---- Forward ---- */
 
 /* The results that follow from the sums; NaN as KL(p||q) of a row that is not good. */
-SK_SPECIAL void sk_conclude_pair(enum sk_form form, const sk_rows *r, const sk_scale *scale,
+SK_SPECIAL void sk_conclude_pair(enum sk_form form, const sk_task *r, const sk_scale *scale,
                                  const sk_comparison *m, sk_divergences *to) {
     const sk_scale t = *scale;
 #pragma omp simd
     for (int64_t i = 0; i < r->width; i++) {
         const sk_concluded x = sk_conclude(form, true, m, i, &t, &t);
-        const bool near = (x.forward < SK_FAR) & (x.reverse < SK_FAR);
+        const bool near = (x.kl_pq < SK_FAR) & (x.kl_qp < SK_FAR);
         to->dl[i] = x.dl;
-        to->forward[i] = near ? x.forward : (double)NAN;
-        to->reverse[i] = x.reverse;
+        to->kl_pq[i] = near ? x.kl_pq : (double)NAN;
+        to->kl_qp[i] = x.kl_qp;
     }
 #pragma omp simd
     for (int64_t i = 0; i < r->width; i++) to->lse[i] = m->hu[i] * t.per_T + sk_level(m, i);
 }
 
 /* Both visits to a task's logits, the first of them for the anchors: only for the PLAIN form. */
-static inline void sk_compare_pair(enum sk_form form, const sk_rows *r, const sk_pair *pair,
+static inline void sk_compare_pair(enum sk_form form, const sk_task *r, const sk_pair *pair,
                                    sk_comparison *m) {
     SK_ALIGNED real tile[2][SK_TILE];
     const sk_arg *logits[2] = {pair->u, pair->v};
@@ -134,7 +133,7 @@ static inline void sk_compare_pair(enum sk_form form, const sk_rows *r, const sk
 
 /* Compares again, in the exact form and against T lse, what the first results left open. Rows that
  * differ by a constant keep their anchors: against them they differ by exactly 0. */
-static inline void sk_compare_pair_again(const sk_rows *r, const sk_pair *x, sk_comparison *m,
+static inline void sk_compare_pair_again(const sk_task *r, const sk_pair *x, sk_comparison *m,
                                          sk_divergences *to) {
     sk_divergences again;
     sk_clear_sums(r, m);
@@ -146,16 +145,16 @@ static inline void sk_compare_pair_again(const sk_rows *r, const sk_pair *x, sk_
     sk_compare_pair(SK_EXACT, r, x, m);
     sk_conclude_pair(SK_EXACT, r, &x->t, m, &again);
     for (int64_t i = 0; i < r->width; i++) {
-        if (!isnan(to->forward[i])) continue;
+        if (!isnan(to->kl_pq[i])) continue;
         to->lse[i] = again.lse[i];
         to->dl[i] = again.dl[i];
-        to->forward[i] = again.forward[i];
-        to->reverse[i] = again.reverse[i];
+        to->kl_pq[i] = again.kl_pq[i];
+        to->kl_qp[i] = again.kl_qp[i];
     }
 }
 
 /* Leaves both KL of rows whose weight is not 0, and what their gradients need. */
-SK_OUTLINE void sk_diverge(const sk_rows *r, const sk_pair *x, const real *weight,
+SK_OUTLINE void sk_diverge(const sk_task *r, const sk_pair *x, const real *weight,
                            sk_divergences *to) {
     sk_comparison m;
     sk_clear_sums(r, &m);
@@ -163,16 +162,16 @@ SK_OUTLINE void sk_diverge(const sk_rows *r, const sk_pair *x, const real *weigh
     sk_compare_pair(SK_PLAIN, r, x, &m);
     sk_conclude_pair(SK_PLAIN, r, &x->t, &m, to);
     int64_t open = 0;
-    for (int64_t i = 0; i < r->width; i++) open += weight[i] != 0 && isnan(to->forward[i]);
+    for (int64_t i = 0; i < r->width; i++) open += weight[i] != 0 && isnan(to->kl_pq[i]);
     if (open == 0) return;
     sk_compare_pair_again(r, x, &m, to);
     for (int64_t i = 0; i < r->width; i++) {
-        if (weight[i] == 0 || !isnan(to->forward[i])) continue;
+        if (weight[i] == 0 || !isnan(to->kl_pq[i])) continue;
         const sk_diverged_row row = sk_careful_divergence(r, x, i);
         to->lse[i] = row.lse_u;
         to->dl[i] = row.dl;
-        to->forward[i] = row.forward;
-        to->reverse[i] = row.reverse;
+        to->kl_pq[i] = row.kl_pq;
+        to->kl_qp[i] = row.kl_qp;
     }
 }
 
@@ -189,15 +188,15 @@ enum {
     SK_GAP_HIGH,
     SK_GAP_LOW,
     SK_EXACTLY,
-    SK_KL_FORWARD,
-    SK_KL_REVERSE,
+    SK_KL_PQ,
+    SK_KL_QP,
     SK_PAIR_SCALARS
 };
 typedef real sk_pair_scalars[SK_PAIR_SCALARS][SK_PITCH];
 
 /* wf and wr, and the same for the terms that detach_target drops. */
 typedef struct sk_term_weights {
-    real forward, reverse, target_forward, target_reverse;
+    real pq, qp, target_pq, target_qp;
 } sk_term_weights;
 
 SK_SPECIAL void sk_pair_run_of(bool positions, bool close, const sk_scale *scale, sk_term_weights w,
@@ -218,8 +217,8 @@ SK_SPECIAL void sk_pair_run_of(bool positions, bool close, const sk_scale *scale
             const real d = close ? sk_log_ratio(SK_PLAIN, a, b, gap, &t, &t)
                                  : sk_difference(a, b, gap, m[SK_EXACTLY][i]) * t.inverse_T;
             const real p_q = d * d < (real)0.25 ? q * sk_expm1(d) : p - q;
-            const real to_u = p * (w.target_forward * d - m[SK_KL_FORWARD][i]) + w.reverse * p_q;
-            const real to_v = -q * (w.target_reverse * d + m[SK_KL_REVERSE][i]) - w.forward * p_q;
+            const real to_u = p * (w.target_pq * d - m[SK_KL_PQ][i]) + w.qp * p_q;
+            const real to_v = -q * (w.target_qp * d + m[SK_KL_QP][i]) - w.pq * p_q;
             grad_u[at + k] = m[SK_U_FACTOR][i] != 0 ? to_u : 0;
             grad_v[at + k] = m[SK_U_FACTOR][i] != 0 ? to_v : 0;
         }
@@ -227,7 +226,7 @@ SK_SPECIAL void sk_pair_run_of(bool positions, bool close, const sk_scale *scale
 }
 
 /* Leaves the gradients of a run. Where all of its rows are close, less work leaves the same. */
-static inline void sk_pair_run(const sk_rows *r, bool all_close, const sk_scale *t,
+static inline void sk_pair_run(const sk_task *r, bool all_close, const sk_scale *t,
                                sk_term_weights w, sk_run run, sk_pair_scalars m, const real *u,
                                const real *v, sk_ahead next_u, sk_ahead next_v, real *grad_u,
                                real *grad_v) {
@@ -247,21 +246,22 @@ static inline void sk_pair_run(const sk_rows *r, bool all_close, const sk_scale 
 
 /* The gradient of a row that is far or holds infinities or NaN: terms of weight 0 are left out, 0
  * log 0 = 0. */
-SK_RARE void sk_careful_gradient(const sk_rows *r, const sk_pair *x, int64_t i, sk_diverged_row row,
+SK_RARE void sk_careful_gradient(const sk_task *r, const sk_pair *x, int64_t i, sk_diverged_row row,
                                  double factor, sk_term_weights w, const sk_arg *grad_u,
                                  const sk_arg *grad_v) {
     const double T = x->t.T;
-    const sk_side u = sk_side_within(sk_side_of(r, x->u, false, T, i), T, row.lse_u, 0);
-    const sk_side v = sk_side_within(sk_side_of(r, x->v, false, T, i), T, row.lse_u, row.dl);
+    const sk_side u = sk_side_within(sk_side_of(r, x->u, false, T, i), T, row.lse_u, 0, SK_ROUNDED);
+    const sk_side v =
+        sk_side_within(sk_side_of(r, x->v, false, T, i), T, row.lse_u, row.dl, SK_ROUNDED);
     for (int64_t c = 0; c < r->C; c++) {
         const sk_class_terms k = sk_class_of(r, x, u, v, i, c);
-        const double forward = k.no_p && !isnan(row.forward) ? 0 : k.p * (k.d - row.forward);
-        const double reverse = k.no_q && !isnan(row.reverse) ? 0 : k.q * (k.d + row.reverse);
+        const double kl_pq = k.no_p && !isnan(row.kl_pq) ? 0 : k.p * (k.d - row.kl_pq);
+        const double kl_qp = k.no_q && !isnan(row.kl_qp) ? 0 : k.q * (k.d + row.kl_qp);
         double to_u = 0, to_v = 0;
-        if (w.target_forward != 0) to_u += w.target_forward * forward;
-        if (w.reverse != 0) to_u += w.reverse * (k.p - k.q);
-        if (w.target_reverse != 0) to_v -= w.target_reverse * reverse;
-        if (w.forward != 0) to_v -= w.forward * (k.p - k.q);
+        if (w.target_pq != 0) to_u += w.target_pq * kl_pq;
+        if (w.qp != 0) to_u += w.qp * (k.p - k.q);
+        if (w.target_qp != 0) to_v -= w.target_qp * kl_qp;
+        if (w.pq != 0) to_v -= w.pq * (k.p - k.q);
         sk_store_one(grad_u, sk_class_at(r, grad_u, i, c), (real)(factor * to_u));
         sk_store_one(grad_v, sk_class_at(r, grad_v, i, c), (real)(factor * to_v));
     }
@@ -269,13 +269,13 @@ SK_RARE void sk_careful_gradient(const sk_rows *r, const sk_pair *x, int64_t i, 
 
 /* A row is close if its gap is small against the spread of d, sqrt(2 KL). Returns whether all are.
  */
-static inline bool sk_set_pair(const sk_rows *r, const sk_scale *t, sk_term_weights w,
+static inline bool sk_set_pair(const sk_task *r, const sk_scale *t, sk_term_weights w,
                                const sk_divergences *x, const double *factor, sk_pair_scalars m) {
     real apart = 0;
 #pragma omp simd reduction(+ : apart)
     for (int64_t i = 0; i < sk_scalars(r); i++) {
         const double u = x->lse[i] * t->T, v = (x->lse[i] - x->dl[i]) * t->T;
-        const double least = x->forward[i] < x->reverse[i] ? x->forward[i] : x->reverse[i];
+        const double least = x->kl_pq[i] < x->kl_qp[i] ? x->kl_pq[i] : x->kl_qp[i];
         const real exactly = x->dl[i] * x->dl[i] <= 8 * least ? 0 : 1;
         const sk_split gap = sk_split_of(x->dl[i] * t->T);
         m[SK_U_SHIFT][i] = (real)u;
@@ -285,8 +285,8 @@ static inline bool sk_set_pair(const sk_rows *r, const sk_scale *t, sk_term_weig
         m[SK_GAP_HIGH][i] = gap.high;
         m[SK_GAP_LOW][i] = gap.low;
         m[SK_EXACTLY][i] = exactly;
-        m[SK_KL_FORWARD][i] = w.target_forward * (real)x->forward[i];
-        m[SK_KL_REVERSE][i] = w.target_reverse * (real)x->reverse[i];
+        m[SK_KL_PQ][i] = w.target_pq * (real)x->kl_pq[i];
+        m[SK_KL_QP][i] = w.target_qp * (real)x->kl_qp[i];
         apart += exactly;
     }
     return apart == 0;

@@ -1,7 +1,7 @@
 /* The scalar loss of a row loss, from its per-row losses, in an order that depends on nothing but
  * their number. */
 #pragma once
-#include "cpu/core/chunk.h"
+#include "cpu/core/task.h"
 
 enum { SK_BLOCK = 4096 }; /* elements summed between two additions to the total */
 
@@ -48,8 +48,8 @@ static inline double sk_sum_rows(const sk_arg *rows, int64_t N, int64_t S, sk_ro
 }
 
 /* Row [n, s] of N x C x S by itself. */
-static inline sk_rows sk_one_row(int64_t N, int64_t C, int64_t S, int64_t n, int64_t s) {
-    return (sk_rows){.N = N, .C = C, .S = S, .n = n, .s = s, .width = 1, .groups = 1};
+static inline sk_task sk_one_row(int64_t N, int64_t C, int64_t S, int64_t n, int64_t s) {
+    return (sk_task){.N = N, .C = C, .S = S, .n = n, .s = s, .width = 1, .groups = 1};
 }
 
 /* Its weight, 1 where none is given. */

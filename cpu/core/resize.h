@@ -4,7 +4,7 @@
  * (NCHW), a group of channels where those are (channels_last). */
 #pragma once
 #include "core/resize.h"
-#include "cpu/core/chunk.h"
+#include "cpu/core/load.h"
 
 enum {
     SK_STRIP = 1024,                              /* elements of the result taken at a time */

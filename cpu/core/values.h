@@ -29,10 +29,10 @@ static inline sk_bad sk_bad_sum(const sk_arg *x, bool logs, int64_t N, int64_t C
     SK_ALIGNED double sum[SK_PITCH];
     const real *lanes[SK_GROUPS];
     const sk_scale unit = sk_scale_of(1);
-    const sk_rows all = sk_rows_of(x, N, C, S);
+    const sk_task all = sk_tasks_of(x, N, C, S);
     const int64_t count = sk_work_of(&all, 1).count, step = sk_tile_classes(&all);
     for (int64_t task = 0; task < count && x->data; task++) {
-        const sk_rows r = sk_task(&all, task);
+        const sk_task r = sk_task_at(&all, task);
         memset(sum, 0, sizeof sum);
         for (int64_t c = 0; c < r.C; c += step) {
             const int64_t classes = sk_min(step, r.C - c), depth = sk_depth(&r, classes);

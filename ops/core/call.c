@@ -31,7 +31,7 @@ static int run_cpu(sk_call *call) {
             if (call->op->items[i].in_params == bad.item)
                 return sk_fail_value(call, i, bad.row, bad.value);
     }
-    sk_parallel(work.count, GRAIN / (work.cost + 1) + 1, kernel->rows, params);
+    sk_parallel(work.count, GRAIN / (work.cost + 1) + 1, kernel->tasks, params);
     if (kernel->finish) kernel->finish(params);
     return SELFKD_OK;
 }

@@ -3,7 +3,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 
-#include "cpu/core/kernel.h"
+#include "kernel.h"
 #include "selfkd.h"
 
 typedef struct sk_op {
@@ -88,17 +88,17 @@ int64_t sk_dtype_size(enum sk_dtype dtype);
 /* Stores the sentence "<op>: ..." for selfkd_message() and returns `status`. */
 int sk_fail(int status, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
-/* Runs rows(params, begin, end) over [0, count) in pieces of at least `grain`, on PyTorch's threads
- * or our own. */
+/* Runs tasks(params, begin, end) over [0, count) in pieces of at least `grain`, on PyTorch's
+ * threads or our own. */
 typedef void (*sk_part)(const void *params, int64_t begin, int64_t end);
 typedef void (*sk_range)(int64_t begin, int64_t end, void *context);
-void sk_parallel(int64_t count, int64_t grain, sk_part rows, const void *params);
+void sk_parallel(int64_t count, int64_t grain, sk_part tasks, const void *params);
 void sk_use_parallel_for(int (*parallel_for)(int64_t, int64_t, int64_t, sk_range, void *));
 int sk_num_threads(void);
 
 enum sk_isa sk_current_isa(void);
 
-/* cuda/core/runtime.c; without CUDA, sentences that say so. */
+/* ops/core/device.c; without CUDA, sentences that say so. */
 int sk_cuda_enter(int32_t device, int32_t *previous);
 void sk_cuda_leave(int32_t previous);
 int sk_cuda_error(const sk_op *op, int error);

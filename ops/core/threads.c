@@ -6,13 +6,13 @@
 #include <sched.h>
 #include <stdlib.h>
 
-#include "core/mode.h"
-#include "core/op.h"
+#include "mode.h"
+#include "op.h"
 
 /* ---- a job ---- */
 
 typedef struct job {
-    sk_part rows;
+    sk_part tasks;
     const void *params;
     uint64_t mode; /* the caller's */
 } job;
@@ -21,7 +21,7 @@ static void run_range(int64_t begin, int64_t end, void *context) {
     const job *const j = context;
     const uint64_t own = sk_mode();
     if (own != j->mode) sk_set_mode(j->mode);
-    j->rows(j->params, begin, end);
+    j->tasks(j->params, begin, end);
     if (own != j->mode) sk_set_mode(own);
 }
 
@@ -33,7 +33,7 @@ static struct {
     pthread_cond_t wake, done;
     int workers;
     uint64_t ticket;
-    job job; /* rows NULL: none */
+    job job; /* tasks NULL: none */
     int64_t count, piece;
     _Atomic int64_t next;
     int busy;
@@ -89,7 +89,7 @@ static void *work(void *unused) {
     for (;;) {
         while (pool.ticket == seen) pthread_cond_wait(&pool.wake, &pool.lock);
         seen = pool.ticket;
-        if (!pool.job.rows) continue; /* woke after the job had ended */
+        if (!pool.job.tasks) continue; /* woke after the job had ended */
         pool.busy++;
         const job j = pool.job;
         const int64_t count = pool.count, piece = pool.piece;
@@ -124,12 +124,12 @@ static void run_on_pool(int64_t count, int64_t piece, int threads, job j) {
     pthread_mutex_unlock(&pool.lock);
     take_pieces(j, count, piece);
     pthread_mutex_lock(&pool.lock);
-    pool.job.rows = NULL;
+    pool.job.tasks = NULL;
     while (pool.busy) pthread_cond_wait(&pool.done, &pool.lock);
     pthread_mutex_unlock(&pool.lock);
 }
 
-void sk_parallel(int64_t count, int64_t grain, sk_part rows, const void *params) {
+void sk_parallel(int64_t count, int64_t grain, sk_part tasks, const void *params) {
     if (count <= 0) return;
     int (*const torch)(int64_t, int64_t, int64_t, sk_range, void *) =
         atomic_load(&torch_parallel_for);
@@ -137,14 +137,14 @@ void sk_parallel(int64_t count, int64_t grain, sk_part rows, const void *params)
     int64_t piece = (count + threads - 1) / threads;
     if (piece < grain) piece = grain;
     if (piece >= count || threads == 1 || atomic_load(&forked)) {
-        rows(params, 0, count);
+        tasks(params, 0, count);
     } else if (torch) {
-        job j = {rows, params, sk_mode()};
+        job j = {tasks, params, sk_mode()};
         torch(0, count, piece, run_range, &j);
     } else if (pthread_mutex_trylock(&pool.one_job) == 0) {
-        run_on_pool(count, piece, threads, (job){rows, params, sk_mode()});
+        run_on_pool(count, piece, threads, (job){tasks, params, sk_mode()});
         pthread_mutex_unlock(&pool.one_job);
     } else {
-        rows(params, 0, count); /* the pool serves another caller */
+        tasks(params, 0, count); /* the pool serves another caller */
     }
 }

@@ -3,7 +3,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "core/op.h"
+#include "op.h"
 
 #ifdef SK_WITH_CUDA
 #include <cuda_runtime.h>

@@ -1,0 +1,82 @@
+/* Tiles: what is read of the rows of a task at a time, in groups of lanes.
+ *
+ * A tile holds SK_ROW_C classes of each row, or SK_TILE_C classes of each position. Positions are
+ * copied to the stack, because a class stride such as 256 KB would map every class to the same
+ * cache sets; rows are read in place where that can be. */
+#pragma once
+#include "cpu/core/task.h"
+
+static inline int64_t sk_tile_classes(const sk_task *r) {
+    return r->positions ? SK_TILE_C : SK_ROW_C;
+}
+
+/* From one vector of a group to the next, and how many there are. */
+static inline int64_t sk_pitch(const sk_task *r) { return r->positions ? SK_PITCH : SK_LANES; }
+static inline int64_t sk_depth(const sk_task *r, int64_t classes) {
+    return r->positions ? classes : sk_groups(classes);
+}
+
+/* From one row of a tile of "classes" to the next. */
+static inline int64_t sk_row_pitch(const sk_task *r) {
+    return sk_groups(sk_min(r->C, SK_ROW_C)) * SK_LANES;
+}
+
+/* Leaves in lanes where classes c .. c + classes of each group are to be read. */
+static inline void sk_load_tile(const sk_task *r, const sk_arg *x, int64_t c, int64_t classes,
+                                real *tile, const real **lanes) {
+    for (int64_t i = 0; i < classes && r->positions; i++)
+        sk_fill(x, sk_class_at(r, x, 0, c + i), x->stride[2], r->width, tile + i * SK_PITCH);
+    const int64_t row = sk_row_pitch(r);
+    for (int64_t g = 0; g < r->groups; g++)
+        lanes[g] = r->positions
+                       ? tile + g * SK_LANES
+                       : sk_read(x, sk_class_at(r, x, g, c), x->stride[1], classes, tile + g * row);
+}
+
+/* lane[k] = what x, one scalar for each row, holds for lane k of group g. */
+static inline void sk_to_lanes(const sk_task *r, int64_t g, const real *x, real *lane) {
+    for (int k = 0; k < SK_LANES; k++) lane[k] = x[r->positions ? g * SK_LANES + k : g];
+}
+
+static inline sk_ahead sk_next_tile(const sk_task *r, const sk_arg *x, int64_t g, int64_t c) {
+    const int64_t row = r->positions ? g * SK_LANES : g, next = c + sk_tile_classes(r);
+    const int64_t at =
+        next < r->C ? sk_class_at(r, x, row, next) : sk_class_at(r, x, row + r->width, 0);
+    return (sk_ahead){(uintptr_t)x->data + (uintptr_t)(at * sk_bytes(x)),
+                      (r->positions ? x->stride[1] : SK_LANES) * sk_bytes(x)};
+}
+
+/* Raises top to the largest of x, of each row. Four vectors at a time, for a chain of one maximum
+ * after the other would take longer than the exponentials. */
+static inline void sk_raise(const sk_task *r, const real *x, int64_t depth, int64_t g, real *top) {
+    const int64_t pitch = sk_pitch(r);
+    real lane[SK_LANES];
+    sk_to_lanes(r, g, top, lane);
+    for (int64_t i = 0; i < depth; i += 4) {
+        const real *a = x + i * pitch, *b = x + sk_min(i + 1, depth - 1) * pitch;
+        const real *c = x + sk_min(i + 2, depth - 1) * pitch,
+                   *d = x + sk_min(i + 3, depth - 1) * pitch;
+#pragma omp simd
+        for (int k = 0; k < SK_LANES; k++) {
+            const real ab = a[k] > b[k] ? a[k] : b[k], cd = c[k] > d[k] ? c[k] : d[k],
+                       abcd = ab > cd ? ab : cd;
+            lane[k] = abcd > lane[k] ? abcd : lane[k];
+        }
+    }
+    for (int k = 0; k < SK_LANES && r->positions; k++) top[g * SK_LANES + k] = lane[k];
+    if (r->positions) return;
+    real largest = lane[0];
+#pragma omp simd reduction(max : largest)
+    for (int k = 0; k < SK_LANES; k++) largest = lane[k] > largest ? lane[k] : largest;
+    top[g] = largest;
+}
+
+/* sum += part, lane k of group g being part of its row. */
+static inline void sk_add_lanes(const sk_task *r, int64_t g, const real *part, double *sum) {
+    for (int k = 0; k < SK_LANES && r->positions; k++) sum[g * SK_LANES + k] += part[k];
+    if (r->positions) return;
+    double all = 0;
+#pragma omp simd reduction(+ : all)
+    for (int k = 0; k < SK_LANES; k++) all += part[k];
+    sum[g] += all;
+}
