@@ -22,6 +22,9 @@ needs_operators = pytest.mark.skipif(
     not library.library().selfkd_register_torch(b"selfkd"),
     reason="of torch.ops.selfkd, which PyTorch older than 2.8 has not: run under 2.8 or newer",
 )
+needs_torch_backend = pytest.mark.skipif(
+    bool(SIMT_LIBRARY), reason="the emulator has no PyTorch binding"
+)
 
 
 @dataclass(frozen=True)

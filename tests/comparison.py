@@ -10,7 +10,7 @@ from typing import Any
 import selfkd
 import torch
 from backends import Backend, live_inputs, prepare, public
-from drawing import DTYPES, HALF_SMALLEST, HALF_ULP, LAYOUTS, ORDINARY, Case, cast, epsilon
+from drawing import DTYPES, HALF_SMALLEST, HALF_ULP, ORDINARY, Case, cast, epsilon, laid_out
 from selfkd import library
 from selfkd.contract import contract
 
@@ -178,9 +178,7 @@ def check_case(
     """Loss, every row, and all gradients of one case; and that the loop named `path` ran."""
     prepare(backend)
     tensors = cast(case.make(generator), op, DTYPES[dtype], backend.device)
-    inputs = [item for item in contract(op).items if item.is_input]
-    rows = [item.name for item in inputs if item.shape[:2] in ("NC", "ND")]
-    tensors |= {name: LAYOUTS[layout](tensors[name]) for name in rows if name in tensors}
+    tensors = laid_out(op, tensors, layout)
     check_tensors(op, case, backend, tensors)
     if backend.variant and path:
         variant = "f64" if dtype == "float64" else backend.variant

@@ -29,6 +29,9 @@ HALF_SMALLEST = {
 }
 
 
+Make = Callable[[torch.Generator], dict[str, torch.Tensor]]
+
+
 @dataclass(frozen=True)
 class Case:
     """Named after its user: `make` draws the tensors in float64, `options` are the numbers of the call.
@@ -43,7 +46,7 @@ class Case:
     """
 
     name: str
-    make: Callable[[torch.Generator], dict[str, torch.Tensor]]
+    make: Make
     options: Mapping[str, Any] = field(default_factory=dict)
     close: bool = False
     exact: float = 1e-12
@@ -57,6 +60,59 @@ class Case:
 
 
 ORDINARY = Case("ordinary", lambda g: {})
+
+
+# ---- what is drawn ----
+
+
+def pair(
+    first: str,
+    second: str,
+    *shape: int,
+    scale: float = 3.0,
+    level: float = 0.0,
+    shift: float = 0.0,
+    apart: float | None = None,
+) -> Make:
+    """Draws two tensors: independent, or `apart` standard deviations from each other."""
+
+    def make(g: torch.Generator) -> dict[str, torch.Tensor]:
+        x = scale * torch.randn(shape, generator=g, dtype=torch.float64) + level
+        noise = torch.randn(shape, generator=g, dtype=torch.float64)
+        y = scale * noise + level if apart is None else x + apart * noise
+        return {first: x, second: y + shift}
+
+    return make
+
+
+def weighted(make: Make, boolean: bool = False, spoilt: bool | None = None) -> Make:
+    """The same with weights, a third of them 0; `spoilt` (of masks): NaN in rows that nothing may look at."""
+
+    def with_weight(g: torch.Generator) -> dict[str, torch.Tensor]:
+        tensors = make(g)
+        sizes = next(iter(tensors.values()))[:, 0].shape
+        weight = torch.rand(sizes, generator=g, dtype=torch.float64) + 0.1
+        skipped = torch.rand(sizes, generator=g) < 0.34
+        weight[skipped] = 0
+        for x in tensors.values():
+            if x.is_floating_point() and (boolean if spoilt is None else spoilt):
+                x.movedim(1, -1)[skipped] = torch.nan
+        return {**tensors, "weight": weight != 0 if boolean else weight}
+
+    return with_weight
+
+
+def divided(make: Make) -> Make:
+    """The same with a divisor."""
+    return lambda g: {**make(g), "divisor": torch.tensor(12.5, dtype=torch.float64)}
+
+
+def rows_of(op: str) -> list[str]:
+    """The inputs that are rows of classes or of features."""
+    return [x.name for x in contract(op).items if x.is_input and x.shape[:2] in ("NC", "ND")]
+
+
+# ---- how it is stored ----
 
 
 def epsilon(dtype: torch.dtype) -> float:
@@ -108,3 +164,9 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "every_other": every_other,
     "unaligned": unaligned,
 }
+
+
+def laid_out(op: str, tensors: Mapping[str, torch.Tensor], layout: str) -> dict[str, torch.Tensor]:
+    """The same tensors, those that are rows under the strides of a layout."""
+    rows = {name: LAYOUTS[layout](tensors[name]) for name in rows_of(op) if name in tensors}
+    return {**tensors, **rows}

@@ -9,3 +9,4 @@ from backends import *  # noqa: F403
 from binding import *  # noqa: F403
 from comparison import *  # noqa: F403
 from drawing import *  # noqa: F403
+from standard import standard_tests  # noqa: F401
