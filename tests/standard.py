@@ -46,6 +46,8 @@ SHAPES: Mapping[str, Sequence[Shape]] = {
     "equal": [(7, 100), (2, 2500), (1, 40, 9, 11)],
     "grad": [(6, 40), (2, 9, 3, 5)],
     "slopes": [(3, 5), (2, 3, 4)],
+    "double": [(4, 6), (2, 3, 6)],
+    "opcheck": [(4, 6), (2, 3, 4, 5)],
     "compile": [(6,), (3, 6)],
     "threads": [(300, 500), (20, 8192), (20, 8, 300)],
     "saved": [(64, 1000), (4, 64, 16, 16)],
@@ -116,7 +118,7 @@ class Loss:
 
 
 def named(options: Mapping[str, Any]) -> str:
-    """The name of a call in the name of a test."""
+    """What a call is called in the name of a test."""
     return ",".join(f"{name}={value}" for name, value in options.items()) or "usual"
 
 
@@ -125,7 +127,9 @@ def each_call(options: Sequence[Mapping[str, Any]]) -> Any:
     return pytest.mark.parametrize("options", options, ids=named)
 
 
-def standard_tests(op: str, draw: Callable[..., Make], rows: Sequence[Any], **more: Any) -> Tests:
+def standard_tests(
+    op: str, draw: Callable[..., Make], rows: Sequence[Any] = (), **more: Any
+) -> Tests:
     """The tests of a loss of rows by their names, for `globals().update(...)` in its module.
 
     A test of the same name that the module defines below takes the place of one of these. The
@@ -191,7 +195,8 @@ def of_values(loss: Loss) -> list[Callable[..., None]]:
             )
             check_tensors(op, case, backend, tensors | last)
 
-    found = [test_rows, test_strides]
+    found = [test_strides]
+    found += [test_rows] if loss.rows else []
     found += [test_maps] if loss.maps else []
     return found + ([test_a_dtype_and_layout_of_its_own] if loss.fixed() else [])
 
@@ -342,7 +347,7 @@ def of_gradients(loss: Loss) -> list[Callable[..., None]]:
 
     @needs_torch_backend
     @each_call([*loss.options, *loss.reductions()[1:]])
-    @pytest.mark.parametrize("shape", [(4, 6), (2, 3, 6)], ids=str)
+    @loss.each_shape("double")
     def test_double_backward_agrees_with_kernel_and_reference(
         shape: Shape, options: Mapping[str, Any], generator: torch.Generator
     ) -> None:
@@ -366,14 +371,14 @@ def of_pytorch(loss: Loss) -> list[Callable[..., None]]:
     @needs_operators
     @pytest.mark.parametrize("reduction", range(len(loss.reductions())))
     @pytest.mark.parametrize("fixed", ["float32", "float16"] if loss.fixed() else ["float32"])
-    def test_opcheck(fixed: str, reduction: int, generator: torch.Generator) -> None:
-        for shape in ((4, 6), (2, 3, 5)):
-            tensors = loss.with_weight(loss.tensors(shape, generator), generator)
-            tensors |= {name: tensors[name].to(DTYPES[fixed]) for name in loss.fixed()}
-            each = loss.has("reduction") and reduction == 0
-            grad = torch.rand(tensors[first][:, 0].shape) if each else torch.tensor(2.0)
-            options = {"reduction": reduction} if loss.has("reduction") else {}
-            check_operator(op, tensors, options, grad)
+    @loss.each_shape("opcheck")
+    def test_opcheck(shape: Shape, fixed: str, reduction: int, generator: torch.Generator) -> None:
+        tensors = loss.with_weight(loss.tensors(shape, generator), generator)
+        tensors |= {name: tensors[name].to(DTYPES[fixed]) for name in loss.fixed()}
+        each = loss.has("reduction") and reduction == 0
+        grad = torch.rand(tensors[first][:, 0].shape) if each else torch.tensor(2.0)
+        options = {"reduction": reduction} if loss.has("reduction") else {}
+        check_operator(op, tensors, options, grad)
 
     @needs_torch_backend
     @needs_operators
