@@ -133,8 +133,9 @@ static void row_task(const row_params *p, const sk_task *r) {
     const sk_pair pair = {&p->u, &p->v, sk_scale_of(p->temperature)};
     labels of;
     sk_softmax softmax;
-    SK_ALIGNED sk_found kl = {{0}};
+    SK_ALIGNED sk_found kl;
     SK_ALIGNED double level[SK_PITCH] = {0}, ce[SK_PITCH] = {0};
+    for (int k = 0; k < SK_SAVED; k++) memset(kl[k], 0, (size_t)r->width * sizeof(double));
     if (load_labels(p, r, &of)) {
         cross_entropy(p, r, &of, &softmax, level, ce);
         if (p->kl_weight != 0) sk_diverge(r, &pair, of.weight, kl);
@@ -143,7 +144,7 @@ static void row_task(const row_params *p, const sk_task *r) {
     }
     const double TT = p->temperature * p->temperature;
     for (int64_t i = 0; i < r->width; i++) {
-        for (int k = 0; k < SK_FOUND && of.weight[i] == 0; k++) kl[k][i] = 0;
+        for (int k = 0; k < SK_SAVED && of.weight[i] == 0; k++) kl[k][i] = 0;
         const double sum = sk_weighted_kl(kl, i, p->forward_weight, p->reverse_weight);
         const double loss = ce[i] + (p->kl_weight != 0 ? p->kl_weight * TT * sum : 0);
         ((real *)p->rows.data)[r->n + i] = of.weight[i] != 0 ? (real)(of.weight[i] * loss) : 0;

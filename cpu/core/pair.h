@@ -158,7 +158,7 @@ static inline void sk_compare_pair_again(const sk_task *r, const sk_pair *x, sk_
     sk_conclude_pair(SK_EXACT, r, &x->t, m, again);
     for (int64_t i = 0; i < r->width; i++) {
         const bool open = isnan(to[SK_KL_PQ][i]);
-        for (int k = 0; k < SK_FOUND && open; k++) to[k][i] = again[k][i];
+        for (int k = 0; k < SK_SAVED && open; k++) to[k][i] = again[k][i];
     }
 }
 
@@ -211,6 +211,23 @@ static inline sk_term_weights sk_term_weights_of(double pq, double qp, bool deta
     return (sk_term_weights){(real)pq, (real)qp, detach ? 0 : (real)pq, detach ? 0 : (real)qp};
 }
 
+/* A class of logits u and v of row i: p and q times the row's factor, d = log p - log q, and p - q,
+ * of which nothing cancels. Where the row is close, less work leaves the same. */
+typedef struct sk_pair_class {
+    real p, q, d, p_q;
+} sk_pair_class;
+
+SK_SPECIAL sk_pair_class sk_pair_at(bool close, const sk_scale *t, sk_pair_scalars m, int64_t i,
+                                    real u, real v) {
+    const real a = sk_logit(u, t->least), b = sk_logit(v, t->least);
+    const real p = m[SK_U_FACTOR][i] * sk_exp_of(a - m[SK_U_SHIFT][i], t);
+    const real q = m[SK_V_FACTOR][i] * sk_exp_of(b - m[SK_V_SHIFT][i], t);
+    const sk_split gap = {m[SK_GAP_HIGH][i], m[SK_GAP_LOW][i]};
+    const real d = close ? sk_log_ratio(SK_PLAIN, a, b, gap, t, t)
+                         : sk_difference(a, b, gap, m[SK_EXACTLY][i]) * t->inverse_T;
+    return (sk_pair_class){p, q, d, d * d < (real)0.25 ? q * sk_expm1(d) : p - q};
+}
+
 /* The gradients of a run of u and v, of rows at positions or of one row. */
 SK_SPECIAL void sk_pair_run_of(bool positions, bool close, const sk_scale *scale, sk_term_weights w,
                                sk_pair_scalars m, const sk_slice *at) {
@@ -224,15 +241,9 @@ SK_SPECIAL void sk_pair_run_of(bool positions, bool close, const sk_scale *scale
 #pragma omp simd
         for (int k = 0; k < SK_LANES; k++) {
             const int64_t i = positions ? at->run.row + n + k : at->run.row;
-            const real a = sk_logit(u[n + k], t.least), b = sk_logit(v[n + k], t.least);
-            const real p = m[SK_U_FACTOR][i] * sk_exp_of(a - m[SK_U_SHIFT][i], &t);
-            const real q = m[SK_V_FACTOR][i] * sk_exp_of(b - m[SK_V_SHIFT][i], &t);
-            const sk_split gap = {m[SK_GAP_HIGH][i], m[SK_GAP_LOW][i]};
-            const real d = close ? sk_log_ratio(SK_PLAIN, a, b, gap, &t, &t)
-                                 : sk_difference(a, b, gap, m[SK_EXACTLY][i]) * t.inverse_T;
-            const real p_q = d * d < (real)0.25 ? q * sk_expm1(d) : p - q;
-            const real to_u = p * (w.target_pq * d - m[SK_TERM_PQ][i]) + w.qp * p_q;
-            const real to_v = -q * (w.target_qp * d + m[SK_TERM_QP][i]) - w.pq * p_q;
+            const sk_pair_class x = sk_pair_at(close, &t, m, i, u[n + k], v[n + k]);
+            const real to_u = x.p * (w.target_pq * x.d - m[SK_TERM_PQ][i]) + w.qp * x.p_q;
+            const real to_v = -x.q * (w.target_qp * x.d + m[SK_TERM_QP][i]) - w.pq * x.p_q;
             grad_u[n + k] = m[SK_U_FACTOR][i] != 0 ? to_u : 0;
             grad_v[n + k] = m[SK_U_FACTOR][i] != 0 ? to_v : 0;
         }

@@ -62,8 +62,9 @@ static inline sk_task sk_task_at(const sk_task *all, int64_t i) {
     return r;
 }
 
-/* What is found of the rows of a task: planes of numbers, one for each row. */
-enum { SK_FOUND = 4 };
+/* What is found of the rows of a task: planes of numbers, one for each row. The first are saved for
+ * backward, at most 32 bytes a row. */
+enum { SK_SAVED = 4, SK_FOUND = 5 };
 typedef double sk_found[SK_FOUND][SK_PITCH];
 
 /* How many scalars of a task there are, one for each row; in "positions" one for each lane. */
