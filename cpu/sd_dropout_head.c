@@ -112,7 +112,7 @@ SK_OUTLINE void differentiate_views(const row_params *p, const sk_task *r, const
     const sk_streams streams = {{&p->u, &p->v}, {&p->u, &p->v}};
     sk_set_pair(r, x, factor, &k);
     for (sk_run run = sk_first_run(r); run.n > 0; run = sk_run_after(r, run)) {
-        const sk_diverged_row row = sk_found_row(x, run.row);
+        const sk_divergence row = sk_found_row(x, run.row);
         if (factor[run.row] != 0 && !sk_is_ordinary(row, factor[run.row])) {
             if (run.c == 0)
                 sk_careful_gradient(r, pair, run.row, row, factor[run.row], k.w, &p->u, &p->v);

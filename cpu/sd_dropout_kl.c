@@ -41,7 +41,7 @@ static void backward_task(const backward_params *p, const sk_task *r) {
     double careful = 0;
     for (int64_t i = 0; i < sk_scalars(r); i++) {
         /* No gradient: none comes in, or the row has no loss, for its weight or because p = q. */
-        const sk_diverged_row row = sk_found_row(in.saved, i);
+        const sk_divergence row = sk_found_row(in.saved, i);
         const bool none =
             (in.grad[i] == 0) | (in.weight[i] == 0) | ((row.kl_pq == 0) & (row.kl_qp == 0));
         factor[i] = none ? 0 : per_row * in.grad[i] * in.weight[i];
@@ -51,7 +51,7 @@ static void backward_task(const backward_params *p, const sk_task *r) {
     const sk_streams streams = {{&p->u, &p->v}, {&p->grad_u, &p->grad_v}};
     sk_write_gradients(r, &streams, sk_pair_run, &of);
     for (int64_t i = 0; i < r->width && careful != 0; i++) {
-        const sk_diverged_row row = sk_found_row(in.saved, i);
+        const sk_divergence row = sk_found_row(in.saved, i);
         if (factor[i] != 0 && !sk_is_ordinary(row, factor[i]))
             sk_careful_gradient(r, &pair, i, row, factor[i], of.w, &p->grad_u, &p->grad_v);
     }

@@ -8,7 +8,10 @@
  *     lse(u/T) = hu/T + log P        KL(p||q) = GP/P - (r D/P - h(r))
  *     dl = (hu - hv)/T + log(1 + r)  KL(q||p) = GQ/Q - h(r)
  * with h(r) = r - log(1 + r). Every term is of second order, so rows close to each other keep their
- * digits; those that would lose too many are told apart (sk_conclude) and done once more. */
+ * digits; those that would lose too many are told apart (sk_conclude) and done once more.
+ *
+ * A file that includes this, by itself or by another header, is compiled with two flags more: see
+ * chain_flags in CMakeLists.txt. */
 #pragma once
 #include "cpu/core/row.h"
 #include "cpu/core/tile.h"

@@ -18,20 +18,15 @@ typedef struct sk_pair {
  */
 enum { SK_LSE, SK_DL, SK_KL_PQ, SK_KL_QP };
 
-/* The same numbers of one row. */
-typedef struct sk_diverged_row {
-    double lse_u, dl, kl_pq, kl_qp;
-} sk_diverged_row;
-
 /* Rows with a KL beyond this are computed in double (careful_*): in float, d would be too coarse
  * for d - KL. */
 enum { SK_FAR = 64 };
 
-static inline sk_diverged_row sk_found_row(sk_found x, int64_t i) {
-    return (sk_diverged_row){x[SK_LSE][i], x[SK_DL][i], x[SK_KL_PQ][i], x[SK_KL_QP][i]};
+static inline sk_divergence sk_found_row(sk_found x, int64_t i) {
+    return (sk_divergence){x[SK_LSE][i], x[SK_DL][i], x[SK_KL_PQ][i], x[SK_KL_QP][i]};
 }
 
-static inline bool sk_is_ordinary(sk_diverged_row x, double factor) {
+static inline bool sk_is_ordinary(sk_divergence x, double factor) {
     return (x.kl_pq < SK_FAR) & (x.kl_qp < SK_FAR) & (fabs(x.lse_u) < SK_FAR_LSE) &
            (fabs(x.dl) < SK_FAR_LSE) & !sk_is_far_factor(factor);
 }
@@ -39,49 +34,6 @@ static inline bool sk_is_ordinary(sk_diverged_row x, double factor) {
 /* Both KL by their weights: a direction of weight 0 may be infinite. */
 static inline double sk_weighted_kl(sk_found x, int64_t i, double pq, double qp) {
     return (pq != 0 ? pq * x[SK_KL_PQ][i] : 0) + (qp != 0 ? qp * x[SK_KL_QP][i] : 0);
-}
-
-/* ---- A row in double, class by class ---- */
-
-/* Class c of row i of both logits: p, q and d = log p - log q. */
-typedef struct sk_class_terms {
-    double p, q, d;
-    bool no_p, no_q; /* u, v infinite */
-} sk_class_terms;
-
-static inline sk_class_terms sk_class_of(const sk_task *r, const sk_pair *x, sk_side of_u,
-                                         sk_side of_v, int64_t i, int64_t c) {
-    const double u = sk_logit_at(r, x->u, false, i, c), v = sk_logit_at(r, x->v, false, i, c);
-    const double T = x->t.T;
-    return (sk_class_terms){exp(sk_log_p(u, T, of_u)), exp(sk_log_p(v, T, of_v)),
-                            sk_log_ratio_of(u, v, T, T, of_u, of_v), isinf(u), isinf(v)};
-}
-
-/* A row that is far or holds infinities, with 0 log 0 = 0; both KL are NaN for one with a NaN or a
- * side of nothing but -inf, whose other results are those of the contract. */
-SK_RARE sk_diverged_row sk_careful_divergence(const sk_task *r, const sk_pair *x, int64_t i) {
-    const double T = x->t.T;
-    const sk_side u = sk_side_of(r, x->u, false, T, i), v = sk_side_of(r, x->v, false, T, i);
-    if (!sk_is_finite_side(u) || !sk_is_finite_side(v)) {
-        const double lse_u = sk_lse_of(u, T), lse_v = sk_lse_of(v, T);
-        return (sk_diverged_row){lse_u, lse_u == -INFINITY ? lse_v : lse_u - lse_v, NAN, NAN};
-    }
-    sk_diverged_row row = {sk_lse_of(u, T), (u.top - v.top) / T + (u.log_sum - v.log_sum), 0, 0};
-    for (int64_t c = 0; c < r->C; c++) {
-        const sk_class_terms k = sk_class_of(r, x, u, v, i, c);
-        if (k.no_p && k.no_q) continue;
-        const double diff = k.p - k.q, dd = k.d * k.d;
-        const bool near = fabs(k.d) < 0.5; /* as in kl.h: nothing cancels */
-        row.kl_pq += k.no_p   ? k.q
-                     : k.no_q ? INFINITY
-                     : near   ? k.p * dd * sk_exp_rest(-(real)k.d)
-                              : k.p * k.d - diff;
-        row.kl_qp += k.no_q   ? k.p
-                     : k.no_p ? INFINITY
-                     : near   ? k.q * dd * sk_exp_rest((real)k.d)
-                              : diff - k.q * k.d;
-    }
-    return row;
 }
 
 /* ---- Forward ---- */
@@ -175,7 +127,8 @@ SK_OUTLINE void sk_diverge(const sk_task *r, const sk_pair *x, const real *weigh
     sk_compare_pair_again(r, x, &m, to);
     for (int64_t i = 0; i < r->width; i++) {
         if (weight[i] == 0 || !isnan(to[SK_KL_PQ][i])) continue;
-        const sk_diverged_row row = sk_careful_divergence(r, x, i);
+        const sk_row_pair both = sk_row_pair_of(r, x->u, x->v, x->t.T, i);
+        const sk_divergence row = sk_divergence_of(&both);
         to[SK_LSE][i] = row.lse_u;
         to[SK_DL][i] = row.dl;
         to[SK_KL_PQ][i] = row.kl_pq;
@@ -276,15 +229,13 @@ static inline void sk_pair_run(void *context, const sk_slice *at) {
 
 /* The gradient of a row that is far or holds infinities or NaN: terms of weight 0 are left out, 0
  * log 0 = 0. */
-SK_RARE void sk_careful_gradient(const sk_task *r, const sk_pair *x, int64_t i, sk_diverged_row row,
+SK_RARE void sk_careful_gradient(const sk_task *r, const sk_pair *x, int64_t i, sk_divergence row,
                                  double factor, sk_term_weights w, const sk_arg *grad_u,
                                  const sk_arg *grad_v) {
-    const double T = x->t.T;
-    const sk_side u = sk_side_within(sk_side_of(r, x->u, false, T, i), T, row.lse_u, 0, SK_ROUNDED);
-    const sk_side v =
-        sk_side_within(sk_side_of(r, x->v, false, T, i), T, row.lse_u, row.dl, SK_ROUNDED);
+    const sk_row_pair found = sk_row_pair_of(r, x->u, x->v, x->t.T, i);
+    const sk_row_pair both = sk_row_pair_within(found, row.lse_u, row.dl);
     for (int64_t c = 0; c < r->C; c++) {
-        const sk_class_terms k = sk_class_of(r, x, u, v, i, c);
+        const sk_class_terms k = sk_class_of(&both, c);
         const double kl_pq = k.no_p && !isnan(row.kl_pq) ? 0 : k.p * (k.d - row.kl_pq);
         const double kl_qp = k.no_q && !isnan(row.kl_qp) ? 0 : k.q * (k.d + row.kl_qp);
         double to_u = 0, to_v = 0;

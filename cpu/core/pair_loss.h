@@ -40,40 +40,36 @@ static inline double sk_careful_class(const sk_pair_formula *f, sk_of_class of, 
     return nowhere ? 0 : of((real)x.p, (real)x.q, d, p_q, f->k);
 }
 
-/* The sides of row i, of which x holds the log-sum-exps. */
-typedef struct sk_two_sides {
-    sk_side u, v;
-} sk_two_sides;
-SK_RARE sk_two_sides sk_sides_of(const sk_task *r, const sk_pair *pair, int64_t i, sk_found x) {
-    const double T = pair->t.T, lse = x[SK_LSE][i], dl = x[SK_DL][i];
-    return (sk_two_sides){
-        sk_side_within(sk_side_of(r, pair->u, false, T, i), T, lse, 0, SK_ROUNDED),
-        sk_side_within(sk_side_of(r, pair->v, false, T, i), T, lse, dl, SK_ROUNDED)};
+/* Row i, of which x holds the log-sum-exps. */
+static inline sk_row_pair sk_found_pair(const sk_task *r, const sk_pair *x, sk_found found,
+                                        int64_t i) {
+    const sk_row_pair both = sk_row_pair_of(r, x->u, x->v, x->t.T, i);
+    return sk_row_pair_within(both, found[SK_LSE][i], found[SK_DL][i]);
 }
 
-SK_RARE void sk_careful_sums(const sk_task *r, const sk_pair *pair, const sk_pair_formula *f,
-                             int64_t i, sk_found x) {
-    const sk_two_sides sides = sk_sides_of(r, pair, i, x);
-    x[SK_SLOPE_P][i] = x[SK_SLOPE_Q][i] = x[SK_LOSS][i] = 0;
-    for (int64_t c = 0; c < r->C; c++) {
-        const sk_class_terms of = sk_class_of(r, pair, sides.u, sides.v, i, c);
-        x[SK_LOSS][i] += sk_careful_class(f, f->value, of);
-        x[SK_SLOPE_P][i] += of.p == 0 ? 0 : of.p * sk_careful_class(f, f->slope_p, of);
-        x[SK_SLOPE_Q][i] += of.q == 0 ? 0 : of.q * sk_careful_class(f, f->slope_q, of);
+SK_RARE void sk_careful_sums(const sk_row_pair *row, const sk_pair_formula *f, sk_found x) {
+    double loss = 0, a = 0, b = 0;
+    for (int64_t c = 0; c < row->r->C; c++) {
+        const sk_class_terms of = sk_class_of(row, c);
+        loss += sk_careful_class(f, f->value, of);
+        a += of.p == 0 ? 0 : of.p * sk_careful_class(f, f->slope_p, of);
+        b += of.q == 0 ? 0 : of.q * sk_careful_class(f, f->slope_q, of);
     }
+    x[SK_LOSS][row->i] = loss;
+    x[SK_SLOPE_P][row->i] = a;
+    x[SK_SLOPE_Q][row->i] = b;
 }
 
-SK_RARE void sk_careful_slopes(const sk_task *r, const sk_pair *pair, const sk_pair_formula *f,
-                               int64_t i, sk_found x, double factor, const sk_streams *to) {
+SK_RARE void sk_careful_slopes(const sk_row_pair *row, const sk_pair_formula *f, sk_found x,
+                               double factor, const sk_streams *to) {
     const sk_arg *const grad_u = to->written[0], *const grad_v = to->written[1];
-    const sk_two_sides sides = sk_sides_of(r, pair, i, x);
-    for (int64_t c = 0; c < r->C; c++) {
-        const sk_class_terms of = sk_class_of(r, pair, sides.u, sides.v, i, c);
-        const double u = sk_careful_class(f, f->slope_p, of) - x[SK_SLOPE_P][i];
-        const double v = sk_careful_class(f, f->slope_q, of) - x[SK_SLOPE_Q][i];
-        const double to_u = of.p == 0 ? 0 : of.p * u, to_v = of.q == 0 ? 0 : of.q * v;
-        sk_store_one(grad_u, sk_class_at(r, grad_u, i, c), (real)(factor * to_u));
-        sk_store_one(grad_v, sk_class_at(r, grad_v, i, c), (real)(factor * to_v));
+    const double a = x[SK_SLOPE_P][row->i], b = x[SK_SLOPE_Q][row->i];
+    for (int64_t c = 0; c < row->r->C; c++) {
+        const sk_class_terms of = sk_class_of(row, c);
+        const double to_u = of.p == 0 ? 0 : of.p * (sk_careful_class(f, f->slope_p, of) - a);
+        const double to_v = of.q == 0 ? 0 : of.q * (sk_careful_class(f, f->slope_q, of) - b);
+        sk_store_one(grad_u, sk_class_at(row->r, grad_u, row->i, c), (real)(factor * to_u));
+        sk_store_one(grad_v, sk_class_at(row->r, grad_v, row->i, c), (real)(factor * to_v));
     }
 }
 
@@ -167,8 +163,11 @@ static inline void sk_find_pair_loss(const sk_task *r, const sk_pair *pair, cons
     for (int64_t i = 0; i < sk_scalars(r); i++)
         found[SK_SLOPE_P][i] = found[SK_SLOPE_Q][i] = found[SK_LOSS][i] = 0;
     sk_write_gradients(r, &streams, add, &x);
-    for (int64_t i = 0; i < r->width; i++)
-        if (weight[i] != 0 && sk_is_far_pair(found, i, 0)) sk_careful_sums(r, pair, f, i, found);
+    for (int64_t i = 0; i < r->width; i++) {
+        if (weight[i] == 0 || !sk_is_far_pair(found, i, 0)) continue;
+        const sk_row_pair row = sk_found_pair(r, pair, found, i);
+        sk_careful_sums(&row, f, found);
+    }
 }
 
 /* Leaves the gradients of a task: write() is a pass of sk_pair_loss_run. per_row: what the rows'
@@ -196,9 +195,11 @@ static inline void sk_differentiate_pair_loss(const sk_task *r, const sk_pair *p
     }
     sk_set_pair(r, in->saved, one, &x.pair);
     sk_write_gradients(r, streams, write, &x);
-    for (int64_t i = 0; i < r->width; i++)
-        if (factor[i] != 0 && sk_is_far_pair(in->saved, i, factor[i]))
-            sk_careful_slopes(r, pair, f, i, in->saved, factor[i], streams);
+    for (int64_t i = 0; i < r->width; i++) {
+        if (factor[i] == 0 || !sk_is_far_pair(in->saved, i, factor[i])) continue;
+        const sk_row_pair row = sk_found_pair(r, pair, in->saved, i);
+        sk_careful_slopes(&row, f, in->saved, factor[i], streams);
+    }
 }
 
 /* Defines the kernels op and op_backward of a loss with the inputs u, v and weight and a
