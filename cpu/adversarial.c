@@ -1,5 +1,5 @@
 /* Adversarial losses on the CPU: see ops/adversarial.h for the formulas. */
-#include "cpu/core/reduce.h"
+#include "cpu/core/row_loss.h"
 
 #include "formula/adversarial.h"
 
@@ -51,9 +51,9 @@ static inline int64_t part(int64_t count, int64_t at) {
 }
 
 /* Leaves rows and fake_rows of one task. */
-static void forward_task(const forward_params *p, int64_t at) {
+static void forward_task(const forward_params *p, const sk_task *r) {
     SK_ALIGNED real real_rows[SCORES], fake_rows[SCORES];
-    const int64_t term = sk_adversarial_term(p->mode, p->side);
+    const int64_t term = sk_adversarial_term(p->mode, p->side), at = r->n;
     const int64_t n = part(SK_DIM(p, N), at), m = part(SK_DIM(p, M), at);
     if (n > 0) load_values(term, REAL, &p->real, at, n, real_rows);
     if (m > 0) {
@@ -102,9 +102,9 @@ static void differentiate(int64_t term, side of, const sk_arg *x, const sk_arg *
     sk_put(to, at * to->stride[0], to->stride[0], n, result);
 }
 
-static void backward_task(const backward_params *p, int64_t at) {
+static void backward_task(const backward_params *p, const sk_task *r) {
     const int64_t term = sk_adversarial_term(p->mode, p->side), N = SK_DIM(p, N), M = SK_DIM(p, M);
-    const int64_t n = part(N, at), m = part(M, at);
+    const int64_t at = r->n, n = part(N, at), m = part(M, at);
     const bool mean = p->reduction == SELFKD_MEAN;
     if (n > 0)
         differentiate(term, REAL, &p->real, &p->grad, mean ? (double)N : 1, N, at, n,
@@ -116,18 +116,15 @@ static void backward_task(const backward_params *p, int64_t at) {
 
 /* ---- The kernels ---- */
 
-static sk_work work_of(int64_t N, int64_t M) {
-    const int64_t longer = N > M ? N : M;
-    return (sk_work){(longer + SCORES - 1) / SCORES, 2 * SCORES, "scores"};
+/* Tasks of SCORES scores of each side; r->n is the first of them. */
+static sk_task tasks_of(int64_t N, int64_t M) {
+    return (sk_task){.N = N > M ? N : M, .C = 1, .S = 1, .width = SCORES, .path = "scores"};
 }
-
-static sk_work forward_work(const void *params) {
-    const forward_params *p = params;
-    return work_of(SK_DIM(p, N), SK_DIM(p, M));
+static sk_task forward_tasks(const forward_params *p) {
+    return tasks_of(SK_DIM(p, N), SK_DIM(p, M));
 }
-
-static void adversarial_rows(const void *params, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) forward_task(params, i * SCORES);
+static sk_task backward_tasks(const backward_params *p) {
+    return tasks_of(SK_DIM(p, N), SK_DIM(p, M));
 }
 
 /* The term of score i of a side, as its sum takes it. */
@@ -155,21 +152,13 @@ static void forward_finish(const void *params) {
     if (p->reduction == SELFKD_NONE) {
         loss = sk_sum(&p->rows, N, 1);
     } else {
-        loss = sk_sum_rows(&p->rows, N, 1, real_value, p) / (mean ? (double)N : 1);
-        if (fakes) loss += sk_sum_rows(&p->fake_rows, M, 1, fake_value, p) / (mean ? (double)M : 1);
+        const sk_sum_of of_real = {&p->rows, N, 1, real_value, p};
+        const sk_sum_of of_fake = {&p->fake_rows, M, 1, fake_value, p};
+        loss = sk_sum_rows(of_real) / (mean ? (double)N : 1);
+        if (fakes) loss += sk_sum_rows(of_fake) / (mean ? (double)M : 1);
     }
     *(real *)p->loss.data = (real)loss;
 }
 
-static sk_work backward_work(const void *params) {
-    const backward_params *p = params;
-    return work_of(SK_DIM(p, N), SK_DIM(p, M));
-}
-
-static void adversarial_backward_rows(const void *params, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) backward_task(params, i * SCORES);
-}
-
-const sk_cpu_kernel SK_CPU(adversarial) = {forward_work, adversarial_rows, forward_finish, NULL};
-const sk_cpu_kernel SK_CPU(adversarial_backward) = {backward_work, adversarial_backward_rows, NULL,
-                                                    NULL};
+SK_ROW_KERNEL(adversarial, forward_tasks, 2, forward_task, forward_finish, NULL);
+SK_ROW_KERNEL(adversarial_backward, backward_tasks, 2, backward_task, NULL, NULL);

@@ -5,7 +5,7 @@
  * than to read, no square of a float overflows, and maps that nearly agree keep the digits of their
  * difference. Samples of doubles whose squares are no numbers are visited again. */
 #include "attention.h"
-#include "cpu/core/run.h"
+#include "cpu/core/row_loss.h"
 
 SK_PARAMS(attention)
 SK_PARAMS(attention_backward)
@@ -25,14 +25,8 @@ static sk_task rows_of(int64_t N, int64_t C, int64_t S) {
                      .C = C,
                      .S = S,
                      .width = sk_groups((S + runs - 1) / runs) * SK_LANES,
-                     .positions = true};
-}
-
-static sk_work work_of(int64_t N, int64_t C, int64_t S) {
-    const sk_task all = rows_of(N, C, S);
-    sk_work work = sk_work_of(&all, 1);
-    work.path = "maps";
-    return work;
+                     .positions = true,
+                     .path = "maps"};
 }
 
 /* Whether neighbours in memory are positions, not channels. */
@@ -183,16 +177,24 @@ static double factors_of(const backward_params *p, const sk_task *r, double *res
     return once_more;
 }
 
-/* Of a plane, where each element has a factor of its own. */
+static void scale_row(double factor, const real *restrict x, int64_t n, real *restrict to) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) to[i] = (real)(factor * (double)x[i]);
+}
+
+/* In a plane each element has a factor of its own. */
 static void scale_plane(const double *restrict factor, const real *restrict x, int64_t n,
                         real *restrict to) {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) to[i] = (real)(factor[i] * (double)x[i]);
 }
 
-static void scale_row(double factor, const real *restrict x, int64_t n, real *restrict to) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) to[i] = (real)(factor * (double)x[i]);
+static void slope(void *factors, const sk_slice *at) {
+    const double *const factor = (const double *)factors + at->run.row;
+    if (at->r->positions)
+        scale_plane(factor, at->x[0], at->run.n, at->to[0]);
+    else
+        scale_row(*factor, at->x[0], at->run.n, at->to[0]);
 }
 
 /* Multiplies the gradients of a task. */
@@ -206,39 +208,29 @@ SK_RARE void multiply(const sk_arg *grad, const sk_task *r, double by) {
 }
 
 /* Leaves the gradients of a task, in the order of their addresses. */
-static void backward_task(const backward_params *p, const sk_task *r) {
-    SK_ALIGNED real buffer[2][SK_RUN];
+static void backward_task(const backward_params *p, const sk_task *task) {
     SK_ALIGNED double factor[SK_RUN];
-    const double once_more = factors_of(p, r, factor);
-    for (sk_run run = {0}; sk_next_run(r, &run);) {
-        const real *const x = sk_read_run(r, &p->student, run, buffer[0]);
-        real *const to = sk_begin_run(r, &p->grad_student, run, buffer[1]);
-        if (r->positions)
-            scale_plane(factor + run.row, x, run.n, to);
-        else
-            scale_row(factor[run.row], x, run.n, to);
-        sk_end_run(r, &p->grad_student, run, to);
-    }
-    if (once_more != 1) multiply(&p->grad_student, r, once_more);
+    const sk_streams streams = {{&p->student}, {&p->grad_student}};
+    sk_task r = *task;
+    r.positions = has_planes(&p->grad_student, r.S);
+    const double once_more = factors_of(p, &r, factor);
+    sk_write_gradients(&r, &streams, slope, factor);
+    if (once_more != 1) multiply(&p->grad_student, &r, once_more);
 }
 
 /* ---- The kernels ---- */
 
-static sk_work forward_work(const void *params) {
-    const forward_params *p = params;
-    return work_of(SK_DIM(p, N), SK_DIM(p, C) + SK_DIM(p, D), SK_DIM(p, S));
+static sk_task forward_rows(const forward_params *p) {
+    return rows_of(SK_DIM(p, N), SK_DIM(p, C) + SK_DIM(p, D), SK_DIM(p, S));
+}
+static sk_task backward_rows(const backward_params *p) {
+    return rows_of(SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
 }
 
-static void attention_rows(const void *params, int64_t begin, int64_t end) {
-    const forward_params *p = params;
-    const int64_t N = SK_DIM(p, N), S = SK_DIM(p, S);
-    const sk_task all = rows_of(N, SK_DIM(p, C), S);
-    for (int64_t i = begin; i < end; i++) {
-        const sk_task r = sk_task_at(&all, i);
-        double *const maps = (double *)p->maps.data + r.n * S + r.s; /* outputs are compact */
-        mean_squares(&r, &p->student, SK_DIM(p, C), maps);
-        mean_squares(&r, &p->teacher, SK_DIM(p, D), maps + N * S);
-    }
+static void forward_task(const forward_params *p, const sk_task *r) {
+    double *const maps = (double *)p->maps.data + sk_row_in_plane(r);
+    mean_squares(r, &p->student, SK_DIM(p, C), maps);
+    mean_squares(r, &p->teacher, SK_DIM(p, D), maps + r->N * r->S);
 }
 
 static void forward_finish(const void *params) {
@@ -249,22 +241,5 @@ static void forward_finish(const void *params) {
     *(real *)p->loss.data = (real)(sum / ((double)N * (double)SK_DIM(p, S)));
 }
 
-static sk_work backward_work(const void *params) {
-    const backward_params *p = params;
-    return work_of(SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
-}
-
-static void attention_backward_rows(const void *params, int64_t begin, int64_t end) {
-    const backward_params *p = params;
-    const sk_task all = rows_of(SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
-    const bool planes = has_planes(&p->grad_student, all.S);
-    for (int64_t i = begin; i < end; i++) {
-        sk_task r = sk_task_at(&all, i);
-        r.positions = planes;
-        backward_task(p, &r);
-    }
-}
-
-const sk_cpu_kernel SK_CPU(attention) = {forward_work, attention_rows, forward_finish, NULL};
-const sk_cpu_kernel SK_CPU(attention_backward) = {backward_work, attention_backward_rows, NULL,
-                                                  NULL};
+SK_ROW_KERNEL(attention, forward_rows, 1, forward_task, forward_finish, NULL);
+SK_ROW_KERNEL(attention_backward, backward_rows, 1, backward_task, NULL, NULL);

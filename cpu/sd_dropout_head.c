@@ -4,6 +4,7 @@
 #include "sd_dropout_head.h"
 #include "cpu/core/ce.h"
 #include "cpu/core/pair.h"
+#include "cpu/core/row_loss.h"
 #include "cpu/core/values.h"
 
 SK_PARAMS(sd_dropout_head_rows)
@@ -78,21 +79,19 @@ SK_OUTLINE void differentiate_z(const row_params *p, const sk_task *r, const lab
         ce[SK_LARGEST][i] = m->h[i];
         level[i] = (real)log_sum[i];
     }
+    const sk_streams streams = {{&p->z}, {&p->z}};
     sk_set_ce(r, factor, of->of_target, level, p->label_smoothing, r->C, ce);
-    for (sk_run run = {0}; sk_next_run(r, &run);) {
+    for (sk_run run = sk_first_run(r); run.n > 0; run = sk_run_after(r, run)) {
         const real *const z = sk_read_run(r, &p->z, run, buffer[0]);
-        real *const grad = buffer[1];
+        const sk_slice at = {r, &streams, run, {z}, {buffer[1]}};
         const real w = of->weight[run.row];
         const bool used = w != 0, far = m->h[run.row] < SK_LEAST || sk_is_far_factor(w);
         if (used && far && isfinite(m->h[run.row])) {
             if (run.c == 0) careful_z(p, r, of, run.row);
             continue;
         }
-        if (used)
-            sk_ce_run(false, SK_FRESH, run, of->target, ce, z, sk_next_read(r, &p->z, run), NULL,
-                      sk_zeros, grad);
-        sk_put(&p->z, sk_run_at(r, &p->z, run), sk_run_stride(r, &p->z), run.n,
-               used ? grad : sk_zeros);
+        if (used) sk_ce_run(false, SK_FRESH, &at, of->target, ce, NULL, sk_zeros);
+        sk_put_run(r, &p->z, run, used ? buffer[1] : sk_zeros);
     }
 }
 
@@ -100,57 +99,59 @@ SK_OUTLINE void differentiate_z(const row_params *p, const sk_task *r, const lab
 
 /* Writes their gradients over u and v. */
 SK_OUTLINE void differentiate_views(const row_params *p, const sk_task *r, const sk_pair *pair,
-                                    const labels *of, sk_term_weights w, const sk_divergences *x) {
+                                    const labels *of, sk_found x) {
     SK_ALIGNED real buffer[4][SK_RUN];
-    SK_ALIGNED sk_pair_scalars m;
     SK_ALIGNED double factor[SK_PITCH] = {0};
+    sk_pair_slopes k; /* set field by field, for its planes are large */
+    k.t = &pair->t;
+    k.w = sk_term_weights_of(p->forward_weight, p->reverse_weight, p->detach_target);
     for (int64_t i = 0; i < r->width; i++)
-        factor[i] = x->kl_pq[i] == 0 && x->kl_qp[i] == 0
+        factor[i] = x[SK_KL_PQ][i] == 0 && x[SK_KL_QP][i] == 0
                         ? 0
                         : p->kl_weight * p->temperature * of->weight[i];
-    const bool all_close = sk_set_pair(r, &pair->t, w, x, factor, m);
-    for (sk_run run = {0}; sk_next_run(r, &run);) {
-        const sk_diverged_row row = {x->lse[run.row], x->dl[run.row], x->kl_pq[run.row],
-                                     x->kl_qp[run.row]};
+    const sk_streams streams = {{&p->u, &p->v}, {&p->u, &p->v}};
+    sk_set_pair(r, x, factor, &k);
+    for (sk_run run = sk_first_run(r); run.n > 0; run = sk_run_after(r, run)) {
+        const sk_divergence row = sk_found_row(x, run.row);
         if (factor[run.row] != 0 && !sk_is_ordinary(row, factor[run.row])) {
             if (run.c == 0)
-                sk_careful_gradient(r, pair, run.row, row, factor[run.row], w, &p->u, &p->v);
+                sk_careful_gradient(r, pair, run.row, row, factor[run.row], k.w, &p->u, &p->v);
             continue;
         }
         const real *const u = sk_read_run(r, &p->u, run, buffer[0]);
         const real *const v = sk_read_run(r, &p->v, run, buffer[1]);
-        sk_pair_run(r, all_close, &pair->t, w, run, m, u, v, sk_next_read(r, &p->u, run),
-                    sk_next_read(r, &p->v, run), buffer[2], buffer[3]);
-        sk_put(&p->u, sk_run_at(r, &p->u, run), sk_run_stride(r, &p->u), run.n, buffer[2]);
-        sk_put(&p->v, sk_run_at(r, &p->v, run), sk_run_stride(r, &p->v), run.n, buffer[3]);
+        const sk_slice at = {r, &streams, run, {u, v}, {buffer[2], buffer[3]}};
+        sk_pair_run(&k, &at);
+        sk_put_run(r, &p->u, run, buffer[2]);
+        sk_put_run(r, &p->v, run, buffer[3]);
     }
 }
 
 /* ---- the task ---- */
 
-static void row_task(const row_params *p, const sk_task *r, const sk_pair *pair,
-                     sk_term_weights w) {
+static void row_task(const row_params *p, const sk_task *r) {
+    const sk_pair pair = {&p->u, &p->v, sk_scale_of(p->temperature)};
     labels of;
     sk_softmax softmax;
-    sk_divergences kl = {{0}, {0}, {0}, {0}};
+    SK_ALIGNED sk_found kl;
     SK_ALIGNED double level[SK_PITCH] = {0}, ce[SK_PITCH] = {0};
+    for (int k = 0; k < SK_SAVED; k++) memset(kl[k], 0, (size_t)r->width * sizeof(double));
     if (load_labels(p, r, &of)) {
         cross_entropy(p, r, &of, &softmax, level, ce);
-        if (p->kl_weight != 0) sk_diverge(r, pair, of.weight, &kl);
+        if (p->kl_weight != 0) sk_diverge(r, &pair, of.weight, kl);
     } else {
         memset(softmax.h, 0, sizeof softmax.h);
     }
-    const double TT = p->temperature * p->temperature, wf = p->forward_weight,
-                 wr = p->reverse_weight;
+    const double TT = p->temperature * p->temperature;
     for (int64_t i = 0; i < r->width; i++) {
-        if (of.weight[i] == 0) kl.lse[i] = kl.dl[i] = kl.kl_pq[i] = kl.kl_qp[i] = 0;
-        const double sum = (wf != 0 ? wf * kl.kl_pq[i] : 0) + (wr != 0 ? wr * kl.kl_qp[i] : 0);
+        for (int k = 0; k < SK_SAVED && of.weight[i] == 0; k++) kl[k][i] = 0;
+        const double sum = sk_weighted_kl(kl, i, p->forward_weight, p->reverse_weight);
         const double loss = ce[i] + (p->kl_weight != 0 ? p->kl_weight * TT * sum : 0);
         ((real *)p->rows.data)[r->n + i] = of.weight[i] != 0 ? (real)(of.weight[i] * loss) : 0;
     }
     if (!p->differentiate) return;
     differentiate_z(p, r, &of, &softmax, level);
-    differentiate_views(p, r, pair, &of, w, &kl);
+    differentiate_views(p, r, &pair, &of, kl);
 }
 
 /* ---- the kernel ---- */
@@ -159,27 +160,10 @@ static sk_task all_rows(const row_params *p) {
     return sk_tasks_of(&p->z, SK_DIM(p, N), SK_DIM(p, C), 1);
 }
 
-static sk_work work_of(const void *params) {
-    const sk_task all = all_rows(params);
-    return sk_work_of(&all, 3);
-}
-
-static void do_rows(const void *params, int64_t begin, int64_t end) {
-    const row_params *const p = params;
-    const sk_task all = all_rows(p);
-    const sk_pair pair = {&p->u, &p->v, sk_scale_of(p->temperature)};
-    const real pq = (real)p->forward_weight, qp = (real)p->reverse_weight;
-    const sk_term_weights w = {pq, qp, p->detach_target ? 0 : pq, p->detach_target ? 0 : qp};
-    for (int64_t i = begin; i < end; i++) {
-        const sk_task r = sk_task_at(&all, i);
-        row_task(p, &r, &pair, w);
-    }
-}
-
 static sk_bad first_bad(const void *params) {
     const row_params *const p = params;
     return sk_bad_target(&p->target, p->ignore_index, SK_DIM(p, N), SK_DIM(p, C), 1,
                          offsetof(row_params, target));
 }
 
-const sk_cpu_kernel SK_CPU(sd_dropout_head_rows) = {work_of, do_rows, NULL, first_bad};
+SK_ROW_KERNEL(sd_dropout_head_rows, all_rows, 3, row_task, NULL, first_bad);

@@ -1,8 +1,7 @@
 /* SimReg on the CPU: see ops/simreg.h for the formula, cpu/core/task.h and run.h for rows and runs.
  */
 #include "simreg.h"
-#include "cpu/core/reduce.h"
-#include "cpu/core/run.h"
+#include "cpu/core/row_loss.h"
 #include "formula/simreg.h"
 
 SK_PARAMS(simreg)
@@ -10,16 +9,10 @@ SK_PARAMS(simreg_backward)
 typedef struct simreg_params forward_params;
 typedef struct simreg_backward_params backward_params;
 
-/* Tasks of "classes" only: rows one after the other, at any strides. */
+/* Rows one after the other, at any strides. */
 static sk_task rows_of(int64_t N, int64_t C, int64_t S) {
-    return (sk_task){.N = N, .C = C, .S = S, .width = C > SK_ROW_C ? 1 : SK_SHORT_ROWS};
-}
-
-static sk_work work_of(int64_t N, int64_t C, int64_t S) {
-    const sk_task all = rows_of(N, C, S);
-    sk_work work = sk_work_of(&all, 2);
-    work.path = "rows";
-    return work;
+    const int64_t width = C > SK_ROW_C ? 1 : SK_SHORT_ROWS;
+    return (sk_task){.N = N, .C = C, .S = S, .width = width, .path = "rows"};
 }
 
 /* ---- Forward ---- */
@@ -112,37 +105,35 @@ static sk_simreg_row compare(const forward_params *p, const sk_task *r, int64_t 
     return sk_simreg_finish(k, value, 1, 1);
 }
 
-/* Leaves rows and saved. */
-static void forward_task(const forward_params *p, const sk_task *r) {
-    real weight[SK_SHORT_ROWS];
-    sk_load_scalars(r, &p->weight, weight);
-    const int64_t plane = p->saved.stride[0], at = r->n * r->S + r->s; /* outputs are compact */
-    double *saved = (double *)p->saved.data + at;
-    real *rows = (real *)p->rows.data + at;
+enum { SCALE_X, SCALE_T, H, VALUE };
+
+static sk_task forward_rows(const forward_params *p) {
+    return rows_of(SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
+}
+
+static void find(const forward_params *p, const sk_task *r, const real *weight, sk_found found) {
     for (int64_t i = 0; i < r->width; i++) {
         sk_simreg_row x = {0, 1, 1, 0};
         if (weight[i] != 0 && p->normalize)
             x = compare(p, r, i);
         else if (weight[i] != 0)
             x.value = visit(p, r, i, 1, NULL);
-        rows[i] = (real)(weight[i] * x.value);
-        saved[i] = x.scale_x;
-        saved[plane + i] = x.scale_t;
-        saved[2 * plane + i] = x.h;
+        found[SCALE_X][i] = x.scale_x;
+        found[SCALE_T][i] = x.scale_t;
+        found[H][i] = x.h;
+        found[VALUE][i] = x.value;
     }
 }
 
-/* ---- Backward ---- */
-
-static sk_simreg_slope slope_of(const backward_params *p, const sk_task *r, int64_t i, double grad,
-                                double weight) {
-    const int64_t *stride = p->saved.stride;
-    const double *saved = (const double *)p->saved.data + sk_row_at(r, stride[1], stride[2], i);
-    return sk_simreg_slope_of(grad, weight, *(const real *)p->denominator.data, saved[0],
-                              saved[stride[0]], saved[2 * stride[0]], sizeof(real) == 8);
+static inline double value(const forward_params *p, double weight, sk_found found, int64_t i) {
+    (void)p;
+    return weight * found[VALUE][i];
 }
 
-/* Leaves the gradient of a run. */
+SK_ROW_FORWARD(simreg, forward_rows, 2, 3, find, value);
+
+/* ---- Backward ---- */
+
 static void gradient(sk_simreg_slope k, const real *restrict x, const real *restrict t, int64_t n,
                      real *restrict to) {
 #pragma omp simd
@@ -154,68 +145,30 @@ SK_RARE void far_gradient(sk_simreg_slope k, const real *x, const real *t, int64
         to[i] = (real)sk_simreg_gradient(k, x[i] * k.by_x, t[i] * k.by_t);
 }
 
-/* Leaves the gradients of a task. */
+/* Leaves the gradient of a run, by the slopes of the task's rows. */
+static void slope(void *slopes, const sk_slice *at) {
+    const sk_simreg_slope k = ((const sk_simreg_slope *)slopes)[at->run.row];
+    if (k.far)
+        far_gradient(k, at->x[0], at->x[1], at->run.n, at->to[0]);
+    else
+        gradient(k, at->x[0], at->x[1], at->run.n, at->to[0]);
+}
+
+static sk_task backward_rows(const backward_params *p) {
+    return rows_of(SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
+}
+
 static void backward_task(const backward_params *p, const sk_task *r) {
-    SK_ALIGNED real buffer[3][SK_RUN];
-    real grad[SK_SHORT_ROWS], weight[SK_SHORT_ROWS];
-    sk_load_scalars(r, &p->grad, grad);
-    sk_load_scalars(r, &p->weight, weight);
+    const double denominator = *(const real *)p->denominator.data;
+    const sk_streams streams = {{&p->student, &p->target}, {&p->grad_student}};
     sk_simreg_slope k[SK_SHORT_ROWS];
-    for (int64_t i = 0; i < r->width; i++) k[i] = slope_of(p, r, i, grad[i], weight[i]);
-    for (sk_run run = {0}; sk_next_run(r, &run);) {
-        const real *x = sk_read_run(r, &p->student, run, buffer[0]);
-        const real *t = sk_read_run(r, &p->target, run, buffer[1]);
-        real *to = sk_begin_run(r, &p->grad_student, run, buffer[2]);
-        if (k[run.row].far)
-            far_gradient(k[run.row], x, t, run.n, to);
-        else
-            gradient(k[run.row], x, t, run.n, to);
-        sk_end_run(r, &p->grad_student, run, to);
-    }
+    sk_incoming in;
+    sk_load_incoming(r, &p->grad, &p->weight, &p->saved, 3, &in);
+    for (int64_t i = 0; i < r->width; i++)
+        k[i] = sk_simreg_slope_of(in.grad[i], in.weight[i], denominator, in.saved[SCALE_X][i],
+                                  in.saved[SCALE_T][i], in.saved[H][i],
+                                  sizeof(real) == sizeof(double));
+    sk_write_gradients(r, &streams, slope, k);
 }
 
-/* ---- The kernels ---- */
-
-static sk_work forward_work(const void *params) {
-    const forward_params *p = params;
-    return work_of(SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
-}
-
-static void simreg_rows(const void *params, int64_t begin, int64_t end) {
-    const forward_params *p = params;
-    const sk_task all = rows_of(SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
-    for (int64_t i = begin; i < end; i++) {
-        const sk_task r = sk_task_at(&all, i);
-        forward_task(p, &r);
-    }
-}
-
-static double row_value(const void *params, int64_t n, int64_t s) {
-    const forward_params *p = params;
-    const sk_task r = sk_one_row(SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S), n, s);
-    const double w = sk_weight_at(&p->weight, n, s);
-    return w * (p->normalize ? compare(p, &r, 0).value : visit(p, &r, 0, 1, NULL));
-}
-
-static void forward_finish(const void *params) {
-    const forward_params *p = params;
-    sk_reduce_rows(&p->rows, row_value, p, &p->weight, &p->divisor, p->reduction, SK_DIM(p, N),
-                   SK_DIM(p, S), &p->loss, &p->denominator);
-}
-
-static sk_work backward_work(const void *params) {
-    const backward_params *p = params;
-    return work_of(SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
-}
-
-static void simreg_backward_rows(const void *params, int64_t begin, int64_t end) {
-    const backward_params *p = params;
-    const sk_task all = rows_of(SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S));
-    for (int64_t i = begin; i < end; i++) {
-        const sk_task r = sk_task_at(&all, i);
-        backward_task(p, &r);
-    }
-}
-
-const sk_cpu_kernel SK_CPU(simreg) = {forward_work, simreg_rows, forward_finish, NULL};
-const sk_cpu_kernel SK_CPU(simreg_backward) = {backward_work, simreg_backward_rows, NULL, NULL};
+SK_ROW_KERNEL(simreg_backward, backward_rows, 2, backward_task, NULL, NULL);

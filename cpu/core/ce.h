@@ -160,18 +160,20 @@ static inline void sk_set_ce(const sk_task *r, const double *factors, const real
     }
 }
 
-/* Adds the gradient of cross-entropy of a run, whose exponentials are found or, reused, lie in e,
- * to base, which may be grad. */
-SK_SPECIAL void sk_ce_run(bool positions, enum sk_exps exps, sk_run run, const int32_t *target,
-                          sk_ce_scalars m, const real *z, sk_ahead next, const real *e,
-                          const real *base, real *grad) {
+/* Adds the gradient of cross-entropy of a run to base, which may be where it goes. The exponentials
+ * of its logits are found or, reused, lie in e. */
+SK_SPECIAL void sk_ce_run(bool positions, enum sk_exps exps, const sk_slice *of,
+                          const int32_t *target, sk_ce_scalars m, const real *e, const real *base) {
     const sk_scale t = sk_scale_of(1);
-    for (int64_t at = 0; at < run.n; at += SK_LANES) {
-        const int32_t first = (int32_t)(positions ? run.c : run.c + at);
+    const real *const z = of->x[0];
+    real *const grad = of->to[0];
+    const sk_ahead next = sk_next_of(of, 0);
+    for (int64_t at = 0; at < of->run.n; at += SK_LANES) {
+        const int32_t first = (int32_t)(positions ? of->run.c : of->run.c + at);
         sk_fetch(next, at / SK_LANES);
 #pragma omp simd
         for (int k = 0; k < SK_LANES; k++) {
-            const int64_t i = positions ? run.row + at + k : run.row;
+            const int64_t i = positions ? of->run.row + at + k : of->run.row;
             const int32_t c = positions ? first : first + k;
             const real y = exps == SK_REUSE
                                ? e[at + k]

@@ -8,7 +8,10 @@
  *     lse(u/T) = hu/T + log P        KL(p||q) = GP/P - (r D/P - h(r))
  *     dl = (hu - hv)/T + log(1 + r)  KL(q||p) = GQ/Q - h(r)
  * with h(r) = r - log(1 + r). Every term is of second order, so rows close to each other keep their
- * digits; those that would lose too many are told apart (sk_conclude) and done once more. */
+ * digits; those that would lose too many are told apart (sk_conclude) and done once more.
+ *
+ * A file that includes this, by itself or by another header, is compiled with two flags more: see
+ * chain_flags in CMakeLists.txt. */
 #pragma once
 #include "cpu/core/row.h"
 #include "cpu/core/tile.h"
@@ -107,12 +110,23 @@ static inline void sk_to_power(real *e, int64_t n, int power) {
     }
 }
 
-/* Adds a tile's group of lanes; asks for the next ones. DY only if `both` KL are wanted. */
+/* A group of lanes in the tiles of u and v, and where their next tiles lie. */
+typedef struct sk_two_tiles {
+    const real *u, *v;
+    sk_ahead next_u, next_v;
+    int64_t depth, g;
+    real *e; /* what sk_exps says of p */
+} sk_two_tiles;
+
+/* Adds a group of lanes; asks for the next ones. DY only if `both` KL are wanted. */
 SK_SPECIAL void sk_compare_group(enum sk_form form, bool both, enum sk_exps exps, const sk_task *r,
-                                 const sk_scale *scale, const sk_scale *scale_v, const real *u,
-                                 const real *v, sk_ahead next_u, sk_ahead next_v, int64_t depth,
-                                 int64_t g, real *restrict e, sk_comparison *m) {
+                                 const sk_scale *scale, const sk_scale *scale_v,
+                                 const sk_two_tiles *x, sk_comparison *m) {
     const sk_scale t = *scale, t_v = *scale_v;
+    const real *const u = x->u, *const v = x->v;
+    const sk_ahead next_u = x->next_u, next_v = x->next_v;
+    const int64_t depth = x->depth, g = x->g;
+    real *restrict const e = x->e;
     const int64_t pitch = sk_pitch(r);
     real hu[SK_LANES], hv[SK_LANES], high[SK_LANES], low[SK_LANES];
     real p_[SK_LANES] = {0}, q_[SK_LANES] = {0}, d_[SK_LANES] = {0}, gq_[SK_LANES] = {0},
@@ -136,13 +150,13 @@ SK_SPECIAL void sk_compare_group(enum sk_form form, bool both, enum sk_exps exps
             const real p = exps == SK_REUSE ? e[kept + k] : sk_exp_of(a - hu[k], &t);
             const real q = sk_exp_of(b - hv[k], &t_v);
             const real y = sk_log_ratio(form, a, b, gap, &t, &t_v);
-            const sk_compared x = sk_compare(p, q, y);
+            const sk_compared of = sk_compare(p, q, y);
             if (exps == SK_KEEP) e[kept + k] = p;
             p_[k] += p;
             q_[k] += q;
-            d_[k] += x.diff;
-            gq_[k] += x.gq;
-            if (both) dy_[k] += x.diff * y;
+            d_[k] += of.diff;
+            gq_[k] += of.gq;
+            if (both) dy_[k] += of.diff * y;
         }
     }
     sk_add_lanes(r, g, p_, m->sum[SK_P]);

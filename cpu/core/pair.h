@@ -13,84 +13,45 @@ typedef struct sk_pair {
     sk_scale t;
 } sk_pair;
 
-/* Per row, as saved for backward. */
-typedef struct sk_divergences {
-    SK_ALIGNED double lse[SK_PITCH], dl[SK_PITCH], kl_pq[SK_PITCH], kl_qp[SK_PITCH];
-} sk_divergences;
-
-/* Per row: lse(u/T), and what it lies above lse(v/T); both KL. */
-typedef struct sk_diverged_row {
-    double lse_u, dl, kl_pq, kl_qp;
-} sk_diverged_row;
+/* What is found of a row, and saved for backward: lse(u/T), and what it lies above lse(v/T); both
+ * KL.
+ */
+enum { SK_LSE, SK_DL, SK_KL_PQ, SK_KL_QP };
 
 /* Rows with a KL beyond this are computed in double (careful_*): in float, d would be too coarse
  * for d - KL. */
 enum { SK_FAR = 64 };
 
-static inline bool sk_is_ordinary(sk_diverged_row x, double factor) {
+static inline sk_divergence sk_found_row(sk_found x, int64_t i) {
+    return (sk_divergence){x[SK_LSE][i], x[SK_DL][i], x[SK_KL_PQ][i], x[SK_KL_QP][i]};
+}
+
+static inline bool sk_is_ordinary(sk_divergence x, double factor) {
     return (x.kl_pq < SK_FAR) & (x.kl_qp < SK_FAR) & (fabs(x.lse_u) < SK_FAR_LSE) &
            (fabs(x.dl) < SK_FAR_LSE) & !sk_is_far_factor(factor);
 }
 
-/* ---- A row in double, class by class ---- */
-
-/* Class c of row i of both logits: p, q and d = log p - log q. */
-typedef struct sk_class_terms {
-    double p, q, d;
-    bool no_p, no_q; /* u, v infinite */
-} sk_class_terms;
-
-static inline sk_class_terms sk_class_of(const sk_task *r, const sk_pair *x, sk_side of_u,
-                                         sk_side of_v, int64_t i, int64_t c) {
-    const double u = sk_logit_at(r, x->u, false, i, c), v = sk_logit_at(r, x->v, false, i, c);
-    const double T = x->t.T;
-    return (sk_class_terms){exp(sk_log_p(u, T, of_u)), exp(sk_log_p(v, T, of_v)),
-                            sk_log_ratio_of(u, v, T, T, of_u, of_v), isinf(u), isinf(v)};
-}
-
-/* A row that is far or holds infinities, with 0 log 0 = 0; both KL are NaN for one with a NaN or a
- * side of nothing but -inf, whose other results are those of the contract. */
-SK_RARE sk_diverged_row sk_careful_divergence(const sk_task *r, const sk_pair *x, int64_t i) {
-    const double T = x->t.T;
-    const sk_side u = sk_side_of(r, x->u, false, T, i), v = sk_side_of(r, x->v, false, T, i);
-    if (!sk_is_finite_side(u) || !sk_is_finite_side(v)) {
-        const double lse_u = sk_lse_of(u, T), lse_v = sk_lse_of(v, T);
-        return (sk_diverged_row){lse_u, lse_u == -INFINITY ? lse_v : lse_u - lse_v, NAN, NAN};
-    }
-    sk_diverged_row row = {sk_lse_of(u, T), (u.top - v.top) / T + (u.log_sum - v.log_sum), 0, 0};
-    for (int64_t c = 0; c < r->C; c++) {
-        const sk_class_terms k = sk_class_of(r, x, u, v, i, c);
-        if (k.no_p && k.no_q) continue;
-        const double diff = k.p - k.q, dd = k.d * k.d;
-        const bool near = fabs(k.d) < 0.5; /* as in kl.h: nothing cancels */
-        row.kl_pq += k.no_p   ? k.q
-                     : k.no_q ? INFINITY
-                     : near   ? k.p * dd * sk_exp_rest(-(real)k.d)
-                              : k.p * k.d - diff;
-        row.kl_qp += k.no_q   ? k.p
-                     : k.no_p ? INFINITY
-                     : near   ? k.q * dd * sk_exp_rest((real)k.d)
-                              : diff - k.q * k.d;
-    }
-    return row;
+/* Both KL by their weights: a direction of weight 0 may be infinite. */
+static inline double sk_weighted_kl(sk_found x, int64_t i, double pq, double qp) {
+    return (pq != 0 ? pq * x[SK_KL_PQ][i] : 0) + (qp != 0 ? qp * x[SK_KL_QP][i] : 0);
 }
 
 /* ---- Forward ---- */
 
 /* The results that follow from the sums; NaN as KL(p||q) of a row that is not good. */
 SK_SPECIAL void sk_conclude_pair(enum sk_form form, const sk_task *r, const sk_scale *scale,
-                                 const sk_comparison *m, sk_divergences *to) {
+                                 const sk_comparison *m, sk_found to) {
     const sk_scale t = *scale;
 #pragma omp simd
     for (int64_t i = 0; i < r->width; i++) {
         const sk_concluded x = sk_conclude(form, true, m, i, &t, &t);
         const bool near = (x.kl_pq < SK_FAR) & (x.kl_qp < SK_FAR);
-        to->dl[i] = x.dl;
-        to->kl_pq[i] = near ? x.kl_pq : (double)NAN;
-        to->kl_qp[i] = x.kl_qp;
+        to[SK_DL][i] = x.dl;
+        to[SK_KL_PQ][i] = near ? x.kl_pq : (double)NAN;
+        to[SK_KL_QP][i] = x.kl_qp;
     }
 #pragma omp simd
-    for (int64_t i = 0; i < r->width; i++) to->lse[i] = m->hu[i] * t.per_T + sk_level(m, i);
+    for (int64_t i = 0; i < r->width; i++) to[SK_LSE][i] = m->hu[i] * t.per_T + sk_level(m, i);
 }
 
 /* Both visits to a task's logits, the first of them for the anchors: only for the PLAIN form. */
@@ -119,14 +80,17 @@ static inline void sk_compare_pair(enum sk_form form, const sk_task *r, const sk
         for (int i = 0; i < 2 && r->C > step; i++)
             sk_load_tile(r, logits[i], c, classes, tile[i], x[i]);
         for (int64_t g = 0; g < r->groups; g++) {
-            const sk_ahead next_u = sk_next_tile(r, pair->u, g, c),
-                           next_v = sk_next_tile(r, pair->v, g, c);
+            const sk_two_tiles tiles = {x[0][g],
+                                        x[1][g],
+                                        sk_next_tile(r, pair->u, g, c),
+                                        sk_next_tile(r, pair->v, g, c),
+                                        depth,
+                                        g,
+                                        NULL};
             if (form == SK_PLAIN)
-                sk_compare_group(SK_PLAIN, true, SK_FRESH, r, t, t, x[0][g], x[1][g], next_u,
-                                 next_v, depth, g, NULL, m);
+                sk_compare_group(SK_PLAIN, true, SK_FRESH, r, t, t, &tiles, m);
             else
-                sk_compare_group(SK_EXACT, true, SK_FRESH, r, t, t, x[0][g], x[1][g], next_u,
-                                 next_v, depth, g, NULL, m);
+                sk_compare_group(SK_EXACT, true, SK_FRESH, r, t, t, &tiles, m);
         }
     }
 }
@@ -134,44 +98,41 @@ static inline void sk_compare_pair(enum sk_form form, const sk_task *r, const sk
 /* Compares again, in the exact form and against T lse, what the first results left open. Rows that
  * differ by a constant keep their anchors: against them they differ by exactly 0. */
 static inline void sk_compare_pair_again(const sk_task *r, const sk_pair *x, sk_comparison *m,
-                                         sk_divergences *to) {
-    sk_divergences again;
+                                         sk_found to) {
+    SK_ALIGNED sk_found again;
     sk_clear_sums(r, m);
     for (int64_t i = 0; i < r->width; i++) {
-        if (to->dl[i] == sk_gap(SK_EXACT, m, i, &x->t, &x->t)) continue;
-        m->hu[i] = (real)(to->lse[i] * x->t.T);
-        m->hv[i] = (real)((to->lse[i] - to->dl[i]) * x->t.T);
+        if (to[SK_DL][i] == sk_gap(SK_EXACT, m, i, &x->t, &x->t)) continue;
+        m->hu[i] = (real)(to[SK_LSE][i] * x->t.T);
+        m->hv[i] = (real)((to[SK_LSE][i] - to[SK_DL][i]) * x->t.T);
     }
     sk_compare_pair(SK_EXACT, r, x, m);
-    sk_conclude_pair(SK_EXACT, r, &x->t, m, &again);
+    sk_conclude_pair(SK_EXACT, r, &x->t, m, again);
     for (int64_t i = 0; i < r->width; i++) {
-        if (!isnan(to->kl_pq[i])) continue;
-        to->lse[i] = again.lse[i];
-        to->dl[i] = again.dl[i];
-        to->kl_pq[i] = again.kl_pq[i];
-        to->kl_qp[i] = again.kl_qp[i];
+        const bool open = isnan(to[SK_KL_PQ][i]);
+        for (int k = 0; k < SK_SAVED && open; k++) to[k][i] = again[k][i];
     }
 }
 
 /* Leaves both KL of rows whose weight is not 0, and what their gradients need. */
-SK_OUTLINE void sk_diverge(const sk_task *r, const sk_pair *x, const real *weight,
-                           sk_divergences *to) {
+SK_OUTLINE void sk_diverge(const sk_task *r, const sk_pair *x, const real *weight, sk_found to) {
     sk_comparison m;
     sk_clear_sums(r, &m);
     for (int64_t i = 0; i < sk_scalars(r); i++) m.hu[i] = m.hv[i] = -INFINITY;
     sk_compare_pair(SK_PLAIN, r, x, &m);
     sk_conclude_pair(SK_PLAIN, r, &x->t, &m, to);
     int64_t open = 0;
-    for (int64_t i = 0; i < r->width; i++) open += weight[i] != 0 && isnan(to->kl_pq[i]);
+    for (int64_t i = 0; i < r->width; i++) open += weight[i] != 0 && isnan(to[SK_KL_PQ][i]);
     if (open == 0) return;
     sk_compare_pair_again(r, x, &m, to);
     for (int64_t i = 0; i < r->width; i++) {
-        if (weight[i] == 0 || !isnan(to->kl_pq[i])) continue;
-        const sk_diverged_row row = sk_careful_divergence(r, x, i);
-        to->lse[i] = row.lse_u;
-        to->dl[i] = row.dl;
-        to->kl_pq[i] = row.kl_pq;
-        to->kl_qp[i] = row.kl_qp;
+        if (weight[i] == 0 || !isnan(to[SK_KL_PQ][i])) continue;
+        const sk_row_pair both = sk_row_pair_of(r, x->u, x->v, x->t.T, i);
+        const sk_divergence row = sk_divergence_of(&both);
+        to[SK_LSE][i] = row.lse_u;
+        to[SK_DL][i] = row.dl;
+        to[SK_KL_PQ][i] = row.kl_pq;
+        to[SK_KL_QP][i] = row.kl_qp;
     }
 }
 
@@ -188,73 +149,93 @@ enum {
     SK_GAP_HIGH,
     SK_GAP_LOW,
     SK_EXACTLY,
-    SK_KL_PQ,
-    SK_KL_QP,
+    SK_TERM_PQ,
+    SK_TERM_QP,
     SK_PAIR_SCALARS
 };
 typedef real sk_pair_scalars[SK_PAIR_SCALARS][SK_PITCH];
 
-/* wf and wr, and the same for the terms that detach_target drops. */
+/* What both KL weigh, and what of their first terms stays: nothing if the target is detached. */
 typedef struct sk_term_weights {
     real pq, qp, target_pq, target_qp;
 } sk_term_weights;
 
+static inline sk_term_weights sk_term_weights_of(double pq, double qp, bool detach) {
+    return (sk_term_weights){(real)pq, (real)qp, detach ? 0 : (real)pq, detach ? 0 : (real)qp};
+}
+
+/* A class of logits u and v of row i: p and q times the row's factor, d = log p - log q, and p - q,
+ * of which nothing cancels. Where the row is close, less work leaves the same. */
+typedef struct sk_pair_class {
+    real p, q, d, p_q;
+} sk_pair_class;
+
+SK_SPECIAL sk_pair_class sk_pair_at(bool close, const sk_scale *t, sk_pair_scalars m, int64_t i,
+                                    real u, real v) {
+    const real a = sk_logit(u, t->least), b = sk_logit(v, t->least);
+    const real p = m[SK_U_FACTOR][i] * sk_exp_of(a - m[SK_U_SHIFT][i], t);
+    const real q = m[SK_V_FACTOR][i] * sk_exp_of(b - m[SK_V_SHIFT][i], t);
+    const sk_split gap = {m[SK_GAP_HIGH][i], m[SK_GAP_LOW][i]};
+    const real d = close ? sk_log_ratio(SK_PLAIN, a, b, gap, t, t)
+                         : sk_difference(a, b, gap, m[SK_EXACTLY][i]) * t->inverse_T;
+    return (sk_pair_class){p, q, d, d * d < (real)0.25 ? q * sk_expm1(d) : p - q};
+}
+
+/* The gradients of a run of u and v, of rows at positions or of one row. */
 SK_SPECIAL void sk_pair_run_of(bool positions, bool close, const sk_scale *scale, sk_term_weights w,
-                               sk_run run, sk_pair_scalars m, const real *u, const real *v,
-                               sk_ahead next_u, sk_ahead next_v, real *restrict grad_u,
-                               real *restrict grad_v) {
+                               sk_pair_scalars m, const sk_slice *at) {
     const sk_scale t = *scale;
-    for (int64_t at = 0; at < run.n; at += SK_LANES) {
-        sk_fetch(next_u, at / SK_LANES);
-        sk_fetch(next_v, at / SK_LANES);
+    const real *const u = at->x[0], *const v = at->x[1];
+    const sk_ahead next_u = sk_next_of(at, 0), next_v = sk_next_of(at, 1);
+    real *restrict const grad_u = at->to[0], *restrict const grad_v = at->to[1];
+    for (int64_t n = 0; n < at->run.n; n += SK_LANES) {
+        sk_fetch(next_u, n / SK_LANES);
+        sk_fetch(next_v, n / SK_LANES);
 #pragma omp simd
         for (int k = 0; k < SK_LANES; k++) {
-            const int64_t i = positions ? run.row + at + k : run.row;
-            const real a = sk_logit(u[at + k], t.least), b = sk_logit(v[at + k], t.least);
-            const real p = m[SK_U_FACTOR][i] * sk_exp_of(a - m[SK_U_SHIFT][i], &t);
-            const real q = m[SK_V_FACTOR][i] * sk_exp_of(b - m[SK_V_SHIFT][i], &t);
-            const sk_split gap = {m[SK_GAP_HIGH][i], m[SK_GAP_LOW][i]};
-            const real d = close ? sk_log_ratio(SK_PLAIN, a, b, gap, &t, &t)
-                                 : sk_difference(a, b, gap, m[SK_EXACTLY][i]) * t.inverse_T;
-            const real p_q = d * d < (real)0.25 ? q * sk_expm1(d) : p - q;
-            const real to_u = p * (w.target_pq * d - m[SK_KL_PQ][i]) + w.qp * p_q;
-            const real to_v = -q * (w.target_qp * d + m[SK_KL_QP][i]) - w.pq * p_q;
-            grad_u[at + k] = m[SK_U_FACTOR][i] != 0 ? to_u : 0;
-            grad_v[at + k] = m[SK_U_FACTOR][i] != 0 ? to_v : 0;
+            const int64_t i = positions ? at->run.row + n + k : at->run.row;
+            const sk_pair_class x = sk_pair_at(close, &t, m, i, u[n + k], v[n + k]);
+            const real to_u = x.p * (w.target_pq * x.d - m[SK_TERM_PQ][i]) + w.qp * x.p_q;
+            const real to_v = -x.q * (w.target_qp * x.d + m[SK_TERM_QP][i]) - w.pq * x.p_q;
+            grad_u[n + k] = m[SK_U_FACTOR][i] != 0 ? to_u : 0;
+            grad_v[n + k] = m[SK_U_FACTOR][i] != 0 ? to_v : 0;
         }
     }
 }
 
+/* What a pass over the runs of a task needs. */
+typedef struct sk_pair_slopes {
+    const sk_scale *t;
+    sk_term_weights w;
+    bool all_close; /* as sk_set_pair() found */
+    SK_ALIGNED sk_pair_scalars of;
+} sk_pair_slopes;
+
 /* Leaves the gradients of a run. Where all of its rows are close, less work leaves the same. */
-static inline void sk_pair_run(const sk_task *r, bool all_close, const sk_scale *t,
-                               sk_term_weights w, sk_run run, sk_pair_scalars m, const real *u,
-                               const real *v, sk_ahead next_u, sk_ahead next_v, real *grad_u,
-                               real *grad_v) {
-    const bool close = r->positions ? all_close : m[SK_EXACTLY][run.row] == 0;
-#define RUN(positions, close) \
-    sk_pair_run_of(positions, close, t, w, run, m, u, v, next_u, next_v, grad_u, grad_v)
-    if (r->positions && close)
-        RUN(true, true);
-    else if (r->positions)
-        RUN(true, false);
+static inline void sk_pair_run(void *context, const sk_slice *at) {
+    sk_pair_slopes *const k = context;
+    real(*const m)[SK_PITCH] = k->of;
+    const bool positions = at->r->positions;
+    const bool close = positions ? k->all_close : m[SK_EXACTLY][at->run.row] == 0;
+    if (positions && close)
+        sk_pair_run_of(true, true, k->t, k->w, m, at);
+    else if (positions)
+        sk_pair_run_of(true, false, k->t, k->w, m, at);
     else if (close)
-        RUN(false, true);
+        sk_pair_run_of(false, true, k->t, k->w, m, at);
     else
-        RUN(false, false);
-#undef RUN
+        sk_pair_run_of(false, false, k->t, k->w, m, at);
 }
 
 /* The gradient of a row that is far or holds infinities or NaN: terms of weight 0 are left out, 0
  * log 0 = 0. */
-SK_RARE void sk_careful_gradient(const sk_task *r, const sk_pair *x, int64_t i, sk_diverged_row row,
+SK_RARE void sk_careful_gradient(const sk_task *r, const sk_pair *x, int64_t i, sk_divergence row,
                                  double factor, sk_term_weights w, const sk_arg *grad_u,
                                  const sk_arg *grad_v) {
-    const double T = x->t.T;
-    const sk_side u = sk_side_within(sk_side_of(r, x->u, false, T, i), T, row.lse_u, 0, SK_ROUNDED);
-    const sk_side v =
-        sk_side_within(sk_side_of(r, x->v, false, T, i), T, row.lse_u, row.dl, SK_ROUNDED);
+    const sk_row_pair found = sk_row_pair_of(r, x->u, x->v, x->t.T, i);
+    const sk_row_pair both = sk_row_pair_within(found, row.lse_u, row.dl);
     for (int64_t c = 0; c < r->C; c++) {
-        const sk_class_terms k = sk_class_of(r, x, u, v, i, c);
+        const sk_class_terms k = sk_class_of(&both, c);
         const double kl_pq = k.no_p && !isnan(row.kl_pq) ? 0 : k.p * (k.d - row.kl_pq);
         const double kl_qp = k.no_q && !isnan(row.kl_qp) ? 0 : k.q * (k.d + row.kl_qp);
         double to_u = 0, to_v = 0;
@@ -267,17 +248,19 @@ SK_RARE void sk_careful_gradient(const sk_task *r, const sk_pair *x, int64_t i, 
     }
 }
 
-/* A row is close if its gap is small against the spread of d, sqrt(2 KL). Returns whether all are.
- */
-static inline bool sk_set_pair(const sk_task *r, const sk_scale *t, sk_term_weights w,
-                               const sk_divergences *x, const double *factor, sk_pair_scalars m) {
-    real apart = 0;
+/* Leaves what the gradients of rows need, whose KL are in x: t and w are there. A row is close if
+ * its gap is small against the spread of d, sqrt(2 KL). */
+static inline void sk_set_pair(const sk_task *r, sk_found x, const double *factor,
+                               sk_pair_slopes *to) {
+    const sk_scale *const t = to->t;
+    const sk_term_weights w = to->w;
+    real(*const m)[SK_PITCH] = to->of, apart = 0;
 #pragma omp simd reduction(+ : apart)
     for (int64_t i = 0; i < sk_scalars(r); i++) {
-        const double u = x->lse[i] * t->T, v = (x->lse[i] - x->dl[i]) * t->T;
-        const double least = x->kl_pq[i] < x->kl_qp[i] ? x->kl_pq[i] : x->kl_qp[i];
-        const real exactly = x->dl[i] * x->dl[i] <= 8 * least ? 0 : 1;
-        const sk_split gap = sk_split_of(x->dl[i] * t->T);
+        const double u = x[SK_LSE][i] * t->T, v = (x[SK_LSE][i] - x[SK_DL][i]) * t->T;
+        const double least = x[SK_KL_PQ][i] < x[SK_KL_QP][i] ? x[SK_KL_PQ][i] : x[SK_KL_QP][i];
+        const real exactly = x[SK_DL][i] * x[SK_DL][i] <= 8 * least ? 0 : 1;
+        const sk_split gap = sk_split_of(x[SK_DL][i] * t->T);
         m[SK_U_SHIFT][i] = (real)u;
         m[SK_V_SHIFT][i] = (real)v;
         m[SK_U_FACTOR][i] = (real)factor[i] * sk_exp_of((real)((real)u - u), t);
@@ -285,9 +268,9 @@ static inline bool sk_set_pair(const sk_task *r, const sk_scale *t, sk_term_weig
         m[SK_GAP_HIGH][i] = gap.high;
         m[SK_GAP_LOW][i] = gap.low;
         m[SK_EXACTLY][i] = exactly;
-        m[SK_KL_PQ][i] = w.target_pq * (real)x->kl_pq[i];
-        m[SK_KL_QP][i] = w.target_qp * (real)x->kl_qp[i];
+        m[SK_TERM_PQ][i] = w.target_pq * (real)x[SK_KL_PQ][i];
+        m[SK_TERM_QP][i] = w.target_qp * (real)x[SK_KL_QP][i];
         apart += exactly;
     }
-    return apart == 0;
+    to->all_close = apart == 0;
 }

@@ -29,19 +29,23 @@ static inline double sk_sum(const sk_arg *x, int64_t N, int64_t S) {
     return sum;
 }
 
-/* What row [n, s] comes to in double. */
-typedef double (*sk_row_value)(const void *params, int64_t n, int64_t s);
+/* Rows that are summed up: N x S of them. value() is what row [n, s] comes to in double. */
+typedef struct sk_sum_of {
+    const sk_arg *rows;
+    int64_t N, S;
+    double (*value)(const void *params, int64_t n, int64_t s);
+    const void *params;
+} sk_sum_of;
 
 /* The sum of rows, of which some may be too large for a float: those are found once more. */
-static inline double sk_sum_rows(const sk_arg *rows, int64_t N, int64_t S, sk_row_value value,
-                                 const void *params) {
-    double sum = sk_sum(rows, N, S);
+static inline double sk_sum_rows(sk_sum_of x) {
+    double sum = sk_sum(x.rows, x.N, x.S);
     if (sizeof(real) == 8 || !isinf(sum)) return sum;
     sum = 0;
-    for (int64_t n = 0; n < N; n++) {
-        for (int64_t s = 0; s < S; s++) {
-            const double x = sk_load_one(rows, n * rows->stride[0] + s * rows->stride[1]);
-            sum += isinf(x) ? value(params, n, s) : x;
+    for (int64_t n = 0; n < x.N; n++) {
+        for (int64_t s = 0; s < x.S; s++) {
+            const double row = sk_load_one(x.rows, n * x.rows->stride[0] + s * x.rows->stride[1]);
+            sum += isinf(row) ? x.value(x.params, n, s) : row;
         }
     }
     return sum;
@@ -57,17 +61,11 @@ static inline double sk_weight_at(const sk_arg *weight, int64_t n, int64_t s) {
     return sk_load_one(weight, n * weight->stride[0] + s * weight->stride[1]);
 }
 
-/* loss = sum(rows) / denominator; denominator = divisor, else sum(weight), else N * S for a mean,
- * and 1 otherwise. */
-static inline void sk_reduce_rows(const sk_arg *rows, sk_row_value value, const void *params,
-                                  const sk_arg *weight, const sk_arg *divisor, int64_t reduction,
-                                  int64_t N, int64_t S, const sk_arg *loss,
-                                  const sk_arg *denominator) {
-    double count = 1;
-    if (reduction == SELFKD_MEAN && divisor->data)
-        count = sk_load_one(divisor, 0);
-    else if (reduction == SELFKD_MEAN)
-        count = weight->data ? sk_sum(weight, N, S) : (double)N * (double)S;
-    *(real *)loss->data = (real)(sk_sum_rows(rows, N, S, value, params) / count);
-    *(real *)denominator->data = (real)count;
+/* What a sum of rows is divided by: for a mean the divisor, else the sum of the weights, else N *
+ * S. */
+static inline double sk_denominator(int64_t reduction, const sk_arg *divisor, const sk_arg *weight,
+                                    int64_t N, int64_t S) {
+    if (reduction != SELFKD_MEAN) return 1;
+    if (divisor->data) return sk_load_one(divisor, 0);
+    return weight->data ? sk_sum(weight, N, S) : (double)N * (double)S;
 }

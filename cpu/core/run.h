@@ -12,21 +12,22 @@ typedef struct sk_run {
 /* What gradients are added to that there are none of yet. */
 SK_ALIGNED static const real sk_zeros[SK_RUN];
 
-/* The run after this one, {0, 0, 0} being before the first; whole groups of lanes wherever there is
- * one. */
-static inline bool sk_next_run(const sk_task *r, sk_run *run) {
-    int64_t *along = r->positions ? &run->row : &run->c,
-            *across = r->positions ? &run->c : &run->row;
+/* The run after this one, or one of no elements after the last; whole groups of lanes wherever
+ * there is one. */
+static inline sk_run sk_run_after(const sk_task *r, sk_run run) {
+    int64_t *along = r->positions ? &run.row : &run.c, *across = r->positions ? &run.c : &run.row;
     const int64_t length = r->positions ? r->width : r->C;
-    *along += run->n;
+    *along += run.n;
     if (*along == length) {
         *along = 0;
-        if (++*across == (r->positions ? r->C : r->width)) return false;
+        ++*across;
     }
-    const int64_t left = sk_min(length - *along, SK_RUN);
-    run->n = left > SK_LANES ? left - left % SK_LANES : left;
-    return true;
+    const int64_t left = *across == (r->positions ? r->C : r->width) ? 0 : length - *along;
+    const int64_t most = sk_min(left, SK_RUN);
+    run.n = most > SK_LANES ? most - most % SK_LANES : most;
+    return run;
 }
+static inline sk_run sk_first_run(const sk_task *r) { return sk_run_after(r, (sk_run){0}); }
 
 static inline int64_t sk_run_at(const sk_task *r, const sk_arg *x, sk_run run) {
     return sk_class_at(r, x, run.row, run.c);
@@ -45,12 +46,54 @@ static inline sk_ahead sk_next_read(const sk_task *r, const sk_arg *x, sk_run ru
     return (sk_ahead){(uintptr_t)x->data + (uintptr_t)(at * sk_bytes(x)), SK_LANES * sk_bytes(x)};
 }
 
-/* Where a run is to be written: its place or the buffer, from which sk_end_run takes it there. */
-static inline real *sk_begin_run(const sk_task *r, const sk_arg *x, sk_run run, real *buffer) {
-    return sk_in_place(x, sk_run_stride(r, x), run.n) ? (real *)x->data + sk_run_at(r, x, run)
-                                                      : buffer;
+/* Writes a run. */
+static inline void sk_put_run(const sk_task *r, const sk_arg *x, sk_run run, const real *from) {
+    sk_put(x, sk_run_at(r, x, run), sk_run_stride(r, x), run.n, from);
 }
-static inline void sk_end_run(const sk_task *r, const sk_arg *x, sk_run run, const real *buffer) {
-    if (!sk_in_place(x, sk_run_stride(r, x), run.n))
-        sk_put(x, sk_run_at(r, x, run), sk_run_stride(r, x), run.n, buffer);
+
+/* ---- a pass that reads and writes ---- */
+
+/* The tensors of a pass, those that are read and those that are written. A NULL is none. */
+enum { SK_READ = 3, SK_WRITTEN = 2 };
+typedef struct sk_streams {
+    const sk_arg *read[SK_READ], *written[SK_WRITTEN];
+} sk_streams;
+
+/* A run of them in memory: what is read, and where results are to be left. */
+typedef struct sk_slice {
+    const sk_task *r;
+    const sk_streams *of;
+    sk_run run;
+    const real *x[SK_READ];
+    real *to[SK_WRITTEN];
+} sk_slice;
+
+/* Where the next run of the k-th tensor that is read lies. */
+static inline sk_ahead sk_next_of(const sk_slice *at, int k) {
+    return sk_next_read(at->r, at->of->read[k], at->run);
+}
+
+typedef void (*sk_slope)(void *context, const sk_slice *at);
+
+/* Leaves the gradients of a task, run by run: slope() finds those of one. */
+SK_SPECIAL void sk_write_gradients(const sk_task *r, const sk_streams *of, sk_slope slope,
+                                   void *context) {
+    SK_ALIGNED real buffer[SK_READ + SK_WRITTEN][SK_RUN];
+    for (sk_run run = sk_first_run(r); run.n > 0; run = sk_run_after(r, run)) {
+        sk_slice at = {.r = r, .of = of, .run = run};
+#pragma GCC unroll 3
+        for (int k = 0; k < SK_READ; k++)
+            if (of->read[k]) at.x[k] = sk_read_run(r, of->read[k], run, buffer[k]);
+#pragma GCC unroll 3
+        for (int k = 0; k < SK_WRITTEN; k++) {
+            const sk_arg *const x = of->written[k];
+            const bool there = x && sk_in_place(x, sk_run_stride(r, x), run.n);
+            at.to[k] = there ? (real *)x->data + sk_run_at(r, x, run) : buffer[SK_READ + k];
+        }
+        slope(context, &at);
+#pragma GCC unroll 3
+        for (int k = 0; k < SK_WRITTEN; k++)
+            if (of->written[k] && at.to[k] == buffer[SK_READ + k])
+                sk_put_run(r, of->written[k], run, at.to[k]);
+    }
 }

@@ -23,6 +23,7 @@ enum {
 typedef struct sk_task {
     int64_t N, C, S, n, s, width, groups;
     bool positions;
+    const char *path; /* the name of the loop, for selfkd_last_path() */
 } sk_task;
 
 /* The rows of a call whose first tensor is x: its layout decides, whatever that of the others;
@@ -33,8 +34,10 @@ static inline sk_task sk_tasks_of(const sk_arg *x, int64_t N, int64_t C, int64_t
                  .S = S,
                  .positions = S >= SK_LANES && x->stride[2] == 1 && x->stride[1] != 1};
     r.width = r.positions ? sk_min(SK_WIDTH, S) : C > SK_ROW_C ? 1 : SK_SHORT_ROWS;
+    r.path = r.positions ? "positions" : "classes";
     return r;
 }
+#define SK_TASKS_OF(p, x) sk_tasks_of(&(p)->x, SK_DIM(p, N), SK_DIM(p, C), SK_DIM(p, S))
 
 /* Tasks of one sample (positions) or of all (classes): a task of positions stays within a sample.
  */
@@ -44,10 +47,9 @@ static inline int64_t sk_tasks_in_run(const sk_task *all) {
 
 /* Each task reads `tensors` elements a class. */
 static inline sk_work sk_work_of(const sk_task *all, int tensors) {
-    if (all->N == 0 || all->S == 0) return (sk_work){0, 0, "classes"};
-    const int64_t tasks = sk_tasks_in_run(all);
-    return (sk_work){all->positions ? all->N * tasks : tasks, tensors * all->C * all->width,
-                     all->positions ? "positions" : "classes"};
+    const int64_t tasks = sk_tasks_in_run(all), samples = all->positions ? all->N : 1;
+    const bool empty = all->N == 0 || all->S == 0;
+    return (sk_work){empty ? 0 : samples * tasks, tensors * all->C * all->width, all->path};
 }
 
 static inline sk_task sk_task_at(const sk_task *all, int64_t i) {
@@ -59,6 +61,11 @@ static inline sk_task sk_task_at(const sk_task *all, int64_t i) {
     r.groups = r.positions ? sk_groups(r.width) : r.width;
     return r;
 }
+
+/* What is found of the rows of a task: planes of numbers, one for each row. The first are saved for
+ * backward, at most 32 bytes a row. */
+enum { SK_SAVED = 4, SK_FOUND = 5 };
+typedef double sk_found[SK_FOUND][SK_PITCH];
 
 /* How many scalars of a task there are, one for each row; in "positions" one for each lane. */
 static inline int64_t sk_scalars(const sk_task *r) {
@@ -83,7 +90,7 @@ static inline int64_t sk_row_step(const sk_task *r, int64_t stride_n, int64_t st
     return r->S == 1 ? stride_n : 0;
 }
 
-/* One element of a tensor of shape (N, S) for each row. */
+/* One element of a tensor of shape (N, S) for each row, and 0 in lanes beyond the last. */
 #define SK_ROW_LOADER(name, type)                                                       \
     static inline void name(const sk_task *r, const void *data, int64_t stride_n,       \
                             int64_t stride_s, type *restrict to) {                      \
@@ -96,20 +103,22 @@ static inline int64_t sk_row_step(const sk_task *r, int64_t stride_n, int64_t st
         else                                                                            \
             for (int64_t i = 0; i < r->width; i++)                                      \
                 to[i] = ((const type *)data)[sk_row_at(r, stride_n, stride_s, i)];      \
+        for (int64_t i = r->width; i < sk_scalars(r); i++) to[i] = 0;                   \
     }
 SK_ROW_LOADER(sk_load_reals, real)
 SK_ROW_LOADER(sk_load_doubles, double)
 SK_ROW_LOADER(sk_load_indices, int64_t)
 
-/* The same of a weight (1 where none is given) or of an incoming gradient. */
+/* A weight of each row (1 where none is given), or its incoming gradient. */
 static inline void sk_load_scalars(const sk_task *r, const sk_arg *x, real *to) {
-    if (!x->data)
-        for (int64_t i = 0; i < r->width; i++) to[i] = 1;
-    else if (x->dtype != SK_DT_BOOL)
+    if (x->data && x->dtype != SK_DT_BOOL) {
         sk_load_reals(r, x->data, x->stride[0], x->stride[1], to);
-    else
-        for (int64_t i = 0; i < r->width; i++)
-            to[i] = sk_load_one(x, sk_row_at(r, x->stride[0], x->stride[1], i));
+        return;
+    }
+    for (int64_t i = 0; i < r->width && !x->data; i++) to[i] = 1;
+    for (int64_t i = 0; i < r->width && x->data; i++)
+        to[i] = sk_load_one(x, sk_row_at(r, x->stride[0], x->stride[1], i));
+    for (int64_t i = r->width; i < sk_scalars(r); i++) to[i] = 0;
 }
 
 /* Class c[i] of row i. */

@@ -1,4 +1,7 @@
-"""A case of each operator, at any shape. A new operator adds its own, and its baselines."""
+"""A case of each operator, at any shape.
+
+An operator without a function here is timed beside its own reference: :func:`by_contract`.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .. import contract
 from .._ops import ops
 from ..nn import BiFPN
 from . import authors, baselines
@@ -292,6 +296,23 @@ def self_teacher(batch: int, **need: float) -> Case:
     )
 
 
+def by_contract(operator: str, *shape: int, **need: float) -> Case:
+    """Rows 3 * randn. Forward reads them all; backward reads them again and writes the gradients."""
+    forward, backward = contract.contract(operator), contract.contract(f"{operator}_backward")
+    inputs = sum(x.is_input and x.kind == "IN" and x.shape == "NC*" for x in forward.items)
+    learning = len(backward.outputs)
+    return Case(
+        name=f"{operator} {text(shape)}",
+        fused=getattr(SELFKD, operator),
+        reference=getattr(SELFKD.reference, operator),
+        baselines={"reference": getattr(SELFKD.reference, operator)},
+        inputs=lambda: [3 * torch.randn(shape) for _ in range(inputs)],
+        learning=learning,
+        values_moved=(2 * inputs + learning) * math.prod(shape),
+        need=need,
+    )
+
+
 class Form(NamedTuple):
     """The sizes that a user gives for a case: one a letter, and any number more if `open`."""
 
@@ -314,6 +335,7 @@ FORMS = {
     "simreg": Form(simreg, "ND"),
     "BiFPN": Form(self_teacher, "N"),
 }
+FORMS |= {x: Form(partial(by_contract, x), "NC", True) for x in contract.modules() if x not in FORMS}
 
 
 def fewer(shape: tuple[int, ...]) -> tuple[int, ...]:

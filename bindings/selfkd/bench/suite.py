@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .case import Case
-from .cases import make
+from .cases import FORMS, make
 
 # glibc gives blocks over 32 MB back on every free, so that each step pays for fresh pages. This
 # setting keeps freed memory in the process, for every contender.
@@ -95,4 +95,7 @@ def on_cuda() -> list[Case]:
 
 
 def suite(device: str) -> list[Case]:
-    return on_cuda() if device == "cuda" else on_cpu()
+    """The cases above, and one of each operator that they do not have."""
+    cases = on_cuda() if device == "cuda" else on_cpu()
+    others = set(FORMS) - {case.operator for case in cases}
+    return [*cases, *(make(operator, 1024, 1000) for operator in sorted(others))]

@@ -1,0 +1,148 @@
+/* Losses of two rows of logits that are a sum over the classes: what cpu/core/pair_loss.h says of a
+ * formula holds here. One kernel each way: forward reads the logits twice, the second time from cache,
+ * backward once. */
+#pragma once
+#include "core/kl.cuh"
+
+/* What the formula makes of a class, and what is found of a row. */
+template <typename real>
+struct sk_class_result {
+    real value, slope_p, slope_q;
+};
+struct sk_pair_loss_row {
+    double lse, dl, a, b, loss;
+};
+
+/* Formula: a struct with `template <typename real> static sk_class_result<real> at(p, q, d, p_q, k)`,
+ * which SK_PAIR_LOSS makes of an operator's functions; k: its own numbers. */
+template <typename real>
+struct sk_pair_numbers {
+    real k[8];
+};
+
+/* A class in double: what the formula makes of it in `real`, its p and q. */
+template <typename real>
+struct sk_careful_result {
+    sk_class_result<real> of;
+    double p, q;
+    bool counts;
+};
+template <typename Formula, typename T>
+SK_DEVICE sk_careful_result<sk_real<T>> sk_careful_class(const rows<T> &r, int64_t c, const side &x,
+                                                         const side &y,
+                                                         const sk_pair_numbers<sk_real<T>> &n) {
+    typedef sk_real<T> real;
+    const double t = r.temperature, u = sk_widen(r.u[c * r.u_stride]),
+                 v = sk_widen(r.v[c * r.v_stride]);
+    const double p = exp(log_p(u, t, x)), q = exp(log_p(v, t, y));
+    const double d = log_ratio(u, v, t, t, x, y);
+    const real finite = isinf(u) ? (real)kLowest : isinf(v) ? (real)-kLowest : (real)d;
+    const real p_q = (real)(fabs(d) < 0.5 ? q * expm1(d) : p - q);
+    return {Formula::template at<real>((real)p, (real)q, finite, p_q, n.k), p, q,
+            !(isinf(u) && isinf(v))};
+}
+
+template <typename T>
+SK_DEVICE void sk_sides_within(const rows<T> &r, double lse, double dl, side *x, side *y) {
+    const stored_row<T> u = {r.u, r.u_stride}, v = {r.v, r.v_stride};
+    const double t = r.temperature;
+    sides_of(u, v, r.C, t, t, x, y);
+    *x = side_within<sk_real<T>>(*x, t, lse, 0);
+    *y = side_within<sk_real<T>>(*y, t, lse, dl);
+}
+
+/* A pair of logits, from kLowest up, as in differentiate() of kl.cuh. */
+template <typename real>
+SK_DEVICE pair<real> sk_pair_at(const pair_slope<real> &k, real a, real b) {
+    return compare(distance(difference(a, b), k.gap) * k.t.inverse,
+                   log2_of(a, k.t.log2e, k.log2_u), log2_of(b, k.t.log2e, k.log2_v));
+}
+
+template <typename real>
+SK_DEVICE bool sk_is_far_pair(double lse, double dl, double factor) {
+    return is_beyond(lse, kFarLse<real>) || is_beyond(dl, kFarLse<real>) ||
+           is_beyond(factor, kFarFactor<real>);
+}
+
+/* The same result in all threads of the group. */
+template <typename Formula, typename T, int kVec>
+SK_DEVICE sk_pair_loss_row sk_pair_loss_of(const rows<T> &r,
+                                           const sk_pair_numbers<sk_real<T>> &n) {
+    typedef sk_real<T> real;
+    const divergence found = diverge<T, kVec>(r);
+    double sum[3] = {0, 0, 0};
+    if (sk_is_far_pair<real>(found.lse, found.dl, 0)) {
+        side x, y;
+        sk_sides_within(r, found.lse, found.dl, &x, &y);
+        SK_ROLLED for (int64_t c = sk_lane(); c < r.C; c += sk_group()) {
+            const sk_careful_result<real> of = sk_careful_class<Formula>(r, c, x, y, n);
+            if (!of.counts) continue;
+            sum[0] += of.of.value;
+            sum[1] += of.p == 0 ? 0 : of.p * of.of.slope_p;
+            sum[2] += of.q == 0 ? 0 : of.q * of.of.slope_q;
+        }
+    } else {
+        const pair_slope<real> k = pair_slope_of<real>(found, r.temperature, 0, 0, true, false);
+        const T *const u = sk_keep(r.u), *const v = sk_keep(r.v);
+        SK_ROLLED for (int64_t base = 0; base < r.C; base += sk_step<T>()) {
+            real a[sk_items<T>], b[sk_items<T>], part[3] = {};
+            load_logits<T, kVec>(u, r.u_stride, base, r.C, a);
+            load_logits<T, kVec>(v, r.v_stride, base, r.C, b);
+            SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
+                if (i % kVec == 0 && !sk_any_class<kVec>(base, i, r.C)) break;
+                const pair<real> x = sk_pair_at(k, a[i], b[i]);
+                const sk_class_result<real> of =
+                    Formula::template at<real>(x.p, x.q, x.y, x.diff, n.k);
+                const bool nowhere = a[i] <= (real)kLowest && b[i] <= (real)kLowest;
+                part[0] += nowhere ? 0 : of.value;
+                part[1] += x.p != 0 ? x.p * of.slope_p : 0;
+                part[2] += x.q != 0 ? x.q * of.slope_q : 0;
+            }
+            for (int i = 0; i < 3; i++) sum[i] += part[i];
+        }
+    }
+    sk_group_reduce(sum, sk_add());
+    return {found.lse, found.dl, sum[1], sum[2], sum[0]};
+}
+
+/* Leaves the gradients of a row: both times the factor. */
+template <typename Formula, typename T, int kVec>
+SK_DEVICE void sk_differentiate_pair_loss(const rows<T> &r, const sk_pair_loss_row &of,
+                                          double factor, const sk_pair_numbers<sk_real<T>> &n,
+                                          const sk_out_row<T> &to_u, const sk_out_row<T> &to_v) {
+    typedef sk_real<T> real;
+    if (factor != 0 && sk_is_far_pair<real>(of.lse, of.dl, factor)) {
+        side x, y;
+        sk_sides_within(r, of.lse, of.dl, &x, &y);
+        SK_ROLLED for (int64_t c = sk_lane(); c < r.C; c += sk_group()) {
+            const sk_careful_result<real> k = sk_careful_class<Formula>(r, c, x, y, n);
+            const double u = k.p == 0 ? 0 : k.p * (k.of.slope_p - of.a);
+            const double v = k.q == 0 ? 0 : k.q * (k.of.slope_q - of.b);
+            sk_narrow((real)(factor * u), to_u.at + c * to_u.stride);
+            sk_narrow((real)(factor * v), to_v.at + c * to_v.stride);
+        }
+        return;
+    }
+    const pair_slope<real> k =
+        pair_slope_of<real>({of.lse, of.dl, 0, 0, false}, r.temperature, 0, 0, true, false);
+    const two<real> mean_p = keep<real>(of.a), mean_q = keep<real>(of.b);
+    const real f = sk_keep((real)factor);
+    const T *const u = sk_keep(r.u), *const v = sk_keep(r.v);
+    SK_ROLLED for (int64_t base = 0; base < r.C; base += sk_step<T>()) {
+        real a[sk_items<T>], b[sk_items<T>];
+        load_logits<T, kVec>(u, r.u_stride, base, r.C, a);
+        load_logits<T, kVec>(v, r.v_stride, base, r.C, b);
+        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
+            if (i % kVec == 0 && !sk_any_class<kVec>(base, i, r.C)) break;
+            const pair<real> x = sk_pair_at(k, a[i], b[i]);
+            const sk_class_result<real> of_class =
+                Formula::template at<real>(x.p, x.q, x.y, x.diff, n.k);
+            const real by_p = (of_class.slope_p - mean_p.high) - mean_p.low;
+            const real by_q = (of_class.slope_q - mean_q.high) - mean_q.low;
+            a[i] = f != 0 && x.p != 0 ? f * x.p * by_p : 0;
+            b[i] = f != 0 && x.q != 0 ? f * x.q * by_q : 0;
+        }
+        sk_store<T, kVec>(to_u.at, to_u.stride, base, r.C, a);
+        sk_store<T, kVec>(to_v.at, to_v.stride, base, r.C, b);
+    }
+}
