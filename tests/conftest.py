@@ -20,7 +20,8 @@ import torch
 
 # Before the first of them is imported, so that a failing assertion says what it compared.
 pytest.register_assert_rewrite(
-    "backends", "binding", "comparison", "drawing", "harness", "sentences", "standard"
+    *("backends", "binding", "comparison", "drawing", "harness"),
+    *("loss", "sentences", "standard", "standard_pytorch"),
 )
 import harness  # noqa: E402
 

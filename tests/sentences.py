@@ -37,7 +37,7 @@ def resized(x: torch.Tensor, at: int, size: int) -> torch.Tensor:
 
 def of_shape(item: Item, x: torch.Tensor, is_first: bool) -> Iterator[tuple[str, Wrong]]:
     """Too many dimensions, and another size in each."""
-    if not is_first:  # whose sizes the others are compared with
+    if not is_first and item.shape.startswith("N"):  # the sizes of the first are what is expected
         more = f"{item.name} has {x.ndim + 1} dimensions, expected {x.ndim}"
         yield more, (ValueError, {item.name: x.unsqueeze(-1)})
         letters = item.shape.removesuffix("*")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,119 +11,21 @@ import selfkd
 import torch
 from backends import (
     Backend,
-    backends,
     live_inputs,
-    needs_operators,
     needs_torch_backend,
     prepare,
     public,
-    through_torch,
 )
 from binding import (
-    backward_calls,
-    check_compile,
     check_double_backward,
-    check_operator,
-    check_saved_bytes,
-    check_threads,
 )
 from comparison import assert_gradient, assert_values, check_case, check_tensors, reference
 from drawing import DTYPES, Case, Make, cast, laid_out, rows_of, weighted
-from selfkd import library
-from selfkd.contract import contract
-from sentences import implied
+from loss import SHAPES, Loss, Shape, each_call, in_dtypes, named, on_back_ends
+from standard_pytorch import of_pytorch, of_resources
 
 NAN, INF = torch.nan, torch.inf
-Shape = tuple[int, ...]
 Tests = dict[str, Callable[..., None]]
-on_back_ends = pytest.mark.parametrize("backend", backends(), ids=str)
-in_dtypes = pytest.mark.parametrize("dtype", DTYPES)
-# Rows shorter than a vector, than a chunk and longer; maps that are and are not whole vectors.
-SHAPES: Mapping[str, Sequence[Shape]] = {
-    "strides": [(5, 100), (3, 1100), (2, 21, 6, 7)],
-    "mixed": [(9, 100), (3, 1101), (3, 4096), (33, 8), (2, 40, 3, 3)],
-    "equal": [(7, 100), (2, 2500), (1, 40, 9, 11)],
-    "grad": [(6, 40), (2, 9, 3, 5)],
-    "slopes": [(3, 5), (2, 3, 4)],
-    "double": [(4, 6), (2, 3, 6)],
-    "opcheck": [(4, 6), (2, 3, 4, 5)],
-    "compile": [(6,), (3, 6)],
-    "threads": [(300, 500), (20, 8192), (20, 8, 300)],
-    "saved": [(64, 1000), (4, 64, 16, 16)],
-}
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A loss of rows, as its tests know it.
-
-    draw: `draw(*shape)` makes what draws its tensors but for weight and divisor.
-    rows, maps: the cases; those of maps have positions and run in both orders of memory.
-    path: the name of the CPU's loop, or what gives it of a case and a layout; "" is any.
-    options: calls that differ in what is computed; the first of them is also compiled.
-    slopes: those whose gradients are the slopes of the result, all of `options` unless given.
-    zero: those that are exactly 0, with their gradients, for rows that are equal.
-    excludes: -inf is a value of a row: a class that is left out.
-    per_sample: as in Case, in float64 and for tensors whose dtypes differ.
-    shapes: of a test in `SHAPES` those that stand in for the usual ones.
-    """
-
-    op: str
-    draw: Callable[..., Make]
-    rows: Sequence[Any] = ()
-    maps: Sequence[Any] = ()
-    path: str | Callable[[Case, str], str] = ""
-    options: Sequence[Mapping[str, Any]] = ({},)
-    slopes: Sequence[Mapping[str, Any]] | None = None
-    zero: Sequence[Mapping[str, Any]] | None = None
-    excludes: bool = False
-    per_sample: bool = False
-    shapes: Mapping[str, Sequence[Shape]] = field(default_factory=dict)
-
-    def has(self, name: str) -> bool:
-        """Whether the contract has an argument of that name."""
-        return any(item.name == name for item in contract(self.op).items)
-
-    def fixed(self) -> list[str]:
-        """The inputs whose dtype is their own."""
-        return [x.name for x in contract(self.op).items if x.rule in ("CONSTANT", "TEACHER")]
-
-    def reductions(self) -> list[dict[str, Any]]:
-        """A call for each way to reduce, of which "none" has gradients of its own."""
-        return [{"reduction": x} for x in ("mean", "none")] if self.has("reduction") else [{}]
-
-    def tensors(
-        self, shape: Shape, g: torch.Generator, dtype: str = "float32", device: str = "cpu"
-    ) -> dict[str, Any]:
-        """Stored in a dtype, without weights."""
-        return cast(self.draw(*shape)(g), self.op, DTYPES[dtype], device)
-
-    def with_weight(self, tensors: dict[str, Any], g: torch.Generator) -> dict[str, Any]:
-        """With weights > 0, if the loss has some."""
-        if not self.has("weight"):
-            return tensors
-        first = tensors[contract(self.op).first]
-        acc = torch.float64 if first.dtype == torch.float64 else torch.float32
-        weight = torch.rand(first[:, 0].shape, generator=g, dtype=torch.float64)
-        return {**tensors, "weight": weight.to(first.device, acc)}
-
-    def each_shape(self, of: str) -> Any:
-        """The parameter `shape` of a test."""
-        return pytest.mark.parametrize("shape", self.shapes.get(of, SHAPES[of]), ids=str)
-
-    def judge(self, dtype: str = "float64") -> Case:
-        """By which bounds tensors of a dtype are compared."""
-        return Case("drawn", self.draw(1, 1), per_sample=self.per_sample and dtype == "float64")
-
-
-def named(options: Mapping[str, Any]) -> str:
-    """What a call is called in the name of a test."""
-    return ",".join(f"{name}={value}" for name, value in options.items()) or "usual"
-
-
-def each_call(options: Sequence[Mapping[str, Any]]) -> Any:
-    """The parameter `options` of a test."""
-    return pytest.mark.parametrize("options", options, ids=named)
 
 
 def standard_tests(
@@ -361,81 +262,3 @@ def of_gradients(loss: Loss) -> list[Callable[..., None]]:
         test_gradcheck,
         test_double_backward_agrees_with_kernel_and_reference,
     ]
-
-
-def of_pytorch(loss: Loss) -> list[Callable[..., None]]:
-    """The registered operator, the compiler, and sentences."""
-    op, first = loss.op, contract(loss.op).first
-
-    @needs_torch_backend
-    @needs_operators
-    @pytest.mark.parametrize("reduction", range(len(loss.reductions())))
-    @pytest.mark.parametrize("fixed", ["float32", "float16"] if loss.fixed() else ["float32"])
-    @loss.each_shape("opcheck")
-    def test_opcheck(shape: Shape, fixed: str, reduction: int, generator: torch.Generator) -> None:
-        tensors = loss.with_weight(loss.tensors(shape, generator), generator)
-        tensors |= {name: tensors[name].to(DTYPES[fixed]) for name in loss.fixed()}
-        each = loss.has("reduction") and reduction == 0
-        grad = torch.rand(tensors[first][:, 0].shape) if each else torch.tensor(2.0)
-        options = {"reduction": reduction} if loss.has("reduction") else {}
-        check_operator(op, tensors, options, grad)
-
-    @needs_torch_backend
-    @needs_operators
-    @pytest.mark.parametrize("dynamic", [False, True])
-    @loss.each_shape("compile")
-    def test_compile(shape: Shape, dynamic: bool, generator: torch.Generator) -> None:
-        batches = [
-            loss.with_weight(loss.tensors((n, *shape), generator), generator) for n in (4, 7)
-        ]
-        divisor = {"divisor": 4.0} if loss.has("divisor") else {}
-        check_compile(op, batches, {**loss.options[0], **divisor}, dynamic)
-
-    g = torch.Generator()
-    given = [loss.with_weight(loss.tensors(x, g), g) for x in ((4, 6), (4, 6, 5, 7))]
-    wrong = {sentence: (x, bad) for x in given for sentence, bad in implied(op, x).items()}
-
-    @needs_torch_backend
-    @pytest.mark.parametrize("sentence", wrong)
-    def test_sentences_of_the_contract(sentence: str) -> None:
-        tensors, (error, arguments) = wrong[sentence]
-        for requires_grad in (False, True):
-            named = {**tensors, **arguments}
-            if named[first].is_floating_point():
-                named[first] = named[first].detach().requires_grad_(requires_grad)
-            with pytest.raises(error, match=f"^{re.escape(sentence)}"):
-                public(op, selfkd)(**named)
-
-    @needs_torch_backend
-    def test_path_and_kernel_ran(generator: torch.Generator) -> None:
-        before = backward_calls(op)
-        through_torch(op, loss.tensors((3, 5), generator), {})
-        assert backward_calls(op) == before + 1
-        path = loss.path if isinstance(loss.path, str) else ""
-        assert library.text("selfkd_last_path").endswith(path)
-
-    return [test_opcheck, test_compile, test_sentences_of_the_contract, test_path_and_kernel_ran]
-
-
-def of_resources(loss: Loss) -> list[Callable[..., None]]:
-    """Threads, and memory for backward."""
-
-    @needs_torch_backend
-    @loss.each_shape("threads")
-    def test_threads(shape: Shape, generator: torch.Generator) -> None:
-        make = weighted(loss.draw(*shape)) if loss.has("weight") else loss.draw(*shape)
-        tensors = cast(make(generator), loss.op, torch.float32)
-        check_threads(loss.op, tensors, {})
-        if len(shape) > 2:
-            check_threads(loss.op, laid_out(loss.op, tensors, "channels_last"), {})
-
-    @needs_torch_backend
-    @loss.each_shape("saved")
-    def test_memory_for_backward_is_at_most_32_bytes_a_row(
-        shape: Shape, generator: torch.Generator
-    ) -> None:
-        tensors = loss.tensors(shape, generator)
-        rows = tensors[contract(loss.op).first][:, 0].numel()
-        check_saved_bytes(loss.op, tensors, rows=rows)
-
-    return [test_threads, test_memory_for_backward_is_at_most_32_bytes_a_row]

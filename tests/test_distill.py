@@ -175,7 +175,10 @@ globals().update(
         slopes=[APART],
         zero=[],
         excludes=True,
-        shapes={"threads": [(300, 500), (2, 21, 40, 50)]},
+        shapes={
+            "mixed": [(9, 100), (3, 1101), (2, 40, 3, 3)],
+            "threads": [(300, 500), (2, 21, 40, 50)],
+        },
     )
 )
 
