@@ -1,23 +1,27 @@
 /* Losses of two rows of logits that are a sum over the classes: what cpu/core/pair_loss.h says of a
- * formula holds here. One kernel each way: forward reads the logits twice, the second time from cache,
- * backward once. */
+ * formula holds here. One kernel each way: forward reads the logits twice, the second time from
+ * cache, backward once. */
 #pragma once
 #include "core/kl.cuh"
+#include "core/row_loss.cuh"
 
-/* What the formula makes of a class, and what is found of a row. */
+/* What a formula makes of a class. Formula is a type with
+ *   template <typename real> static sk_class_result<real> at(p, q, d, p_q, k). */
 template <typename real>
 struct sk_class_result {
     real value, slope_p, slope_q;
 };
+
+/* What is found of a row: lse(u/T), what it lies above lse(v/T), A, B and the loss. */
 struct sk_pair_loss_row {
     double lse, dl, a, b, loss;
 };
 
-/* Formula: a struct with `template <typename real> static sk_class_result<real> at(p, q, d, p_q, k)`,
- * which SK_PAIR_LOSS makes of an operator's functions; k: its own numbers. */
-template <typename real>
-struct sk_pair_numbers {
-    real k[8];
+/* Where a gradient goes. */
+template <typename T>
+struct sk_out_row {
+    T *at;
+    int64_t stride;
 };
 
 /* A class in double: what the formula makes of it in `real`, its p and q. */
@@ -29,8 +33,7 @@ struct sk_careful_result {
 };
 template <typename Formula, typename T>
 SK_DEVICE sk_careful_result<sk_real<T>> sk_careful_class(const rows<T> &r, int64_t c, const side &x,
-                                                         const side &y,
-                                                         const sk_pair_numbers<sk_real<T>> &n) {
+                                                         const side &y, const sk_real<T> *numbers) {
     typedef sk_real<T> real;
     const double t = r.temperature, u = sk_widen(r.u[c * r.u_stride]),
                  v = sk_widen(r.v[c * r.v_stride]);
@@ -38,7 +41,7 @@ SK_DEVICE sk_careful_result<sk_real<T>> sk_careful_class(const rows<T> &r, int64
     const double d = log_ratio(u, v, t, t, x, y);
     const real finite = isinf(u) ? (real)kLowest : isinf(v) ? (real)-kLowest : (real)d;
     const real p_q = (real)(fabs(d) < 0.5 ? q * expm1(d) : p - q);
-    return {Formula::template at<real>((real)p, (real)q, finite, p_q, n.k), p, q,
+    return {Formula::template at<real>((real)p, (real)q, finite, p_q, numbers), p, q,
             !(isinf(u) && isinf(v))};
 }
 
@@ -54,8 +57,8 @@ SK_DEVICE void sk_sides_within(const rows<T> &r, double lse, double dl, side *x,
 /* A pair of logits, from kLowest up, as in differentiate() of kl.cuh. */
 template <typename real>
 SK_DEVICE pair<real> sk_pair_at(const pair_slope<real> &k, real a, real b) {
-    return compare(distance(difference(a, b), k.gap) * k.t.inverse,
-                   log2_of(a, k.t.log2e, k.log2_u), log2_of(b, k.t.log2e, k.log2_v));
+    return compare(distance(difference(a, b), k.gap) * k.t.inverse, log2_of(a, k.t.log2e, k.log2_u),
+                   log2_of(b, k.t.log2e, k.log2_v));
 }
 
 template <typename real>
@@ -66,8 +69,7 @@ SK_DEVICE bool sk_is_far_pair(double lse, double dl, double factor) {
 
 /* The same result in all threads of the group. */
 template <typename Formula, typename T, int kVec>
-SK_DEVICE sk_pair_loss_row sk_pair_loss_of(const rows<T> &r,
-                                           const sk_pair_numbers<sk_real<T>> &n) {
+SK_DEVICE sk_pair_loss_row sk_pair_loss_of(const rows<T> &r, const sk_real<T> *numbers) {
     typedef sk_real<T> real;
     const divergence found = diverge<T, kVec>(r);
     double sum[3] = {0, 0, 0};
@@ -75,7 +77,7 @@ SK_DEVICE sk_pair_loss_row sk_pair_loss_of(const rows<T> &r,
         side x, y;
         sk_sides_within(r, found.lse, found.dl, &x, &y);
         SK_ROLLED for (int64_t c = sk_lane(); c < r.C; c += sk_group()) {
-            const sk_careful_result<real> of = sk_careful_class<Formula>(r, c, x, y, n);
+            const sk_careful_result<real> of = sk_careful_class<Formula>(r, c, x, y, numbers);
             if (!of.counts) continue;
             sum[0] += of.of.value;
             sum[1] += of.p == 0 ? 0 : of.p * of.of.slope_p;
@@ -92,7 +94,7 @@ SK_DEVICE sk_pair_loss_row sk_pair_loss_of(const rows<T> &r,
                 if (i % kVec == 0 && !sk_any_class<kVec>(base, i, r.C)) break;
                 const pair<real> x = sk_pair_at(k, a[i], b[i]);
                 const sk_class_result<real> of =
-                    Formula::template at<real>(x.p, x.q, x.y, x.diff, n.k);
+                    Formula::template at<real>(x.p, x.q, x.y, x.diff, numbers);
                 const bool nowhere = a[i] <= (real)kLowest && b[i] <= (real)kLowest;
                 part[0] += nowhere ? 0 : of.value;
                 part[1] += x.p != 0 ? x.p * of.slope_p : 0;
@@ -108,14 +110,14 @@ SK_DEVICE sk_pair_loss_row sk_pair_loss_of(const rows<T> &r,
 /* Leaves the gradients of a row: both times the factor. */
 template <typename Formula, typename T, int kVec>
 SK_DEVICE void sk_differentiate_pair_loss(const rows<T> &r, const sk_pair_loss_row &of,
-                                          double factor, const sk_pair_numbers<sk_real<T>> &n,
+                                          double factor, const sk_real<T> *numbers,
                                           const sk_out_row<T> &to_u, const sk_out_row<T> &to_v) {
     typedef sk_real<T> real;
     if (factor != 0 && sk_is_far_pair<real>(of.lse, of.dl, factor)) {
         side x, y;
         sk_sides_within(r, of.lse, of.dl, &x, &y);
         SK_ROLLED for (int64_t c = sk_lane(); c < r.C; c += sk_group()) {
-            const sk_careful_result<real> k = sk_careful_class<Formula>(r, c, x, y, n);
+            const sk_careful_result<real> k = sk_careful_class<Formula>(r, c, x, y, numbers);
             const double u = k.p == 0 ? 0 : k.p * (k.of.slope_p - of.a);
             const double v = k.q == 0 ? 0 : k.q * (k.of.slope_q - of.b);
             sk_narrow((real)(factor * u), to_u.at + c * to_u.stride);
@@ -136,7 +138,7 @@ SK_DEVICE void sk_differentiate_pair_loss(const rows<T> &r, const sk_pair_loss_r
             if (i % kVec == 0 && !sk_any_class<kVec>(base, i, r.C)) break;
             const pair<real> x = sk_pair_at(k, a[i], b[i]);
             const sk_class_result<real> of_class =
-                Formula::template at<real>(x.p, x.q, x.y, x.diff, n.k);
+                Formula::template at<real>(x.p, x.q, x.y, x.diff, numbers);
             const real by_p = (of_class.slope_p - mean_p.high) - mean_p.low;
             const real by_q = (of_class.slope_q - mean_q.high) - mean_q.low;
             a[i] = f != 0 && x.p != 0 ? f * x.p * by_p : 0;
@@ -146,3 +148,74 @@ SK_DEVICE void sk_differentiate_pair_loss(const rows<T> &r, const sk_pair_loss_r
         sk_store<T, kVec>(to_v.at, to_v.stride, base, r.C, b);
     }
 }
+
+/* ---- the kernels ---- */
+
+template <typename T, typename Params>
+SK_DEVICE rows<T> sk_rows_at(const Params &p, int64_t n, int64_t s) {
+    return {sk_row<T>(p.u, n, s), sk_row<T>(p.v, n, s), p.u.stride[1],
+            p.v.stride[1],        SK_DIM(&p, C),        p.temperature};
+}
+
+/* Leaves rows, saved, loss and denominator. */
+template <typename Formula, typename T, int kVec, typename Params>
+SK_DEVICE void sk_pair_loss_forward(const Params &p, const sk_real<T> *numbers) {
+    sk_row_forward<T, 4>(p, [&](int64_t n, int64_t s, double w, double(&saved)[4]) {
+        const sk_pair_loss_row x =
+            sk_pair_loss_of<Formula, T, kVec>(sk_rows_at<T>(p, n, s), numbers);
+        saved[0] = x.lse;
+        saved[1] = x.dl;
+        saved[2] = x.a;
+        saved[3] = x.b;
+        return w * x.loss;
+    });
+}
+
+/* Leaves grad_u and grad_v. */
+template <typename Formula, typename T, int kVec, typename Params>
+SK_DEVICE void sk_pair_loss_backward(const Params &p, const sk_real<T> *numbers) {
+    sk_each_row(p, [&](int64_t n, int64_t s) {
+        const sk_incoming<sk_real<T>, Params> in(p, n, s);
+        const double per_row = in.grad * in.weight / (in.denominator * p.temperature);
+        const double factor = in.weight != 0 ? per_row : 0;
+        const sk_pair_loss_row x = {in.saved(0), in.saved(1), in.saved(2), in.saved(3), 0};
+        const sk_out_row<T> to_u = {sk_keep(sk_row<T>(p.grad_u, n, s)), p.grad_u.stride[1]};
+        const sk_out_row<T> to_v = {sk_keep(sk_row<T>(p.grad_v, n, s)), p.grad_v.stride[1]};
+        sk_differentiate_pair_loss<Formula, T, kVec>(sk_rows_at<T>(p, n, s), x, factor, numbers,
+                                                     to_u, to_v);
+    });
+}
+
+/* Defines kernels and launches of a loss with the inputs u, v and weight and a temperature, by its
+ * formula: as SK_PAIR_LOSS of cpu/core/pair_loss.h. */
+#define SK_PAIR_LOSS(op)                                                                         \
+    struct op##_formula {                                                                        \
+        template <typename real>                                                                 \
+        static __device__ sk_class_result<real> at(real p, real q, real d, real p_q,             \
+                                                   const real *k) {                              \
+            return {op##_value(p, q, d, p_q, k), op##_slope_p(p, q, d, p_q, k),                  \
+                    op##_slope_q(p, q, d, p_q, k)};                                              \
+        }                                                                                        \
+    };                                                                                           \
+    template <typename T, int kVec>                                                              \
+    __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)                            \
+        op##_kernel(const struct op##_params p) {                                                \
+        typedef sk_real<T> real;                                                                 \
+        const real k[] = op##_NUMBERS(&p);                                                       \
+        sk_pair_loss_forward<op##_formula, T, kVec>(p, k);                                       \
+    }                                                                                            \
+    template <typename T, int kVec>                                                              \
+    __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)                            \
+        op##_backward_kernel(const struct op##_backward_params p) {                              \
+        typedef sk_real<T> real;                                                                 \
+        const real k[] = op##_NUMBERS(&p);                                                       \
+        sk_pair_loss_backward<op##_formula, T, kVec>(p, k);                                      \
+    }                                                                                            \
+    extern "C" int sk_cuda_##op(const struct op##_params *p, void *stream) {                     \
+        const int zeroed = sk_zero_ticket(p->scratch, stream);                                   \
+        if (zeroed != cudaSuccess) return zeroed;                                                \
+        SK_LAUNCH_ROWS(op##_kernel, p, stream, p->u, &p->v);                                     \
+    }                                                                                            \
+    extern "C" int sk_cuda_##op##_backward(const struct op##_backward_params *p, void *stream) { \
+        SK_LAUNCH_ROWS(op##_backward_kernel, p, stream, p->u, &p->v, &p->grad_u, &p->grad_v);    \
+    }
