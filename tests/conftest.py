@@ -14,10 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import harness
 import pytest
 import selfkd
 import torch
+
+# Before the first of them is imported, so that a failing assertion says what it compared.
+pytest.register_assert_rewrite(
+    *("backends", "binding", "comparison", "drawing", "harness"),
+    *("loss", "sentences", "standard", "standard_pytorch"),
+)
+import harness  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 FULL = bool(os.environ.get("SELFKD_FULL"))

@@ -12,6 +12,7 @@ import pytest
 import selfkd
 import torch
 import torch.nn.functional as F
+from harness import needs_torch_backend
 from selfkd import library
 
 OP = "adversarial"
@@ -99,6 +100,23 @@ def check(
     for name in tensors:
         assert grads[name].dtype == tensors[name].dtype
         assert_each(grads[name], expected_grads[name], f"gradient of {name}, {options}", True)
+
+
+def drawn(n: int, m: int, *_: int) -> harness.Make:
+    """Scores of both sides."""
+    return lambda g: scores(g, n, m, "float64")
+
+
+# Scores are rows of nothing: these are the tests that do not ask for classes.
+STANDARD = harness.standard_tests(
+    OP,
+    drawn,
+    path="scores",
+    options=[{}, {"mode": "lsgan", "reduction": "sum"}],
+    shapes={"threads": [(300_000, 200_000)]},
+)
+for name in ("test_sentences_of_the_contract", "test_path_and_kernel_ran", "test_threads"):
+    globals()[name] = STANDARD[name]
 
 
 def strided(x: torch.Tensor) -> torch.Tensor:
@@ -247,10 +265,6 @@ def test_many_scores(backend: harness.Backend, generator: torch.Generator) -> No
 
 
 # ---- what torch.ops and C callers can do beyond the Python function ----
-
-needs_torch_backend = pytest.mark.skipif(
-    bool(harness.SIMT_LIBRARY), reason="the emulator has no PyTorch binding"
-)
 
 
 @pytest.mark.parametrize("backend", harness.backends(), ids=str)
@@ -418,13 +432,6 @@ def test_any_shape(side: str, generator: torch.Generator) -> None:
         real, fake = block[:, 0], block[0, :, 1]
         expected = selfkd.reference.adversarial(real, fake)
         torch.testing.assert_close(selfkd.adversarial(real, fake), expected)
-
-
-@needs_torch_backend
-def test_threads(generator: torch.Generator) -> None:
-    tensors = scores(generator, 300_000, 200_000, "float32")
-    for options in ({}, {"mode": "lsgan", "reduction": "sum"}):
-        harness.check_threads(OP, tensors, options)
 
 
 @needs_torch_backend

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +11,7 @@ import pytest
 import selfkd
 import torch
 import torch.nn.functional as F
-from harness import Case
-from selfkd import library
+from harness import Case, needs_torch_backend
 
 OP = "attention"
 NAN, INF = torch.nan, torch.inf
@@ -95,36 +93,37 @@ SCALES = [
 ]
 
 
-def check(
-    backend: harness.Backend, case: Case, dtype: str, layout: str, generator: torch.Generator
-) -> None:
-    """In float64 the reference's own roundings decide where both maps nearly agree."""
-    case = replace(case, per_sample=dtype == "float64")
-    harness.check_case(OP, case, backend, dtype, layout, generator, path="maps")
+def unequal(*shape: int) -> Any:
+    """A teacher with more channels than the student."""
+    return pair(*shape, D=shape[1] + 1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("backend", harness.backends(), ids=str)
-def test_maps(
-    backend: harness.Backend, case: Case, layout: str, dtype: str, generator: torch.Generator
-) -> None:
-    check(backend, case, dtype, layout, generator)
+globals().update(
+    harness.standard_tests(
+        OP,
+        unequal,
+        maps=CASES,
+        path="maps",
+        options=[{}, {"eps": 3.0}],
+        per_sample=True,  # in float64 the reference's own roundings decide where maps nearly agree
+        shapes={
+            "strides": [(3, 100), (2, 21, 6, 8), (2, 8, 20, 20)],
+            "mixed": [(3, 20, 9, 12), (2, 40, 3, 3)],
+            "equal": [(3, 100), (2, 9, 7, 7), (2, 6, 40, 30)],
+            "slopes": [(2, 3, 5), (2, 3, 2, 3)],
+            "double": [(3, 4, 2, 5)],
+            "threads": [(70, 8, 32, 32), (3, 32, 50, 60), (1, 64, 64, 64)],
+        },
+    )
+)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["every_other", "unaligned"])
-@pytest.mark.parametrize("shape", [(3, 100), (2, 21, 6, 8), (2, 8, 20, 20)], ids=str)
-@pytest.mark.parametrize("backend", harness.backends(), ids=str)
-def test_strides(
-    backend: harness.Backend,
-    shape: tuple[int, ...],
-    layout: str,
-    dtype: str,
-    generator: torch.Generator,
-) -> None:
-    check(backend, Case("strides", pair(*shape)), dtype, layout, generator)
+@needs_torch_backend
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic: bool, generator: torch.Generator) -> None:
+    """Maps of another size in each batch."""
+    batches = [harness.cast(pair(n, 6, n, 4, D=3)(generator), OP, F32) for n in (4, 7)]
+    harness.check_compile(OP, batches, {"eps": 1e-6}, dynamic)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -153,29 +152,8 @@ def test_no_square_leaves_the_range(
     """Nor a fourth power; of a teacher's map far below eps the gradient is what is left of Q - Q."""
     make = pair(3, 9, 5, 7, x_scale=scales[0], t_scale=scales[1])
     case = Case("scales", make, exact=1e-9 if scales[1] < 1e-6 else 1e-12)
-    check(backend, case, dtype, "contiguous", generator)
-
-
-@pytest.mark.parametrize("teacher", DTYPES)
-@pytest.mark.parametrize("student", DTYPES)
-@pytest.mark.parametrize("last", ["student", "teacher"])
-@pytest.mark.parametrize("shape", [(3, 20, 9, 12), (2, 40, 3, 3)], ids=str)
-@pytest.mark.parametrize("backend", harness.backends(), ids=str)
-def test_teacher_of_a_dtype_and_layout_of_its_own(
-    backend: harness.Backend,
-    shape: tuple[int, ...],
-    last: str,
-    student: str,
-    teacher: str,
-    generator: torch.Generator,
-) -> None:
-    """A float64 teacher is rounded to the student's arithmetic, hence the scale of the sample."""
-    harness.prepare(backend)
-    tensors = pair(*shape, D=17)(generator)
-    tensors = harness.cast(tensors, OP, harness.DTYPES[student], backend.device)
-    tensors["teacher"] = tensors["teacher"].to(harness.DTYPES[teacher])
-    tensors[last] = harness.channels_last(tensors[last])
-    harness.check_tensors(OP, Case("mixed", pair(), per_sample=True), backend, tensors)
+    case = replace(case, per_sample=dtype == "float64")
+    harness.check_case(OP, case, backend, dtype, "contiguous", generator, path="maps")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -199,25 +177,6 @@ def test_zero_maps_are_normalised_as_pytorch_does(
     case = Case("zeros", pair(), per_sample=True, exact=1e-11)
     if shape[2:] != ():  # one position: nothing but the roundings of the reference
         harness.assert_gradient(grad.masked_fill(~within, 0), exact * within, "gradient", case)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "unaligned"])
-@pytest.mark.parametrize("shape", [(3, 100), (2, 9, 7, 7), (2, 6, 40, 30)], ids=str)
-@pytest.mark.parametrize("backend", harness.backends(), ids=str)
-def test_equal_maps_give_exactly_zero(
-    backend: harness.Backend,
-    shape: tuple[int, ...],
-    layout: str,
-    dtype: str,
-    generator: torch.Generator,
-) -> None:
-    harness.prepare(backend)
-    x = 30 * torch.randn(shape, generator=generator)
-    x = harness.LAYOUTS[layout](x.to(backend.device, harness.DTYPES[dtype]))
-    loss, grads = backend.call(OP, {"student": x, "teacher": x}, {})
-    assert loss == 0
-    assert (grads["student"] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
@@ -244,96 +203,7 @@ def test_non_finite_samples_stay_alone(
     assert not grads["student"][1:6].isfinite().any()
 
 
-@pytest.mark.parametrize("backend", harness.backends(), ids=str)
-def test_empty(backend: harness.Backend) -> None:
-    """A mean over nothing is nan, as in PyTorch."""
-    harness.prepare(backend)
-    for shape in [(0, 10), (0, 10, 4), (3, 10, 0)]:
-        x = harness.every_other(torch.zeros(shape, device=backend.device))
-        loss, grads = backend.call(OP, {"student": x, "teacher": x[:, :4]}, {})
-        assert loss.isnan()
-        assert selfkd.reference.attention(x, x).isnan()
-        assert grads["student"].shape == shape
-        assert grads["student"].stride() == torch.empty_like(x).stride()
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("backend", harness.backends(), ids=str)
-def test_incoming_gradient(
-    backend: harness.Backend, dtype: str, generator: torch.Generator
-) -> None:
-    harness.prepare(backend)
-    for layout in ("contiguous", "channels_last"):
-        tensors = harness.cast(
-            pair(2, 9, 3, 5, D=4)(generator), OP, harness.DTYPES[dtype], backend.device
-        )
-        tensors["student"] = harness.LAYOUTS[layout](tensors["student"])
-        grad = torch.tensor(-0.37, dtype=harness.DTYPES[dtype], device=backend.device)
-        _, expected = harness.reference(OP, tensors, {}, grad)
-        _, found = backend.call(OP, tensors, {}, grad)
-        case = Case("grad", pair(), per_sample=True)
-        harness.assert_gradient(found["student"], expected["student"], "gradient", case)
-
-
 # ---- PyTorch: gradients of gradients, compiler, views, sentences ----
-
-needs_torch_backend = pytest.mark.skipif(
-    bool(harness.SIMT_LIBRARY), reason="the emulator has no PyTorch binding"
-)
-
-
-@needs_torch_backend
-@pytest.mark.parametrize("eps", [1e-12, 3.0])
-@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 3, 2, 3)], ids=str)
-def test_gradcheck(shape: tuple[int, ...], eps: float, generator: torch.Generator) -> None:
-    student, teacher = pair(*shape, D=4)(generator).values()
-
-    def loss(x: torch.Tensor) -> torch.Tensor:
-        return selfkd.attention(x, teacher, eps=eps)
-
-    assert torch.autograd.gradcheck(loss, student.requires_grad_())
-    assert torch.autograd.gradgradcheck(loss, student)
-
-
-@needs_torch_backend
-@pytest.mark.parametrize("options", [{}, {"eps": 3.0}], ids=str)
-def test_double_backward_agrees_with_kernel_and_reference(
-    options: dict[str, Any], generator: torch.Generator
-) -> None:
-    harness.check_double_backward(OP, pair(3, 4, 2, 5, D=6)(generator), options)
-
-
-@needs_torch_backend
-@pytest.mark.parametrize("shape", [(4, 6), (2, 3, 4, 5)], ids=str)
-@pytest.mark.parametrize("teacher", [torch.float32, torch.float16])
-def test_opcheck(teacher: torch.dtype, shape: tuple[int, ...], generator: torch.Generator) -> None:
-    tensors = harness.cast(pair(*shape, D=7)(generator), OP, F32)
-    tensors["teacher"] = tensors["teacher"].to(teacher)
-    harness.check_operator(OP, tensors, {}, torch.tensor(2.0))
-
-
-@needs_torch_backend
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(dynamic: bool, generator: torch.Generator) -> None:
-    batches = [harness.cast(pair(n, 6, n, 4, D=3)(generator), OP, F32) for n in (4, 7)]
-    harness.check_compile(OP, batches, {"eps": 1e-6}, dynamic)
-
-
-@needs_torch_backend
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(70, 8, 32, 32), (3, 32, 50, 60), (1, 64, 64, 64)], ids=str)
-def test_threads(shape: tuple[int, ...], layout: str, generator: torch.Generator) -> None:
-    tensors = harness.cast(pair(*shape, D=9)(generator), OP, F32)
-    harness.check_threads(OP, {name: harness.LAYOUTS[layout](x) for name, x in tensors.items()}, {})
-
-
-@needs_torch_backend
-@pytest.mark.parametrize("shape", [(4, 64, 16, 16), (64, 1000)], ids=str)
-def test_memory_for_backward_is_at_most_32_bytes_a_position(
-    shape: tuple[int, ...], generator: torch.Generator
-) -> None:
-    tensors = harness.cast(pair(*shape)(generator), OP, F32)
-    harness.check_saved_bytes(OP, tensors, rows=tensors["student"][:, 0].numel())
 
 
 @needs_torch_backend
@@ -376,59 +246,3 @@ def test_close_maps_against_long_double(
     expected = ((q - p) ** 2).mean()
     found = selfkd.attention(*tensors.values()).item()
     assert abs(found / expected - 1) < (1e-12 if dtype == "float64" else 1e-7)
-
-
-SENTENCES: dict[str, tuple[type[Exception], dict[str, Any]]] = {
-    "attention: student has 1 dimension, expected at least 2": (
-        ValueError,
-        {"student": torch.ones(6), "teacher": torch.ones(6)},
-    ),
-    "attention: teacher has size 3 in dimension N, expected 4": (
-        ValueError,
-        {"teacher": torch.ones(3, 6, 5, 7)},
-    ),
-    "attention: teacher has size 6 in dimension 3, expected 7": (
-        ValueError,
-        {"teacher": torch.ones(4, 6, 5, 6)},
-    ),
-    "attention: teacher has size 7 in dimension 2, expected 5": (
-        ValueError,
-        {"teacher": torch.ones(4, 6, 7, 5)},
-    ),
-    "attention: teacher has 3 dimensions, expected 4": (
-        ValueError,
-        {"teacher": torch.ones(4, 6, 35)},
-    ),
-    "attention: teacher has dtype int64, expected float16, bfloat16, float32 or float64": (
-        TypeError,
-        {"teacher": torch.ones(4, 6, 5, 7, dtype=torch.int64)},
-    ),
-    "attention: teacher requires grad, expected one without, as it would get no gradient here": (
-        ValueError,
-        {"teacher": torch.ones(4, 6, 5, 7, requires_grad=True)},
-    ),
-    "attention: student has size 0 in dimension C, expected at least 1": (
-        ValueError,
-        {"student": torch.ones(4, 0, 5, 7)},
-    ),
-    "attention: eps is 0, expected a finite number > 0": (ValueError, {"eps": 0.0}),
-}
-
-
-@needs_torch_backend
-@pytest.mark.parametrize("sentence", SENTENCES)
-def test_sentences(sentence: str) -> None:
-    error, wrong = SENTENCES[sentence]
-    arguments = {"student": torch.ones(4, 3, 5, 7), "teacher": torch.ones(4, 6, 5, 7), **wrong}
-    for requires_grad in (False, True):
-        arguments["student"] = arguments["student"].detach().requires_grad_(requires_grad)
-        with pytest.raises(error, match=f"^{re.escape(sentence)}"):
-            selfkd.attention(**arguments)
-
-
-@needs_torch_backend
-def test_path_and_kernel_ran(generator: torch.Generator) -> None:
-    before = harness.backward_calls(OP)
-    harness.through_torch(OP, harness.cast(pair(3, 5, 4)(generator), OP, F32), {})
-    assert harness.backward_calls(OP) == before + 1
-    assert library.text("selfkd_last_path").endswith("maps")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import harness
@@ -9,7 +10,7 @@ import pytest
 import selfkd
 import torch
 import torch.nn.functional as F
-from harness import Case
+from harness import Case, divided, needs_torch_backend
 
 OP = "distill"
 NAN = torch.nan
@@ -45,23 +46,7 @@ def draw(
     return make
 
 
-def weighted(make: Any, boolean: bool = False) -> Any:
-    """The same with weights, a third of them 0, and NaN logits where nothing may look."""
-
-    def with_weight(g: torch.Generator) -> dict[str, torch.Tensor]:
-        tensors = make(g)
-        sizes = tensors["logits"][:, 0].shape
-        weight = torch.rand(sizes, generator=g, dtype=torch.float64) + 0.1
-        skipped = torch.rand(sizes, generator=g) < 0.34
-        weight[skipped] = 0
-        tensors["logits"].movedim(1, -1)[skipped] = NAN
-        return {**tensors, "weight": weight != 0 if boolean else weight}
-
-    return with_weight
-
-
-def divided(make: Any) -> Any:
-    return lambda g: {**make(g), "divisor": torch.tensor(12.5, dtype=torch.float64)}
+weighted = partial(harness.weighted, spoilt=True)
 
 
 def bump(g: torch.Generator) -> dict[str, torch.Tensor]:
@@ -167,106 +152,40 @@ IMAGES = [
     *[Case(f"{n}_positions", draw(1, 5, n), contiguous=True) for n in (511, 512, 513)],
     Case("few_positions", weighted(draw(3, 130, 7))),
 ]
-DTYPES = list(harness.DTYPES)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("backend", harness.backends(), ids=str)
-def test_rows(backend: harness.Backend, case: Case, dtype: str, generator: torch.Generator) -> None:
-    harness.check_case(OP, case, backend, dtype, "contiguous", generator, path="classes")
+def path(case: Case, layout: str) -> str:
+    """Positions run along a line of memory unless they are few."""
+    if case.name == "strides":
+        return ""
+    positions = case in IMAGES and layout == "contiguous" and case.name != "few_positions"
+    return "positions" if positions else "classes"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("case", IMAGES, ids=str)
-@pytest.mark.parametrize("backend", harness.backends(), ids=str)
-def test_images(
-    backend: harness.Backend, case: Case, layout: str, dtype: str, generator: torch.Generator
-) -> None:
-    positions = layout == "contiguous" and case.name != "few_positions"
-    path = "positions" if positions else "classes"
-    harness.check_case(OP, case, backend, dtype, layout, generator, path=path)
-
-
-needs_torch_backend = pytest.mark.skipif(
-    bool(harness.SIMT_LIBRARY), reason="of the PyTorch binding, which the emulator does not use"
+APART = {"temperature": 2.0, "teacher_temperature": 2.0, "label_smoothing": 0.1}
+APART |= {"second_temperature": 1.0, "second_teacher_temperature": 1.0}
+globals().update(
+    harness.standard_tests(
+        OP,
+        partial(draw, teachers=2),
+        CASES,
+        maps=IMAGES,
+        path=path,
+        options=[{**BOTH, "label_smoothing": 0.2}, {}],
+        slopes=[APART],
+        zero=[],
+        excludes=True,
+        shapes={
+            "mixed": [(9, 100), (3, 1101), (2, 40, 3, 3)],
+            "threads": [(300, 500), (2, 21, 40, 50)],
+        },
+    )
 )
-F32 = torch.float32
 
 
-def example(g: torch.Generator, *shape: int, dtype: torch.dtype = F32) -> dict[str, torch.Tensor]:
+def example(g: torch.Generator, *shape: int) -> dict[str, torch.Tensor]:
     """Everything a call can be given."""
-    return harness.cast(weighted_without_nan(draw(*shape, teachers=2))(g), OP, dtype)
-
-
-def weighted_without_nan(make: Any) -> Any:
-    def with_weight(g: torch.Generator) -> dict[str, torch.Tensor]:
-        tensors = make(g)
-        sizes = tensors["logits"][:, 0].shape
-        return {**tensors, "weight": torch.rand(sizes, generator=g, dtype=torch.float64)}
-
-    return with_weight
-
-
-# ---- what PyTorch must see ----
-
-
-@needs_torch_backend
-@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 4)], ids=str)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_gradcheck(shape: tuple[int, ...], reduction: str, generator: torch.Generator) -> None:
-    tensors = example(generator, *shape, dtype=torch.float64)
-    logits = tensors.pop("logits").requires_grad_()
-    teachers = (tensors.pop("teacher"), tensors.pop("second_teacher"))
-
-    def loss(x: torch.Tensor) -> torch.Tensor:
-        return selfkd.distill(
-            x,
-            teachers=teachers,
-            temperature=(2.0, 1.0),
-            label_smoothing=0.1,
-            reduction=reduction,
-            **tensors,
-        )
-
-    assert torch.autograd.gradcheck(loss, logits)
-    assert torch.autograd.gradgradcheck(loss, logits)
-
-
-@needs_torch_backend
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {**BOTH, "label_smoothing": 0.2}])
-def test_double_backward_agrees_with_kernel_and_reference(
-    options: dict[str, Any], generator: torch.Generator
-) -> None:
-    harness.check_double_backward(OP, example(generator, 4, 6, dtype=torch.float64), options)
-
-
-@needs_torch_backend
-@harness.needs_operators
-@pytest.mark.parametrize("reduction", [0, 1])
-def test_opcheck(reduction: int, generator: torch.Generator) -> None:
-    grad = torch.rand(4, generator=generator) if reduction == 0 else torch.tensor(2.0)
-    harness.check_operator(OP, example(generator, 4, 6), {"reduction": reduction}, grad)
-
-
-@needs_torch_backend
-@harness.needs_operators
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(dynamic: bool, generator: torch.Generator) -> None:
-    batches = [example(generator, n, 6) for n in (4, 7)]
-    harness.check_compile(OP, batches, {"divisor": 4.0, "label_smoothing": 0.1}, dynamic)
-
-
-@needs_torch_backend
-@pytest.mark.parametrize("shape", [(300, 500), (2, 21, 40, 50)], ids=str)
-def test_threads(shape: tuple[int, ...], generator: torch.Generator) -> None:
-    harness.check_threads(OP, example(generator, *shape), {})
-
-
-@needs_torch_backend
-def test_memory_for_backward_is_at_most_32_bytes_a_row(generator: torch.Generator) -> None:
-    harness.check_saved_bytes(OP, example(generator, 64, 1000), rows=64)
+    return harness.cast(harness.weighted(draw(*shape, teachers=2))(g), OP, torch.float32)
 
 
 # ---- values ----

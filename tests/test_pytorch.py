@@ -259,6 +259,28 @@ class Worker(torch.utils.data.Dataset[list[Tensor]]):
         return samples.run(list(CALLS)[k], MANY)
 
 
+TWICE: dict[
+    str, Callable[..., Tensor]
+] = {  # whose gradient is not 0 where both are the same tensor
+    "bifpn_fuse": lambda f, x: f(x, x, weight=torch.tensor([1.0, 3.0], dtype=x.dtype)),
+    "sd_dropout_kl": lambda f, x: f(x, x, detach_target=True),
+}
+
+
+@pytest.mark.parametrize("op", TWICE)
+def test_one_tensor_given_twice(op: str) -> None:
+    """Its gradient counts both, once each; so do gradients of gradients, made of a graph anew."""
+    found = []
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    for space in (selfkd, selfkd.reference):
+        result = TWICE[op](getattr(space, op), x)
+        (grad,) = torch.autograd.grad(result.sum(), x, create_graph=True)
+        second = torch.autograd.grad(grad.square().sum() + (grad * x.detach()).sum(), x)
+        found.append((grad, *second))
+    assert found[1][1].abs().max() > 1e-3
+    torch.testing.assert_close(*found)
+
+
 def test_in_a_forked_worker_after_use(two_threads: None) -> None:
     """Forward and backward in a DataLoader's worker, whose parent has used its threads."""
     for op in CALLS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import harness
@@ -10,32 +11,13 @@ import pytest
 import selfkd
 import torch
 import torch.nn.functional as F
-from harness import Case
+from harness import Case, divided, needs_torch_backend, weighted
 from selfkd import library
 
 OP = "sd_dropout_kl"
 NAN, INF = torch.nan, torch.inf
 F32 = torch.float32
-
-
-def pair(
-    *shape: int,
-    scale: float = 3.0,
-    level: float = 0.0,
-    shift: float = 0.0,
-    apart: float | None = None,
-) -> Any:
-    """Draws u and v: independent, or `apart` standard deviations from each other."""
-
-    def make(g: torch.Generator) -> dict[str, torch.Tensor]:
-        u = scale * torch.randn(shape, generator=g, dtype=torch.float64) + level
-        noise = torch.randn(shape, generator=g, dtype=torch.float64)
-        return {
-            "u": u,
-            "v": (scale * noise + level if apart is None else u + apart * noise) + shift,
-        }
-
-    return make
+pair = partial(harness.pair, "u", "v")
 
 
 def bump(classes: int) -> Any:
@@ -75,26 +57,6 @@ def constant_apart(make: Any) -> Any:
         return tensors
 
     return with_constant
-
-
-def weighted(make: Any, boolean: bool = False) -> Any:
-    """The same with weights, a third of them 0, and NaN logits where nothing may look."""
-
-    def with_weight(g: torch.Generator) -> dict[str, torch.Tensor]:
-        tensors = make(g)
-        sizes = tensors["u"][:, 0].shape
-        weight = torch.rand(sizes, generator=g, dtype=torch.float64) + 0.1
-        skipped = torch.rand(sizes, generator=g) < 0.34
-        weight[skipped] = 0
-        if boolean:
-            tensors["u"].movedim(1, -1)[skipped] = NAN
-        return {**tensors, "weight": weight != 0 if boolean else weight}
-
-    return with_weight
-
-
-def divided(make: Any) -> Any:
-    return lambda g: {**make(g), "divisor": torch.tensor(12.5, dtype=torch.float64)}
 
 
 CASES = [
@@ -147,55 +109,30 @@ IMAGES = [
     Case("detached", pair(2, 9, 4, 4), {"detach_target": True, "temperature": 1.0}),
     Case("no_positions", pair(2, 9, 0, 4), {"reduction": "sum"}),
 ]
-DTYPES = list(harness.DTYPES)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("backend", harness.backends(), ids=str)
-def test_rows(backend: harness.Backend, case: Case, dtype: str, generator: torch.Generator) -> None:
-    harness.check_case(OP, case, backend, dtype, "contiguous", generator, path="classes")
+def path(case: Case, layout: str) -> str:
+    """Positions run along a line of memory unless they are few."""
+    few = ("one_position", "no_positions", "few_positions", "15_positions", "strides")
+    if case.name.startswith(few):
+        return ""
+    return "positions" if case in IMAGES and layout == "contiguous" else "classes"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("case", IMAGES, ids=str)
-@pytest.mark.parametrize("backend", harness.backends(), ids=str)
-def test_images(
-    backend: harness.Backend, case: Case, layout: str, dtype: str, generator: torch.Generator
-) -> None:
-    few = case.name.startswith(("one_position", "no_positions", "few_positions", "15_positions"))
-    path = "" if few else "positions" if layout == "contiguous" else "classes"
-    harness.check_case(OP, case, backend, dtype, layout, generator, path=path)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["every_other", "unaligned"])
-@pytest.mark.parametrize("shape", [(5, 100), (3, 1100), (2, 21, 6, 7)], ids=str)
-@pytest.mark.parametrize("backend", harness.backends(), ids=str)
-def test_strides(
-    backend: harness.Backend,
-    shape: tuple[int, ...],
-    layout: str,
-    dtype: str,
-    generator: torch.Generator,
-) -> None:
-    harness.check_case(OP, Case("strides", pair(*shape)), backend, dtype, layout, generator)
-
-
-@pytest.mark.parametrize("backend", harness.backends(), ids=str)
-@pytest.mark.parametrize("shape", [(7, 100), (2, 2500), (1, 40, 9, 11)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_equal_rows_give_exactly_zero(
-    backend: harness.Backend, shape: tuple[int, ...], dtype: str, generator: torch.Generator
-) -> None:
-    harness.prepare(backend)
-    u = 30 * torch.randn(shape, generator=generator)
-    u[:, 1] = -INF
-    u = u.to(backend.device, harness.DTYPES[dtype])
-    loss, grads = backend.call(OP, {"u": u, "v": u.clone()}, {})
-    assert loss == 0
-    assert all((grad == 0).all() for grad in grads.values())
+globals().update(
+    harness.standard_tests(
+        OP,
+        pair,
+        CASES,
+        maps=IMAGES,
+        path=path,
+        options=[{}, {"detach_target": True}],
+        slopes=[{"temperature": 1.5, "reverse_weight": 0.4}],
+        zero=[{}],
+        excludes=True,
+        shapes={"threads": [(4, 100, 3), (300, 500), (2, 8, 300, 40)]},
+    )
+)
 
 
 @pytest.mark.parametrize("backend", harness.backends(), ids=str)
@@ -271,79 +208,13 @@ def test_a_class_that_one_side_excludes(
         harness.assert_gradient(grads[name], expected_grads[name], f"gradient of {name}")
 
 
-@pytest.mark.parametrize("backend", harness.backends(), ids=str)
-def test_empty_batch(backend: harness.Backend) -> None:
-    harness.prepare(backend)
-    for shape in [(0, 10), (0, 10, 4), (3, 10, 0)]:
-        u = harness.every_other(torch.zeros(shape, device=backend.device))
-        grads = backend.call(OP, {"u": u, "v": u}, {"reduction": "sum"})[1]
-        assert grads["u"].stride() == torch.empty_like(u).stride()
-        assert backend.call(OP, {"u": u, "v": u}, {"reduction": "mean"})[0].isnan()
-        assert backend.call(OP, {"u": u, "v": u}, {"reduction": "sum"})[0] == 0
-        assert backend.call(OP, {"u": u, "v": u}, {"reduction": "none"})[0].shape == (
-            shape[0],
-            *shape[2:],
-        )
-
-
-@pytest.mark.parametrize("backend", harness.backends(), ids=str)
-def test_everything_masked(backend: harness.Backend, generator: torch.Generator) -> None:
-    harness.prepare(backend)
-    tensors = harness.cast(pair(4, 10)(generator), OP, torch.float32, backend.device)
-    tensors["weight"] = torch.zeros(4, dtype=torch.bool, device=backend.device)
-    assert backend.call(OP, tensors, {"reduction": "mean"})[0].isnan()
-    loss, grads = backend.call(OP, tensors, {"reduction": "sum"})
-    assert loss == 0
-    assert all((grad == 0).all() for grad in grads.values())
-
-
-@pytest.mark.parametrize("backend", harness.backends(), ids=str)
-def test_incoming_gradient_per_row(backend: harness.Backend, generator: torch.Generator) -> None:
-    harness.prepare(backend)
-    for shape in [(6, 40), (2, 9, 3, 5)]:
-        tensors = harness.cast(weighted(pair(*shape))(generator), OP, torch.float32, backend.device)
-        grad = torch.randn(shape[0], *shape[2:], generator=generator).to(backend.device)
-        _, expected = harness.reference(OP, tensors, {"reduction": "none"}, grad)
-        _, found = backend.call(OP, tensors, {"reduction": "none"}, grad)
-        for name in found:
-            harness.assert_gradient(found[name], expected[name], name)
-
-
-# ---- PyTorch: gradients of gradients, compiler, autocast, views ----
-
-needs_torch_backend = pytest.mark.skipif(
-    bool(harness.SIMT_LIBRARY), reason="the emulator has no PyTorch binding"
-)
+# ---- PyTorch: autocast, views ----
 
 
 def leaf_pair(
     generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float64
 ) -> list[torch.Tensor]:
     return [x.to(dtype).requires_grad_() for x in pair(*shape)(generator).values()]
-
-
-@needs_torch_backend
-@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 4)], ids=str)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_gradcheck(shape: tuple[int, ...], reduction: str, generator: torch.Generator) -> None:
-    weight = torch.rand(shape[0], *shape[2:], generator=generator, dtype=torch.float64)
-
-    def loss(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return selfkd.sd_dropout_kl(
-            u, v, temperature=1.5, reverse_weight=0.4, weight=weight, reduction=reduction
-        )
-
-    inputs = leaf_pair(generator, *shape)
-    assert torch.autograd.gradcheck(loss, inputs)
-    assert torch.autograd.gradgradcheck(loss, inputs)
-
-
-@needs_torch_backend
-@pytest.mark.parametrize("detach", [False, True])
-def test_double_backward_agrees_with_kernel_and_reference(
-    detach: bool, generator: torch.Generator
-) -> None:
-    harness.check_double_backward(OP, pair(4, 6)(generator), {"detach_target": detach})
 
 
 @needs_torch_backend
@@ -356,29 +227,6 @@ def test_one_tensor_on_both_sides_and_one_live_side(generator: torch.Generator) 
         )[0]
         both = torch.autograd.grad(selfkd.sd_dropout_kl(u, v), (u, v))
         torch.testing.assert_close(grad, both[0])
-
-
-@needs_torch_backend
-@harness.needs_operators
-@pytest.mark.parametrize("reduction", [0, 1])
-def test_opcheck(reduction: int, generator: torch.Generator) -> None:
-    tensors = harness.cast(pair(4, 6)(generator), OP, F32)
-    tensors["weight"] = torch.rand(4, generator=generator)
-    grad = torch.rand(4, generator=generator) if reduction == 0 else torch.tensor(2.0)
-    harness.check_operator(OP, tensors, {"reduction": reduction}, grad)
-
-
-@needs_torch_backend
-@harness.needs_operators
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(dynamic: bool, generator: torch.Generator) -> None:
-    batches = [
-        harness.cast(
-            {**pair(n, 6)(generator), "weight": torch.rand(n, generator=generator)}, OP, F32
-        )
-        for n in (4, 7)
-    ]
-    harness.check_compile(OP, batches, {"divisor": 4.0}, dynamic)
 
 
 @needs_torch_backend
@@ -421,18 +269,6 @@ def test_trailing_dimensions_that_cannot_merge_are_refused_by_the_operator(
         RuntimeError, match="u has trailing dimensions whose strides cannot be merged"
     ):
         torch.ops.selfkd.sd_dropout_kl(*cut, u, False, u, False, 3.0, 1.0, 1.0, False, 1)
-
-
-@needs_torch_backend
-@pytest.mark.parametrize("shape", [(4, 100, 3), (300, 500), (2, 8, 300, 40)], ids=str)
-def test_threads(shape: tuple[int, ...], generator: torch.Generator) -> None:
-    tensors = harness.cast(weighted(pair(*shape))(generator), OP, torch.float32)
-    harness.check_threads(OP, tensors, {})
-
-
-@needs_torch_backend
-def test_memory_for_backward_is_at_most_32_bytes_a_row(generator: torch.Generator) -> None:
-    harness.check_saved_bytes(OP, harness.cast(pair(64, 1000)(generator), OP, F32), rows=64)
 
 
 @needs_torch_backend

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +12,11 @@ import pytest
 import selfkd
 import torch
 import torch.nn.functional as F
-from harness import Case
-from selfkd import library
+from harness import Case, divided, needs_torch_backend, weighted
 
 OP = "simreg"
 NAN, INF = torch.nan, torch.inf
 F32 = torch.float32
-MAPS = {"dim": 1}  # a row for each position
 RAW = {"normalize": False}
 
 
@@ -50,27 +47,6 @@ def with_zeros(*shape: int) -> Any:
     return make
 
 
-def weighted(make: Any, boolean: bool = False) -> Any:
-    """The same with weights, a third of them 0, and NaN features where nothing may look."""
-
-    def with_weight(g: torch.Generator) -> dict[str, torch.Tensor]:
-        tensors = make(g)
-        sizes = tensors["student"][:, 0].shape
-        weight = torch.rand(sizes, generator=g, dtype=torch.float64) + 0.1
-        skipped = torch.rand(sizes, generator=g) < 0.34
-        weight[skipped] = 0
-        if boolean:
-            for x in tensors.values():
-                x.movedim(1, -1)[skipped] = NAN
-        return {**tensors, "weight": weight != 0 if boolean else weight}
-
-    return with_weight
-
-
-def divided(make: Any) -> Any:
-    return lambda g: {**make(g), "divisor": torch.tensor(12.5, dtype=torch.float64)}
-
-
 CASES = [
     *[Case(f"width_{n}", pair(9, n)) for n in (2, 3, 15, 16, 17, 31, 33)],
     *[Case(f"width_{n}", pair(3, n)) for n in (1023, 1024, 1025, 2047, 2048, 2049, 8192, 10000)],
@@ -93,14 +69,14 @@ CASES = [
     Case("no_rows", pair(0, 10), {"reduction": "sum"}),
 ]
 POSITIONS = [
-    Case("tokens", weighted(pair(3, 130, 7)), MAPS),
-    Case("tokens_wide", pair(2, 1100, 3), MAPS),
-    Case("maps", pair(2, 21, 6, 7), MAPS),
-    Case("maps_masked", weighted(pair(2, 21, 9, 13), boolean=True), MAPS),
-    Case("maps_raw", pair(2, 40, 5, 5), MAPS | RAW),
-    Case("one_position", pair(2, 40, 1, 1), MAPS),
-    Case("close", pair(2, 40, 5, 5, apart=1e-4), MAPS, close=True, exact=1e-9),
-    Case("no_positions", pair(2, 9, 0, 4), MAPS | {"reduction": "sum"}),
+    Case("tokens", weighted(pair(3, 130, 7))),
+    Case("tokens_wide", pair(2, 1100, 3)),
+    Case("maps", pair(2, 21, 6, 7)),
+    Case("maps_masked", weighted(pair(2, 21, 9, 13), boolean=True)),
+    Case("maps_raw", pair(2, 40, 5, 5), RAW),
+    Case("one_position", pair(2, 40, 1, 1)),
+    Case("close", pair(2, 40, 5, 5, apart=1e-4), close=True, exact=1e-9),
+    Case("no_positions", pair(2, 9, 0, 4), {"reduction": "sum"}),
 ]
 LARGE_AND_SMALL = [
     Case(
@@ -110,39 +86,9 @@ LARGE_AND_SMALL = [
     for n in (100, 1500)
 ]
 DTYPES = list(harness.DTYPES)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("backend", harness.backends(), ids=str)
-def test_rows(backend: harness.Backend, case: Case, dtype: str, generator: torch.Generator) -> None:
-    harness.check_case(OP, case, backend, dtype, "contiguous", generator, path="rows")
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("case", POSITIONS, ids=str)
-@pytest.mark.parametrize("backend", harness.backends(), ids=str)
-def test_positions(
-    backend: harness.Backend, case: Case, layout: str, dtype: str, generator: torch.Generator
-) -> None:
-    harness.check_case(OP, case, backend, dtype, layout, generator, path="rows")
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["every_other", "unaligned"])
-@pytest.mark.parametrize("shape", [(5, 100), (3, 1100), (2, 21, 6, 7)], ids=str)
-@pytest.mark.parametrize("backend", harness.backends(), ids=str)
-def test_strides(
-    backend: harness.Backend,
-    shape: tuple[int, ...],
-    layout: str,
-    dtype: str,
-    generator: torch.Generator,
-) -> None:
-    options = MAPS if len(shape) > 2 else {}
-    case = Case("strides", pair(*shape), options)
-    harness.check_case(OP, case, backend, dtype, layout, generator)
+globals().update(
+    harness.standard_tests(OP, pair, CASES, maps=POSITIONS, path="rows", options=[{}, RAW])
+)
 
 
 @pytest.mark.parametrize("case", LARGE_AND_SMALL, ids=str)
@@ -152,23 +98,6 @@ def test_no_square_leaves_the_range(
     backend: harness.Backend, case: Case, dtype: str, generator: torch.Generator
 ) -> None:
     harness.check_case(OP, case, backend, dtype, "contiguous", generator)
-
-
-@pytest.mark.parametrize("target", DTYPES)
-@pytest.mark.parametrize("student", DTYPES)
-@pytest.mark.parametrize("shape", [(9, 100), (3, 1101), (3, 4096), (33, 8)], ids=str)
-@pytest.mark.parametrize("backend", harness.backends(), ids=str)
-def test_target_of_a_dtype_of_its_own(
-    backend: harness.Backend,
-    shape: tuple[int, ...],
-    student: str,
-    target: str,
-    generator: torch.Generator,
-) -> None:
-    harness.prepare(backend)
-    tensors = harness.cast(pair(*shape)(generator), OP, harness.DTYPES[student], backend.device)
-    tensors["target"] = tensors["target"].to(harness.DTYPES[target])
-    harness.check_tensors(OP, Case("mixed", pair(*shape)), backend, tensors)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -207,158 +136,7 @@ def test_zero_rows_are_normalised_as_pytorch_does(
     )
 
 
-@pytest.mark.parametrize("backend", harness.backends(), ids=str)
-@pytest.mark.parametrize("shape", [(7, 100), (2, 2500), (1, 40, 9, 11)], ids=str)
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_equal_rows_give_exactly_zero(
-    backend: harness.Backend,
-    shape: tuple[int, ...],
-    normalize: bool,
-    dtype: str,
-    generator: torch.Generator,
-) -> None:
-    harness.prepare(backend)
-    x = 30 * torch.randn(shape, generator=generator)
-    x = x.to(backend.device, harness.DTYPES[dtype])
-    options = {"normalize": normalize, **(MAPS if len(shape) > 2 else {})}
-    loss, grads = backend.call(OP, {"student": x, "target": x.clone()}, options)
-    assert loss == 0
-    assert (grads["student"] == 0).all()
-
-
-@pytest.mark.parametrize("backend", harness.backends(), ids=str)
-@pytest.mark.parametrize("shape", [(8, 50), (8, 1500)], ids=str)
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-def test_non_finite_rows_stay_alone(
-    backend: harness.Backend,
-    shape: tuple[int, ...],
-    normalize: bool,
-    dtype: str,
-    generator: torch.Generator,
-) -> None:
-    harness.prepare(backend)
-    tensors = harness.cast(pair(*shape)(generator), OP, harness.DTYPES[dtype], backend.device)
-    x, t = tensors["student"], tensors["target"]
-    x[1, 3], t[2, -1], x[3, 5], t[4, 0], t[5] = NAN, NAN, INF, -INF, NAN
-    options = {"normalize": normalize, "reduction": "none"}
-    expected, expected_grads = harness.reference(OP, tensors, options)
-    found, grads = backend.call(OP, tensors, options)
-    harness.assert_values(found, expected, "rows")
-    kept = [0, 6, 7]
-    harness.assert_gradient(
-        grads["student"][kept], expected_grads["student"][kept], "gradient of student"
-    )
-    assert not found[1:6].isfinite().any()
-    assert not grads["student"][1:6].isfinite().all(1).any()
-
-
-@pytest.mark.parametrize("backend", harness.backends(), ids=str)
-def test_empty_batch(backend: harness.Backend) -> None:
-    harness.prepare(backend)
-    for shape in [(0, 10), (0, 10, 4), (3, 10, 0)]:
-        x = harness.every_other(torch.zeros(shape, device=backend.device))
-        tensors, options = {"student": x, "target": x}, MAPS if len(shape) > 2 else {}
-        grads = backend.call(OP, tensors, {"reduction": "sum", **options})[1]
-        assert grads["student"].stride() == torch.empty_like(x).stride()
-        assert backend.call(OP, tensors, {"reduction": "mean", **options})[0].isnan()
-        assert backend.call(OP, tensors, {"reduction": "sum", **options})[0] == 0
-        rows = backend.call(OP, tensors, {"reduction": "none", **options})[0]
-        assert rows.shape == (shape[0], *shape[2:])
-
-
-@pytest.mark.parametrize("backend", harness.backends(), ids=str)
-def test_everything_masked(backend: harness.Backend, generator: torch.Generator) -> None:
-    harness.prepare(backend)
-    tensors = harness.cast(pair(4, 10)(generator), OP, F32, backend.device)
-    tensors["weight"] = torch.zeros(4, dtype=torch.bool, device=backend.device)
-    assert backend.call(OP, tensors, {"reduction": "mean"})[0].isnan()
-    loss, grads = backend.call(OP, tensors, {"reduction": "sum"})
-    assert loss == 0
-    assert (grads["student"] == 0).all()
-
-
-@pytest.mark.parametrize("backend", harness.backends(), ids=str)
-def test_incoming_gradient_per_row(backend: harness.Backend, generator: torch.Generator) -> None:
-    harness.prepare(backend)
-    for shape, options in [((6, 40), {}), ((2, 9, 3, 5), MAPS)]:
-        tensors = harness.cast(weighted(pair(*shape))(generator), OP, F32, backend.device)
-        grad = torch.randn(shape[0], *shape[2:], generator=generator).to(backend.device)
-        options = {"reduction": "none", **options}
-        _, expected = harness.reference(OP, tensors, options, grad)
-        _, found = backend.call(OP, tensors, options, grad)
-        harness.assert_gradient(found["student"], expected["student"], "student")
-
-
-# ---- PyTorch: gradients of gradients, compiler, views, sentences ----
-
-needs_torch_backend = pytest.mark.skipif(
-    bool(harness.SIMT_LIBRARY), reason="the emulator has no PyTorch binding"
-)
-
-
-@needs_torch_backend
-@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 4)], ids=str)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("normalize", [True, False])
-def test_gradcheck(
-    shape: tuple[int, ...], reduction: str, normalize: bool, generator: torch.Generator
-) -> None:
-    student, target = pair(*shape)(generator).values()
-    weight = torch.rand(shape[:1] + shape[2:], generator=generator, dtype=torch.float64)
-
-    def loss(x: torch.Tensor) -> torch.Tensor:
-        return selfkd.simreg(x, target, normalize=normalize, weight=weight, reduction=reduction)
-
-    assert torch.autograd.gradcheck(loss, student.requires_grad_())
-    assert torch.autograd.gradgradcheck(loss, student)
-
-
-@needs_torch_backend
-@pytest.mark.parametrize("options", [{}, RAW, {"reduction": "none"}], ids=str)
-@pytest.mark.parametrize("shape", [(4, 6), (2, 3, 6)], ids=str)
-def test_double_backward_agrees_with_kernel_and_reference(
-    shape: tuple[int, ...], options: dict[str, Any], generator: torch.Generator
-) -> None:
-    harness.check_double_backward(OP, pair(*shape)(generator), options)
-
-
-@needs_torch_backend
-@pytest.mark.parametrize("reduction", [0, 1])
-@pytest.mark.parametrize("target", [torch.float32, torch.float16])
-def test_opcheck(target: torch.dtype, reduction: int, generator: torch.Generator) -> None:
-    tensors = harness.cast(pair(4, 6)(generator), OP, F32)
-    tensors |= {
-        "weight": torch.rand(4, generator=generator),
-        "target": tensors["target"].to(target),
-    }
-    grad = torch.rand(4, generator=generator) if reduction == 0 else torch.tensor(2.0)
-    harness.check_operator(OP, tensors, {"reduction": reduction}, grad)
-
-
-@needs_torch_backend
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("shape", [(6,), (3, 6)], ids=str)
-def test_compile(shape: tuple[int, ...], dynamic: bool, generator: torch.Generator) -> None:
-    batches = []
-    for n in (4, 7):
-        weight = torch.rand(n, *shape[1:], generator=generator)
-        batches.append(harness.cast({**pair(n, *shape)(generator), "weight": weight}, OP, F32))
-    harness.check_compile(OP, batches, {"divisor": 4.0}, dynamic)
-
-
-@needs_torch_backend
-@pytest.mark.parametrize("shape", [(300, 500), (20, 8192), (20, 8, 300)], ids=str)
-def test_threads(shape: tuple[int, ...], generator: torch.Generator) -> None:
-    tensors = harness.cast(pair(*shape)(generator), OP, F32)
-    weight = torch.rand(shape[:1] + shape[2:], generator=generator)
-    harness.check_threads(OP, {**tensors, "weight": weight}, {})
-
-
-@needs_torch_backend
-def test_memory_for_backward_is_at_most_32_bytes_a_row(generator: torch.Generator) -> None:
-    harness.check_saved_bytes(OP, harness.cast(pair(64, 1000)(generator), OP, F32), rows=64)
+# ---- what the function promises ----
 
 
 @needs_torch_backend
@@ -420,65 +198,6 @@ def test_close_rows_against_long_double(
     expected = ((x - t) ** 2).sum(1)
     found = selfkd.simreg(*tensors.values(), reduction="none").numpy()
     assert np.abs(found / expected - 1).max() < (1e-12 if dtype == "float64" else 1e-7)
-
-
-SENTENCES: dict[str, tuple[type[Exception], dict[str, Any]]] = {
-    "simreg: student has 1 dimension, expected at least 2": (
-        ValueError,
-        {"student": torch.ones(6), "target": torch.ones(6)},
-    ),
-    "simreg: target has size 5 in dimension C, expected 6": (
-        ValueError,
-        {"target": torch.ones(4, 5)},
-    ),
-    "simreg: target has size 3 in dimension N, expected 4": (
-        ValueError,
-        {"target": torch.ones(3, 6)},
-    ),
-    "simreg: target has 3 dimensions, expected 2": (ValueError, {"target": torch.ones(4, 6, 1)}),
-    "simreg: target has dtype int64, expected float16, bfloat16, float32 or float64": (
-        TypeError,
-        {"target": torch.ones(4, 6, dtype=torch.int64)},
-    ),
-    "simreg: target requires grad, expected one without, as it would get no gradient here": (
-        ValueError,
-        {"target": torch.ones(4, 6, requires_grad=True)},
-    ),
-    "simreg: student has size 0 in dimension C, expected at least 1": (
-        ValueError,
-        {"student": torch.ones(4, 0), "target": torch.ones(4, 0)},
-    ),
-    "simreg: weight has size 3 in dimension N, expected 4": (ValueError, {"weight": torch.ones(3)}),
-    "simreg: weight has dtype float64, expected float32 or bool": (
-        TypeError,
-        {"weight": torch.ones(4, dtype=torch.float64)},
-    ),
-    'simreg: reduction is "avg", expected "none", "mean" or "sum"': (
-        ValueError,
-        {"reduction": "avg"},
-    ),
-    "simreg: divisor is -1, expected a finite number > 0": (ValueError, {"divisor": -1.0}),
-    "simreg: dim is 2, expected -2 to 1 for student": (ValueError, {"dim": 2}),
-}
-
-
-@needs_torch_backend
-@pytest.mark.parametrize("sentence", SENTENCES)
-def test_sentences(sentence: str) -> None:
-    error, wrong = SENTENCES[sentence]
-    arguments = {"student": torch.ones(4, 6), "target": torch.ones(4, 6), **wrong}
-    for requires_grad in (False, True):
-        arguments["student"] = arguments["student"].detach().requires_grad_(requires_grad)
-        with pytest.raises(error, match=f"^{re.escape(sentence)}"):
-            selfkd.simreg(**arguments)
-
-
-@needs_torch_backend
-def test_path_and_kernel_ran(generator: torch.Generator) -> None:
-    before = harness.backward_calls(OP)
-    harness.through_torch(OP, harness.cast(pair(3, 5)(generator), OP, F32), {})
-    assert harness.backward_calls(OP) == before + 1
-    assert library.text("selfkd_last_path").endswith("rows")
 
 
 # ---- the modules ----
