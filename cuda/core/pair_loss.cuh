@@ -5,6 +5,8 @@
 #include "core/kl.cuh"
 #include "core/row_loss.cuh"
 
+#include <float.h>
+
 /* What a formula makes of a class. Formula is a type with
  *   template <typename real> static sk_class_result<real> at(p, q, d, p_q, k). */
 template <typename real>
@@ -54,11 +56,53 @@ SK_DEVICE void sk_sides_within(const rows<T> &r, double lse, double dl, side *x,
     *y = side_within<sk_real<T>>(*y, t, lse, dl);
 }
 
-/* A pair of logits, from kLowest up, as in differentiate() of kl.cuh. */
+/* A pair of logits, from kLowest up, as in differentiate() of kl.cuh. A y below `agree` is no more
+ * than the rounding of a constant between u and v, and counts as 0. */
 template <typename real>
-SK_DEVICE pair<real> sk_pair_at(const pair_slope<real> &k, real a, real b) {
-    return compare(distance(difference(a, b), k.gap) * k.t.inverse, log2_of(a, k.t.log2e, k.log2_u),
-                   log2_of(b, k.t.log2e, k.log2_v));
+SK_DEVICE pair<real> sk_pair_at(const pair_slope<real> &k, real agree, real a, real b) {
+    pair<real> x = compare(distance(difference(a, b), k.gap) * k.t.inverse,
+                           log2_of(a, k.t.log2e, k.log2_u), log2_of(b, k.t.log2e, k.log2_v));
+    if (fabs(x.y) < agree) x.y = x.diff = 0;
+    return x;
+}
+template <typename real>
+SK_DEVICE real sk_agreement(double dl) {
+    return sk_keep((real)(4 * DBL_EPSILON * fabs(dl)));
+}
+
+/* A sum of p dphi/dp that stays exact where one class has nearly all of p: see sk_slope_sum in
+ * cpu/core/pair_loss.h. One for each thread. */
+template <typename real>
+struct sk_slope_sum {
+    real largest, slope, mass;
+    double rest;
+};
+
+/* Adds p and its slope; rest is added up in `real` for the length of a step. */
+template <typename real>
+SK_DEVICE void sk_add_slope(sk_slope_sum<real> *to, real p, real slope, real *rest) {
+    if (p == 0) return;
+    const real before = to->slope;
+    to->slope = p > to->largest ? slope : before;
+    to->largest = sk_max(p, to->largest);
+    *rest += (before - to->slope) * to->mass + p * (slope - to->slope);
+    to->mass += p;
+}
+
+/* The sums of a group: of a and b. */
+template <typename real>
+SK_DEVICE void sk_slope_totals(const sk_slope_sum<real> &a, const sk_slope_sum<real> &b,
+                               double (&total)[2]) {
+    real top[2] = {a.largest, b.largest};
+    sk_group_reduce(top, sk_larger());
+    real slope[2] = {a.largest == top[0] ? a.slope : (real)-INFINITY,
+                     b.largest == top[1] ? b.slope : (real)-INFINITY};
+    sk_group_reduce(slope, sk_larger());
+    total[0] = a.rest + (double)a.mass * ((double)a.slope - (double)slope[0]);
+    total[1] = b.rest + (double)b.mass * ((double)b.slope - (double)slope[1]);
+    sk_group_reduce(total, sk_add());
+    total[0] += slope[0];
+    total[1] += slope[1];
 }
 
 template <typename real>
@@ -72,39 +116,45 @@ template <typename Formula, typename T, int kVec>
 SK_DEVICE sk_pair_loss_row sk_pair_loss_of(const rows<T> &r, const sk_real<T> *numbers) {
     typedef sk_real<T> real;
     const divergence found = diverge<T, kVec>(r);
-    double sum[3] = {0, 0, 0};
+    double loss[1] = {0}, total[2] = {0, 0};
     if (sk_is_far_pair<real>(found.lse, found.dl, 0)) {
         side x, y;
         sk_sides_within(r, found.lse, found.dl, &x, &y);
         SK_ROLLED for (int64_t c = sk_lane(); c < r.C; c += sk_group()) {
             const sk_careful_result<real> of = sk_careful_class<Formula>(r, c, x, y, numbers);
             if (!of.counts) continue;
-            sum[0] += of.of.value;
-            sum[1] += of.p == 0 ? 0 : of.p * of.of.slope_p;
-            sum[2] += of.q == 0 ? 0 : of.q * of.of.slope_q;
+            loss[0] += of.of.value;
+            total[0] += of.p == 0 ? 0 : of.p * of.of.slope_p;
+            total[1] += of.q == 0 ? 0 : of.q * of.of.slope_q;
         }
+        sk_group_reduce(total, sk_add());
     } else {
         const pair_slope<real> k = pair_slope_of<real>(found, r.temperature, 0, 0, true, false);
+        const real agree = sk_agreement<real>(found.dl);
         const T *const u = sk_keep(r.u), *const v = sk_keep(r.v);
+        sk_slope_sum<real> of_p = {}, of_q = {};
         SK_ROLLED for (int64_t base = 0; base < r.C; base += sk_step<T>()) {
             real a[sk_items<T>], b[sk_items<T>], part[3] = {};
             load_logits<T, kVec>(u, r.u_stride, base, r.C, a);
             load_logits<T, kVec>(v, r.v_stride, base, r.C, b);
             SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
                 if (i % kVec == 0 && !sk_any_class<kVec>(base, i, r.C)) break;
-                const pair<real> x = sk_pair_at(k, a[i], b[i]);
+                const pair<real> x = sk_pair_at(k, agree, a[i], b[i]);
                 const sk_class_result<real> of =
                     Formula::template at<real>(x.p, x.q, x.y, x.diff, numbers);
                 const bool nowhere = a[i] <= (real)kLowest && b[i] <= (real)kLowest;
                 part[0] += nowhere ? 0 : of.value;
-                part[1] += x.p != 0 ? x.p * of.slope_p : 0;
-                part[2] += x.q != 0 ? x.q * of.slope_q : 0;
+                sk_add_slope(&of_p, x.p, of.slope_p, &part[1]);
+                sk_add_slope(&of_q, x.q, of.slope_q, &part[2]);
             }
-            for (int i = 0; i < 3; i++) sum[i] += part[i];
+            loss[0] += part[0];
+            of_p.rest += part[1];
+            of_q.rest += part[2];
         }
+        sk_slope_totals(of_p, of_q, total);
     }
-    sk_group_reduce(sum, sk_add());
-    return {found.lse, found.dl, sum[1], sum[2], sum[0]};
+    sk_group_reduce(loss, sk_add());
+    return {found.lse, found.dl, total[0], total[1], loss[0]};
 }
 
 /* Leaves the gradients of a row: both times the factor. */
@@ -128,7 +178,7 @@ SK_DEVICE void sk_differentiate_pair_loss(const rows<T> &r, const sk_pair_loss_r
     const pair_slope<real> k =
         pair_slope_of<real>({of.lse, of.dl, 0, 0, false}, r.temperature, 0, 0, true, false);
     const two<real> mean_p = keep<real>(of.a), mean_q = keep<real>(of.b);
-    const real f = sk_keep((real)factor);
+    const real f = sk_keep((real)factor), agree = sk_agreement<real>(of.dl);
     const T *const u = sk_keep(r.u), *const v = sk_keep(r.v);
     SK_ROLLED for (int64_t base = 0; base < r.C; base += sk_step<T>()) {
         real a[sk_items<T>], b[sk_items<T>];
@@ -136,7 +186,7 @@ SK_DEVICE void sk_differentiate_pair_loss(const rows<T> &r, const sk_pair_loss_r
         load_logits<T, kVec>(v, r.v_stride, base, r.C, b);
         SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
             if (i % kVec == 0 && !sk_any_class<kVec>(base, i, r.C)) break;
-            const pair<real> x = sk_pair_at(k, a[i], b[i]);
+            const pair<real> x = sk_pair_at(k, agree, a[i], b[i]);
             const sk_class_result<real> of_class =
                 Formula::template at<real>(x.p, x.q, x.y, x.diff, numbers);
             const real by_p = (of_class.slope_p - mean_p.high) - mean_p.low;
