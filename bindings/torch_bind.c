@@ -3,6 +3,8 @@
  * error leaves as a C++ exception that aoti_torch_check() throws, after every handle has been
  * freed. */
 #define _GNU_SOURCE
+#include "torch_bind.h"
+
 #include <ctype.h>
 #include <dlfcn.h>
 #include <link.h>
@@ -12,7 +14,10 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#include "core/op.h"
+#include "core/bind.h"
+#include "core/memory.h"
+#include "core/run.h"
+#include "core/threads.h"
 #include "torch_shim.h"
 
 static const int32_t TORCH_DTYPE[SK_DT_OTHER] = SK_TORCH_DTYPES;
@@ -22,8 +27,8 @@ static const struct { uint8_t code, bits; } TORCH_SCALAR[] = SK_TORCH_SCALARS;
 
 typedef struct frame {
     sk_call call;
-    AtenTensorHandle handle[SK_MAX_ITEMS]; /* owned */
-    sk_shape shape[SK_MAX_ITEMS];          /* of the outputs */
+    AtenTensorHandle handle[SK_MAX_ITEMS];                                        /* owned */
+    int64_t shape[SK_MAX_ITEMS][SK_MAX_RANK], strides[SK_MAX_ITEMS][SK_MAX_RANK]; /* outputs' */
 } frame;
 
 static void free_handles(const frame *f) {
@@ -60,7 +65,7 @@ static void unpack(frame *f, const StableIValue *stack) {
         f->handle[i] = NULL;
         if (kind >= SK_REAL) {
             memcpy(&f->call.number[i], stack++, sizeof *stack);
-        } else if (kind <= SK_GRAD) {
+        } else if (sk_is_input(&f->call.op->items[i])) {
             memcpy(&f->handle[i], stack++, sizeof *stack);
             const bool given = kind != SK_OPT || (*stack++ & 1);
             f->call.tensor[i] = (selfkd_tensor){.ndim = SK_ABSENT};
@@ -77,45 +82,38 @@ static void ask_for_huge_pages(void *data, int64_t bytes) {
         madvise((void *)begin, end - begin, MADV_HUGEPAGE);
 }
 
-static int new_tensor(frame *f, int i, const sk_shape *shape, int32_t dtype) {
-    const selfkd_device device = f->call.tensor[f->call.first].device;
-    const int32_t type = device.device_type == SELFKD_CPU ? SK_TORCH_CPU : SK_TORCH_CUDA;
-    const AOTITorchError error = sk_torch.aoti_torch_empty_strided(
-        shape->ndim, shape->size, shape->stride, dtype, type, device.device_id, &f->handle[i]);
-    if (error)
+/* Makes an output or a work space like `t`, whose data it leaves. */
+static int new_tensor(frame *f, int i, int32_t dtype, selfkd_tensor *t) {
+    const int32_t type = t->device.device_type == SELFKD_CPU ? SK_TORCH_CPU : SK_TORCH_CUDA;
+    if (sk_torch.aoti_torch_empty_strided(t->ndim, t->shape, t->strides, dtype, type,
+                                          t->device.device_id, &f->handle[i]))
         return sk_fail(SELFKD_ERROR_MEMORY, "%s: no memory for %s", f->call.op->name,
                        f->call.op->items[i].name);
+    sk_torch.aoti_torch_get_data_ptr(f->handle[i], &t->data);
     return SELFKD_OK;
 }
 
 static int allocate_output(frame *f, int i) {
-    sk_shape *const shape = &f->shape[i];
-    sk_output_like(&f->call, i, shape);
-    const enum sk_dtype dtype = sk_dtype_of(shape->dtype);
-    const int status = new_tensor(f, i, shape, TORCH_DTYPE[dtype]);
-    if (status) return status;
     selfkd_tensor *const t = &f->call.tensor[i];
-    *t = (selfkd_tensor){.device = f->call.tensor[f->call.first].device,
-                         .ndim = shape->ndim,
-                         .dtype = shape->dtype,
-                         .shape = shape->size,
-                         .strides = shape->stride};
-    if (sk_is_absent(&f->call, i)) return SELFKD_OK;
-    sk_torch.aoti_torch_get_data_ptr(f->handle[i], &t->data);
+    *t = (selfkd_tensor){.shape = f->shape[i], .strides = f->strides[i]};
+    sk_output_like(&f->call, i, t);
+    const enum sk_dtype dtype = sk_dtype_of(t->dtype);
+    const int status = new_tensor(f, i, TORCH_DTYPE[dtype], t);
+    if (status) return status;
     int64_t bytes = sk_dtype_size(dtype);
-    for (int k = 0; k < shape->ndim; k++) bytes *= shape->size[k];
+    for (int k = 0; k < t->ndim; k++) bytes *= t->shape[k];
     if (t->device.device_type == SELFKD_CPU) ask_for_huge_pages(t->data, bytes);
     return sk_bind(&f->call, i);
 }
 
+/* On the CPU the core has a work space of its own. */
 static int allocate_scratch(frame *f, int i) {
-    const sk_item *const it = &f->call.op->items[i];
-    if (f->call.tensor[f->call.first].device.device_type == SELFKD_CPU) return SELFKD_OK;
-    const sk_shape shape = {.ndim = 1, .size = {it->bytes}, .stride = {1}};
-    const int status = new_tensor(f, i, &shape, SK_TORCH_UINT8);
-    if (!status)
-        sk_torch.aoti_torch_get_data_ptr(f->handle[i],
-                                         &((sk_arg *)(f->call.params.bytes + it->in_params))->data);
+    int64_t bytes = f->call.op->items[i].bytes, stride = 1;
+    selfkd_tensor t = {
+        .device = sk_device_of(&f->call), .ndim = 1, .shape = &bytes, .strides = &stride};
+    if (t.device.device_type == SELFKD_CPU) return SELFKD_OK;
+    const int status = new_tensor(f, i, SK_TORCH_UINT8, &t);
+    sk_arg_of(&f->call, i)->data = t.data;
     return status;
 }
 
@@ -123,23 +121,21 @@ static int run(frame *f, StableIValue *stack) {
     const sk_op *const op = f->call.op;
     int status = sk_check(&f->call);
     for (int i = 0; i < op->count && !status; i++) {
-        const int kind = op->items[i].kind;
-        if (kind == SK_OUT || kind == SK_LIKE) status = allocate_output(f, i);
-        if (kind == SK_SCRATCH) status = allocate_scratch(f, i);
+        if (sk_is_output(&op->items[i])) status = allocate_output(f, i);
+        if (op->items[i].kind == SK_SCRATCH) status = allocate_scratch(f, i);
     }
     if (status) return status;
     void *stream = NULL;
-    const selfkd_device device = f->call.tensor[f->call.first].device;
+    const selfkd_device device = sk_device_of(&f->call);
     if (device.device_type == SELFKD_CUDA && sk_torch.aoti_torch_get_current_cuda_stream)
         sk_torch.aoti_torch_get_current_cuda_stream(device.device_id, &stream);
     status = sk_run(&f->call, stream);
-    if (status) return status;
-    for (int i = 0; i < op->count; i++) {
-        if (op->items[i].kind != SK_OUT && op->items[i].kind != SK_LIKE) continue;
+    for (int i = 0; i < op->count && !status; i++) {
+        if (!sk_is_output(&op->items[i])) continue;
         memcpy(stack++, &f->handle[i], sizeof *stack); /* PyTorch owns it now */
         f->handle[i] = NULL;
     }
-    return SELFKD_OK;
+    return status;
 }
 
 /* The one place that raises. */
@@ -199,7 +195,7 @@ static void write_schema(const sk_op *op, char *text, size_t room) {
     char alias = 'a';
     for (int i = 0; i < op->count; i++) {
         const sk_item *const it = &op->items[i];
-        if (it->kind >= SK_OUT && it->kind <= SK_SCRATCH) continue;
+        if (!sk_is_input(it) && it->kind < SK_REAL) continue;
         const char *const of = it->kind >= SK_REAL ? type[it->kind] : "Tensor";
         n += (size_t)snprintf(text + n, room - n, "%s%s", comma, of);
         if (it->kind == SK_INOUT) n += (size_t)snprintf(text + n, room - n, "(%c!)", alias++);
@@ -211,7 +207,7 @@ static void write_schema(const sk_op *op, char *text, size_t room) {
     n += (size_t)snprintf(text + n, room - n, ") -> (");
     comma = "";
     for (int i = 0; i < op->count; i++) {
-        if (op->items[i].kind != SK_OUT && op->items[i].kind != SK_LIKE) continue;
+        if (!sk_is_output(&op->items[i])) continue;
         n += (size_t)snprintf(text + n, room - n, "%sTensor %s", comma, op->items[i].name);
         comma = ", ";
     }

@@ -1,6 +1,6 @@
 """The contracts of ``ops/*.h``, read from the library, and their rules in Python.
 
-The rules are those of ``ops/core/check.c``, with the same words: here they serve fake tensors
+The rules are those of ``ops/core/check.c`` and ``values.c``, with the same words: here they serve fake tensors
 (``torch.compile``) and turn the RuntimeError of an operator into the ValueError or TypeError of a
 Python function.
 """

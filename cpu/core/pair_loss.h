@@ -75,49 +75,89 @@ SK_RARE void sk_careful_slopes(const sk_row_pair *row, const sk_pair_formula *f,
 
 /* ---- All rows ---- */
 
-/* What a row's gradient needs besides: its factor, A and B, each as the sum of two reals, for
- * dphi/dp may be as large. */
-enum { SK_ROW_FACTOR, SK_A_HIGH, SK_A_LOW, SK_B_HIGH, SK_B_LOW, SK_PAIR_LOSS_SCALARS };
+/* A sum of p dphi/dp that stays exact where one class has nearly all of p, so that the gradient is
+ * a small difference: with `slope` that of the class with the largest p so far, the rest of the sum
+ * of p (dphi/dp - slope), and the sum of p. One for each lane. */
+typedef struct sk_slope_sum {
+    SK_ALIGNED real largest[SK_PITCH], slope[SK_PITCH], mass[SK_PITCH];
+    SK_ALIGNED double rest[SK_PITCH];
+} sk_slope_sum;
 
-/* What a pass over the runs of a task needs, and where its sums go. */
+/* What a row's gradient needs besides: its factor; A and B, each as the sum of two reals, for
+ * dphi/dp may be as large; and AGREE, a d below which is no more than the rounding of a constant
+ * between u and v, and counts as 0. */
+enum { SK_ROW_FACTOR, SK_A_HIGH, SK_A_LOW, SK_B_HIGH, SK_B_LOW, SK_AGREE, SK_PAIR_LOSS_SCALARS };
+
+/* What a pass over the runs of a task needs, and where its sums go: of "classes" those of row i are
+ * in lanes from i * SK_LANES. */
 typedef struct sk_pair_pass {
     const sk_pair_formula *formula;
     sk_pair_slopes pair;
-    double (*found)[SK_PITCH];
+    sk_slope_sum a, b;
+    SK_ALIGNED double loss[SK_PITCH];
     SK_ALIGNED real of[SK_PAIR_LOSS_SCALARS][SK_PITCH];
 } sk_pair_pass;
+
+SK_SPECIAL sk_pair_class sk_pair_class_at(const sk_scale *t, sk_pair_pass *x, int64_t i, real u,
+                                          real v) {
+    sk_pair_class y = sk_pair_at(false, t, x->pair.of, i, u, v);
+    const bool agree = (y.d < x->of[SK_AGREE][i]) & (y.d > -x->of[SK_AGREE][i]);
+    y.d = agree ? 0 : y.d;
+    y.p_q = agree ? 0 : y.p_q;
+    return y;
+}
+
+/* Adds p and its slope to lane `at`; rest is added up in real for the length of a run. */
+SK_SPECIAL real sk_add_slope(sk_slope_sum *to, int64_t at, real p, real slope) {
+    const bool there = p != 0;
+    const real before = to->slope[at], now = there & (p > to->largest[at]) ? slope : before;
+    const real rest = (before - now) * to->mass[at] + (there ? p * (slope - now) : 0);
+    to->largest[at] = there & (p > to->largest[at]) ? p : to->largest[at];
+    to->slope[at] = now;
+    to->mass[at] += p;
+    return rest;
+}
 
 /* Adds a run to the sums. */
 SK_SPECIAL void sk_add_pair_run(bool positions, sk_pair_formula f, sk_pair_pass *x,
                                 const sk_slice *at) {
     const sk_scale t = *x->pair.t;
     const real *const u = at->x[0], *const v = at->x[1];
-    real loss[SK_LANES] = {0}, slope_p[SK_LANES] = {0}, slope_q[SK_LANES] = {0};
+    real loss[SK_LANES] = {0}, rest_a[SK_LANES] = {0}, rest_b[SK_LANES] = {0};
     for (int64_t n = 0; n < at->run.n; n += SK_LANES) {
+        const int64_t first = positions ? at->run.row + n : at->run.row * SK_LANES;
 #pragma omp simd
         for (int k = 0; k < SK_LANES; k++) {
-            const int64_t i = positions ? at->run.row + n + k : at->run.row;
-            const sk_pair_class y = sk_pair_at(false, &t, x->pair.of, i, u[n + k], v[n + k]);
-            const bool there = (u[n + k] >= t.least) | (v[n + k] >= t.least) |
-                               (u[n + k] != u[n + k]) | (v[n + k] != v[n + k]);
+            const int64_t i = positions ? first + k : at->run.row;
+            const sk_pair_class y = sk_pair_class_at(&t, x, i, u[n + k], v[n + k]);
+            const bool nowhere = (u[n + k] < t.least) & (v[n + k] < t.least);
             const real value = f.value(y.p, y.q, y.d, y.p_q, f.k);
-            const real of_p = f.slope_p(y.p, y.q, y.d, y.p_q, f.k);
-            const real of_q = f.slope_q(y.p, y.q, y.d, y.p_q, f.k);
-            loss[k] = (positions ? 0 : loss[k]) + (there ? value : 0);
-            slope_p[k] = (positions ? 0 : slope_p[k]) + (y.p != 0 ? y.p * of_p : 0);
-            slope_q[k] = (positions ? 0 : slope_q[k]) + (y.q != 0 ? y.q * of_q : 0);
+            const real a =
+                sk_add_slope(&x->a, first + k, y.p, f.slope_p(y.p, y.q, y.d, y.p_q, f.k));
+            const real b =
+                sk_add_slope(&x->b, first + k, y.q, f.slope_q(y.p, y.q, y.d, y.p_q, f.k));
+            loss[k] = (positions ? 0 : loss[k]) + (nowhere ? 0 : value);
+            rest_a[k] = (positions ? 0 : rest_a[k]) + a;
+            rest_b[k] = (positions ? 0 : rest_b[k]) + b;
         }
-        for (int k = 0; k < SK_LANES && positions; k++) {
-            x->found[SK_LOSS][at->run.row + n + k] += loss[k];
-            x->found[SK_SLOPE_P][at->run.row + n + k] += slope_p[k];
-            x->found[SK_SLOPE_Q][at->run.row + n + k] += slope_q[k];
+        if (!positions && n + SK_LANES < at->run.n) continue;
+        for (int k = 0; k < SK_LANES; k++) {
+            x->loss[first + k] += loss[k];
+            x->a.rest[first + k] += rest_a[k];
+            x->b.rest[first + k] += rest_b[k];
         }
     }
-    for (int k = 0; k < SK_LANES && !positions; k++) {
-        x->found[SK_LOSS][at->run.row] += loss[k];
-        x->found[SK_SLOPE_P][at->run.row] += slope_p[k];
-        x->found[SK_SLOPE_Q][at->run.row] += slope_q[k];
-    }
+}
+
+/* The sum of `lanes` lanes from `first`, with the slope of the largest of all. */
+static inline double sk_slope_total(const sk_slope_sum *x, int64_t first, int64_t lanes) {
+    int64_t best = first;
+    double sum = 0;
+    for (int64_t i = first; i < first + lanes; i++)
+        if (x->largest[i] > x->largest[best]) best = i;
+    for (int64_t i = first; i < first + lanes; i++)
+        sum += x->rest[i] + (double)x->mass[i] * ((double)x->slope[i] - (double)x->slope[best]);
+    return x->slope[best] + sum;
 }
 
 /* Leaves the gradients of a run. */
@@ -133,7 +173,7 @@ SK_SPECIAL void sk_pair_loss_run(bool positions, sk_pair_formula f, sk_pair_pass
 #pragma omp simd
         for (int k = 0; k < SK_LANES; k++) {
             const int64_t i = positions ? at->run.row + n + k : at->run.row;
-            const sk_pair_class y = sk_pair_at(false, &t, x->pair.of, i, u[n + k], v[n + k]);
+            const sk_pair_class y = sk_pair_class_at(&t, x, i, u[n + k], v[n + k]);
             const real factor = x->of[SK_ROW_FACTOR][i];
             const real of_p = f.slope_p(y.p, y.q, y.d, y.p_q, f.k) - x->of[SK_A_HIGH][i];
             const real of_q = f.slope_q(y.p, y.q, y.d, y.p_q, f.k) - x->of[SK_B_HIGH][i];
@@ -145,25 +185,46 @@ SK_SPECIAL void sk_pair_loss_run(bool positions, sk_pair_formula f, sk_pair_pass
     }
 }
 
+/* Sets the scalars of the rows whose log-sum-exps, and A and B in backward, are in x. */
+static inline void sk_set_pair_loss(const sk_task *r, const sk_pair *pair, sk_found x,
+                                    const double *factor, sk_pair_pass *to) {
+    SK_ALIGNED double one[SK_PITCH];
+    to->pair.t = &pair->t;
+    to->pair.w = sk_term_weights_of(0, 0, false);
+    for (int64_t i = 0; i < sk_scalars(r); i++) {
+        const sk_split a = sk_split_of(x[SK_SLOPE_P][i]), b = sk_split_of(x[SK_SLOPE_Q][i]);
+        one[i] = 1;
+        to->of[SK_ROW_FACTOR][i] = (real)factor[i];
+        to->of[SK_A_HIGH][i] = a.high;
+        to->of[SK_A_LOW][i] = a.low;
+        to->of[SK_B_HIGH][i] = b.high;
+        to->of[SK_B_LOW][i] = b.low;
+        to->of[SK_AGREE][i] = (real)(4 * DBL_EPSILON * fabs(x[SK_DL][i]));
+    }
+    sk_set_pair(r, x, one, &to->pair);
+}
+
 /* Leaves what is found of the rows of a task: add() is a pass of sk_add_pair_run. */
 static inline void sk_find_pair_loss(const sk_task *r, const sk_pair *pair, const real *weight,
                                      const sk_pair_formula *f, sk_slope add, sk_found found) {
-    SK_ALIGNED double one[SK_PITCH];
+    const int64_t lanes = r->positions ? 1 : SK_LANES;
     const sk_streams streams = {{pair->u, pair->v}, {NULL}};
     sk_pair_pass x; /* set field by field, for its planes are large */
     x.formula = f;
-    x.found = found;
-    x.pair.t = &pair->t;
-    x.pair.w = sk_term_weights_of(0, 0, false);
     sk_diverge(r, pair, weight, found);
-    for (int64_t i = r->width; i < sk_scalars(r); i++)
-        for (int k = 0; k < SK_SAVED; k++) found[k][i] = 0;
-    for (int64_t i = 0; i < sk_scalars(r); i++) one[i] = 1;
-    sk_set_pair(r, found, one, &x.pair);
-    for (int64_t i = 0; i < sk_scalars(r); i++)
-        found[SK_SLOPE_P][i] = found[SK_SLOPE_Q][i] = found[SK_LOSS][i] = 0;
+    for (int64_t i = r->width; i < sk_scalars(r); i++) found[SK_LSE][i] = found[SK_DL][i] = 0;
+    for (int64_t i = 0; i < sk_scalars(r); i++) found[SK_SLOPE_P][i] = found[SK_SLOPE_Q][i] = 0;
+    sk_set_pair_loss(r, pair, found, found[SK_SLOPE_P], &x);
+    memset(&x.a, 0, sizeof x.a);
+    memset(&x.b, 0, sizeof x.b);
+    memset(x.loss, 0, sizeof x.loss);
     sk_write_gradients(r, &streams, add, &x);
     for (int64_t i = 0; i < r->width; i++) {
+        double loss = 0;
+        for (int64_t k = 0; k < lanes; k++) loss += x.loss[i * lanes + k];
+        found[SK_LOSS][i] = loss;
+        found[SK_SLOPE_P][i] = sk_slope_total(&x.a, i * lanes, lanes);
+        found[SK_SLOPE_Q][i] = sk_slope_total(&x.b, i * lanes, lanes);
         if (weight[i] == 0 || !sk_is_far_pair(found, i, 0)) continue;
         const sk_row_pair row = sk_found_pair(r, pair, found, i);
         sk_careful_sums(&row, f, found);
@@ -176,24 +237,14 @@ static inline void sk_differentiate_pair_loss(const sk_task *r, const sk_pair *p
                                               const sk_pair_formula *f, sk_slope write,
                                               sk_incoming *in, double per_row,
                                               const sk_streams *streams) {
-    SK_ALIGNED double factor[SK_PITCH], one[SK_PITCH];
+    SK_ALIGNED double factor[SK_PITCH];
     sk_pair_pass x; /* set field by field, for its planes are large */
     x.formula = f;
-    x.pair.t = &pair->t;
-    x.pair.w = sk_term_weights_of(0, 0, false);
     for (int64_t i = 0; i < sk_scalars(r); i++) {
         const bool none = (in->grad[i] == 0) | (in->weight[i] == 0);
-        const sk_split a = sk_split_of(in->saved[SK_SLOPE_P][i]);
-        const sk_split b = sk_split_of(in->saved[SK_SLOPE_Q][i]);
-        one[i] = 1;
         factor[i] = none ? 0 : per_row * in->grad[i] * in->weight[i];
-        x.of[SK_ROW_FACTOR][i] = (real)factor[i];
-        x.of[SK_A_HIGH][i] = a.high;
-        x.of[SK_A_LOW][i] = a.low;
-        x.of[SK_B_HIGH][i] = b.high;
-        x.of[SK_B_LOW][i] = b.low;
     }
-    sk_set_pair(r, in->saved, one, &x.pair);
+    sk_set_pair_loss(r, pair, in->saved, factor, &x);
     sk_write_gradients(r, streams, write, &x);
     for (int64_t i = 0; i < r->width; i++) {
         if (factor[i] == 0 || !sk_is_far_pair(in->saved, i, factor[i])) continue;

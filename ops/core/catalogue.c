@@ -2,10 +2,12 @@
  * items of an operator. A contract that breaks one would read memory that is not there. They are
  * looked at once, when the library is loaded, and by the tests of random contracts
  * (tests/fuzz/contracts.c). */
+#include "catalogue.h"
+
 #include <stdio.h>
 #include <string.h>
 
-#include "op.h"
+#include "library.h"
 
 #define FAIL(op, it, expected) fail_item(op, (it)->name, expected)
 

@@ -1,9 +1,8 @@
-/* The CUDA runtime as the core needs it: device, errors, work space of C callers. Plain C; built
- * without CUDA, every function says so. */
-#include <stdio.h>
-#include <string.h>
+/* The CUDA runtime as the core needs it: devices, errors, and the work space of C callers. Built
+ * without CUDA, each function says so. */
+#include "device.h"
 
-#include "op.h"
+#include <stdio.h>
 
 #ifdef SK_WITH_CUDA
 #include <cuda_runtime.h>
@@ -36,25 +35,27 @@ static int check(int error, const char *what) {
                    cudaGetErrorName((cudaError_t)error));
 }
 
-int sk_cuda_enter(int32_t device, int32_t *previous) {
+int sk_run_cuda(sk_call *call, void *stream) {
+    const sk_op *const op = call->op;
+    const int device = sk_device_of(call).device_id;
+    int before = 0;
     int status = check_driver();
-    if (!status) status = check(cudaGetDevice(previous), "selfkd");
-    if (!status && device != *previous) status = check(cudaSetDevice(device), "selfkd");
+    if (!status) status = check(cudaGetDevice(&before), "selfkd");
+    if (!status && device != before) status = check(cudaSetDevice(device), "selfkd");
+    if (status) return status;
+    void *scratch = NULL;
+    for (int i = 0; i < op->count && !status; i++) {
+        void **const data = &sk_arg_of(call, i)->data;
+        if (op->items[i].kind != SK_SCRATCH || *data) continue;
+        status = check(cudaMallocAsync(&scratch, (size_t)op->items[i].bytes, stream), op->name);
+        *data = scratch;
+    }
+    if (!status) status = check(op->cuda(call->params.bytes, stream), op->name);
+    if (scratch) cudaFreeAsync(scratch, stream);
+    int now = before;
+    if (cudaGetDevice(&now) == cudaSuccess && now != before) cudaSetDevice(before);
     return status;
 }
-
-void sk_cuda_leave(int32_t previous) {
-    int now = previous;
-    if (cudaGetDevice(&now) == cudaSuccess && now != previous) cudaSetDevice(previous);
-}
-
-int sk_cuda_error(const sk_op *op, int error) { return check(error, op->name); }
-
-int sk_cuda_allocate(const sk_op *op, void **data, int64_t bytes, void *stream) {
-    return check(cudaMallocAsync(data, (size_t)bytes, (cudaStream_t)stream), op->name);
-}
-
-void sk_cuda_free(void *data, void *stream) { cudaFreeAsync(data, (cudaStream_t)stream); }
 
 const char *selfkd_cuda(void) {
     static _Thread_local char text[160];
@@ -75,27 +76,12 @@ const char *selfkd_cuda(void) {
 
 #else
 
-int sk_cuda_enter(int32_t device, int32_t *previous) {
-    (void)device;
-    (void)previous;
-    return sk_fail(SELFKD_ERROR_CUDA, "selfkd: this build has no CUDA kernels; rebuild with nvcc");
-}
-void sk_cuda_leave(int32_t previous) { (void)previous; }
-int sk_cuda_error(const sk_op *op, int error) {
-    (void)op;
-    return error;
-}
-int sk_cuda_allocate(const sk_op *op, void **data, int64_t bytes, void *stream) {
-    (void)op;
-    (void)data;
+int sk_run_cuda(sk_call *call, void *stream) {
     (void)stream;
-    (void)bytes;
-    return SELFKD_ERROR_CUDA;
+    return sk_fail(SELFKD_ERROR_CUDA, "%s: this build has no CUDA kernels; rebuild with nvcc",
+                   call->op->name);
 }
-void sk_cuda_free(void *data, void *stream) {
-    (void)data;
-    (void)stream;
-}
+
 const char *selfkd_cuda(void) { return "none: built without nvcc"; }
 
 #endif

@@ -1,10 +1,24 @@
-/* The catalogue, the version and the CPU variant: what the library says of itself. */
-#include <string.h>
+/* What the library says of itself: errors, version, operators, and the CPU variant. */
+#include "library.h"
 
-#include "op.h"
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
 
 #define TEXT_(x) #x
 #define TEXT(x) TEXT_(x)
+
+static _Thread_local char message[512] = "";
+
+const char *selfkd_message(void) { return message; }
+
+int sk_fail(int status, const char *format, ...) {
+    va_list list;
+    va_start(list, format);
+    vsnprintf(message, sizeof message, format, list);
+    va_end(list);
+    return status;
+}
 
 const char *selfkd_version(void) { return TEXT(SELFKD_VERSION); }
 int selfkd_abi(void) { return SELFKD_ABI; }
@@ -13,6 +27,12 @@ const sk_op *sk_find(const char *name) {
     for (int i = 0; name && sk_ops[i]; i++)
         if (strcmp(sk_ops[i]->name, name) == 0) return sk_ops[i];
     return NULL;
+}
+
+int sk_find_item(const sk_op *op, const char *name) {
+    for (int i = 0; i < op->count; i++)
+        if (strcmp(op->items[i].name, name) == 0) return i;
+    return -1;
 }
 
 const char *selfkd_describe(const char *op) {

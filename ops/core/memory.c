@@ -1,70 +1,72 @@
-/* What a descriptor says of memory: that there is some, within the address space, aligned; and that
- * what is written has memory of its own. */
-#include "op.h"
+/* Dtypes, addresses and strides of a descriptor. */
+#include "memory.h"
 
-static bool is_empty(const selfkd_tensor *t) {
+#include <stdio.h>
+#include <string.h>
+
+static const struct {
+    const char *name;
+    selfkd_dtype dtype;
+} DTYPES[SK_DT_OTHER] = {
+    [SK_DT_F16] = {"float16", {2, 16, 1}}, [SK_DT_BF16] = {"bfloat16", {4, 16, 1}},
+    [SK_DT_F32] = {"float32", {2, 32, 1}}, [SK_DT_F64] = {"float64", {2, 64, 1}},
+    [SK_DT_BOOL] = {"bool", {6, 8, 1}},    [SK_DT_I64] = {"int64", {0, 64, 1}},
+};
+
+enum sk_dtype sk_dtype_of(selfkd_dtype d) {
+    for (int i = 0; i < SK_DT_OTHER; i++)
+        if (DTYPES[i].dtype.code == d.code && DTYPES[i].dtype.bits == d.bits && d.lanes == 1)
+            return i;
+    return SK_DT_OTHER;
+}
+
+selfkd_dtype sk_dtype_to(enum sk_dtype dtype) { return DTYPES[dtype].dtype; }
+int64_t sk_dtype_size(enum sk_dtype dtype) { return DTYPES[dtype].dtype.bits / 8; }
+
+const char *sk_dtype_name(selfkd_dtype d) {
+    static const char *const kind[] = {
+        [0] = "int", [1] = "uint", [2] = "float", [4] = "bfloat", [5] = "complex"};
+    static _Thread_local char name[24];
+    const enum sk_dtype known = sk_dtype_of(d);
+    if (known != SK_DT_OTHER) return DTYPES[known].name;
+    if (d.code >= sizeof kind / sizeof *kind || !kind[d.code] || d.lanes != 1)
+        return "an unsupported dtype";
+    snprintf(name, sizeof name, "%s%d", kind[d.code], d.bits);
+    return name;
+}
+
+/* ---- addresses ---- */
+
+static int64_t magnitude(int64_t x) { return x < 0 ? -x : x; }
+static int64_t bytes_of(const selfkd_tensor *t) { return sk_dtype_size(sk_dtype_of(t->dtype)); }
+
+bool sk_is_empty(const selfkd_tensor *t) {
     for (int k = 0; k < t->ndim; k++)
         if (t->shape[k] == 0) return true;
     return false;
 }
 
-static int64_t magnitude(int64_t x) { return x < 0 ? -x : x; }
-static int64_t bytes_of(const selfkd_tensor *t) { return sk_dtype_size(sk_dtype_of(t->dtype)); }
-
-/* Of element 0; an empty tensor has none. */
 char *sk_data(const selfkd_tensor *t) {
-    return is_empty(t) ? NULL : (char *)t->data + t->byte_offset;
+    return sk_is_empty(t) ? NULL : (char *)t->data + t->byte_offset;
 }
 
-/* Whether all elements lie between the addresses 0 and 2^63, with room to count in. */
-static bool has_addresses(const selfkd_tensor *t, int64_t *reach) {
-    *reach = bytes_of(t);
+bool sk_has_addresses(const selfkd_tensor *t) {
+    int64_t reach = bytes_of(t); /* from the first byte to the last, if all strides were positive */
     for (int k = 0; k < t->ndim; k++) {
         int64_t step = t->strides[k];
         if (t->shape[k] == 1) continue;
         if (__builtin_mul_overflow(step, t->shape[k], &step) ||
             __builtin_mul_overflow(step, bytes_of(t), &step) || step == INT64_MIN ||
-            __builtin_add_overflow(*reach, magnitude(step), reach))
+            __builtin_add_overflow(reach, magnitude(step), &reach))
             return false;
     }
     uint64_t address;
     return !__builtin_add_overflow((uint64_t)(uintptr_t)t->data, t->byte_offset, &address) &&
-           address <= (uint64_t)(INT64_MAX - *reach);
+           address <= (uint64_t)(INT64_MAX - reach);
 }
 
-/* What only a C caller can get wrong: a descriptor that describes no memory. Its dtype is known;
- * more than 8 dimensions are not looked at, its rank being wrong. */
-int sk_check_descriptor(const sk_call *call, int item) {
-    const selfkd_tensor *const t = &call->tensor[item];
-    const char *const op = call->op->name, *const name = call->op->items[item].name;
-    if (t->ndim < 0 || (t->ndim > 0 && !t->shape))
-        return sk_fail(SELFKD_ERROR_VALUE, "%s: %s is no tensor (ndim %d)", op, name, t->ndim);
-    if (t->ndim > SK_MAX_RANK) return SELFKD_OK;
-    int64_t bytes = bytes_of(t), reach;
-    for (int k = 0; k < t->ndim; k++) {
-        const int64_t size = t->shape[k];
-        if (size < 0 || __builtin_mul_overflow(bytes, size > 1 ? size : 1, &bytes))
-            return sk_fail(SELFKD_ERROR_VALUE,
-                           "%s: %s has size %lld in dimension %d, which is negative or too large",
-                           op, name, (long long)size, k);
-    }
-    if (is_empty(t)) return SELFKD_OK;
-    if (!t->data) return sk_fail(SELFKD_ERROR_VALUE, "%s: %s has no data", op, name);
-    if (!has_addresses(t, &reach))
-        return sk_fail(SELFKD_ERROR_VALUE,
-                       "%s: %s has strides or a byte_offset that leave the address space", op,
-                       name);
-    if ((uintptr_t)sk_data(t) % (uintptr_t)bytes_of(t) != 0)
-        return sk_fail(SELFKD_ERROR_VALUE,
-                       "%s: %s has data that is not aligned to its elements of %d bytes", op, name,
-                       (int)bytes_of(t));
-    return SELFKD_OK;
-}
-
-/* ---- memory of its own ---- */
-
-/* From the lowest byte of a tensor, all of its bytes; or, of one that lies in a repeated pattern,
- * those of one period, which the dimensions that step by whole periods leave out. */
+/* The bytes of a tensor, from its lowest address on. Where tensors lie in a repeated pattern, the
+ * bytes of one period of it: dimensions that step by whole periods are left out. */
 typedef struct window {
     int64_t begin, bytes;
 } window;
@@ -81,7 +83,7 @@ static window window_of(const selfkd_tensor *t, int64_t period) {
 }
 
 /* Whether a and b, both in a pattern that repeats with a stride of `of`, are apart in it: two
- * column blocks of one matrix, every other element. */
+ * column blocks of one matrix, or every other element. */
 static bool interleave(const selfkd_tensor *a, const selfkd_tensor *b, const selfkd_tensor *of) {
     for (int k = 0; k < of->ndim; k++) {
         const int64_t period = magnitude(of->strides[k]) * bytes_of(of);
@@ -93,17 +95,18 @@ static bool interleave(const selfkd_tensor *a, const selfkd_tensor *b, const sel
     return false;
 }
 
-static bool apart(const selfkd_tensor *a, const selfkd_tensor *b) {
-    if (is_empty(a) || is_empty(b)) return true;
+bool sk_are_apart(const selfkd_tensor *a, const selfkd_tensor *b) {
+    if (sk_is_empty(a) || sk_is_empty(b)) return true;
     const window x = window_of(a, 0), y = window_of(b, 0);
     return x.begin + x.bytes <= y.begin || y.begin + y.bytes <= x.begin || interleave(a, b, a) ||
            interleave(a, b, b);
 }
 
-/* Whether each dimension steps over all that those of smaller strides reach. */
-static bool has_distinct_elements(const selfkd_tensor *t) {
+/* Elements are distinct if each dimension steps over all that the dimensions of smaller strides
+ * reach. */
+bool sk_has_distinct_elements(const selfkd_tensor *t) {
     unsigned left = 0;
-    for (int k = 0; k < t->ndim && !is_empty(t); k++) left |= (t->shape[k] > 1 ? 1u : 0u) << k;
+    for (int k = 0; k < t->ndim && !sk_is_empty(t); k++) left |= (t->shape[k] > 1 ? 1u : 0u) << k;
     for (int64_t reach = 0; left;) {
         int least = -1;
         for (int k = 0; k < t->ndim; k++)
@@ -117,25 +120,61 @@ static bool has_distinct_elements(const selfkd_tensor *t) {
     return true;
 }
 
-/* What is written has memory of its own for each element: none of an input's, none of an output's
- * that was checked before. */
-int sk_check_own_memory(const sk_call *call, int item) {
-    const sk_op *const op = call->op;
-    const char *const name = op->items[item].name;
-    if (sk_is_absent(call, item)) return SELFKD_OK;
-    if (!has_distinct_elements(&call->tensor[item]))
-        return sk_fail(SELFKD_ERROR_VALUE,
-                       "%s: %s has elements that share memory, expected memory of its own",
-                       op->name, name);
-    for (int i = 0; i < op->count; i++) {
-        const bool input = sk_is_input(&op->items[i]), output = sk_is_output(&op->items[i]);
-        const bool checked = output && i < item && !sk_is_input(&op->items[item]);
-        if (i == item || !(input || checked) || sk_is_absent(call, i) ||
-            apart(&call->tensor[item], &call->tensor[i]))
-            continue;
-        return sk_fail(SELFKD_ERROR_VALUE,
-                       "%s: %s shares memory with %s, expected memory of its own", op->name, name,
-                       op->items[i].name);
+/* ---- strides ---- */
+
+void sk_compact_strides(int ndim, const int64_t *size, int64_t *stride) {
+    int64_t next = 1;
+    for (int k = ndim - 1; k >= 0; k--) {
+        stride[k] = next;
+        if (__builtin_mul_overflow(next, size[k] > 1 ? size[k] : 1, &next)) next = 0;
     }
-    return SELFKD_OK;
+}
+
+/* Leaves compact strides in the order of the strides of `t`; returns whether `t` has these itself.
+ */
+static bool compact_in_order(const selfkd_tensor *t, int64_t *stride) {
+    int order[SK_MAX_RANK]; /* smallest stride first; a stride of 0 tells nothing */
+    for (int k = 0; k < t->ndim; k++) {
+        order[k] = t->ndim - 1 - k;
+        for (int at = k, before = k - 1; before >= 0; before--) {
+            const int one = order[before], other = order[at];
+            const int64_t gap = t->strides[one] - t->strides[other];
+            if (t->strides[one] == 0 || t->strides[other] == 0) continue;
+            if (gap < 0) break;
+            if (gap == 0 && t->shape[one] <= t->shape[other]) continue;
+            order[before] = other;
+            order[at] = one;
+            at = before;
+        }
+    }
+    bool dense = true;
+    int64_t next = 1;
+    for (int k = 0; k < t->ndim; k++) {
+        const int64_t size = t->shape[order[k]];
+        stride[order[k]] = next;
+        dense = dense && (size == 1 || t->strides[order[k]] == next);
+        next *= size;
+    }
+    return dense;
+}
+
+/* PyTorch gives a new tensor the strides of `t` where it is empty or dense. A size of 1 has any
+ * stride. */
+void sk_strides_like(const selfkd_tensor *t, int64_t *stride) {
+    if (sk_is_empty(t) || compact_in_order(t, stride))
+        memcpy(stride, t->strides, (size_t)t->ndim * sizeof *stride);
+}
+
+bool sk_merged_stride(const selfkd_tensor *t, int from, int64_t *stride) {
+    int64_t next = 0; /* the stride that would continue the dimensions merged so far */
+    bool merged = false;
+    *stride = 1;
+    for (int k = t->ndim - 1; k >= from && !sk_is_empty(t); k--) {
+        if (t->shape[k] == 1) continue;
+        if (merged && t->strides[k] != next) return false;
+        if (!merged) *stride = t->strides[k];
+        merged = true;
+        next = t->strides[k] * t->shape[k];
+    }
+    return true;
 }

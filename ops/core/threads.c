@@ -1,13 +1,15 @@
-/* Runs independent tasks on several threads: PyTorch's when the process has them, else a small pool
- * of our own. Every thread has the caller's floating-point mode meanwhile, so that it does not show
- * which of them did a task. */
+/* Tasks run on PyTorch's threads when the process has them, else on a small pool of our own. Every
+ * thread has the caller's floating-point mode meanwhile, so that results do not show which thread
+ * did a task. */
 #define _GNU_SOURCE
+#include "threads.h"
+
 #include <pthread.h>
 #include <sched.h>
 #include <stdlib.h>
 
+#include "library.h"
 #include "mode.h"
-#include "op.h"
 
 /* ---- a job ---- */
 
@@ -45,14 +47,14 @@ static struct {
 static _Atomic int limit = 0; /* selfkd_set_num_threads(); 0: not called */
 static _Atomic int forked =
     0; /* in a child the workers and PyTorch's pool are gone: run on the calling thread */
-static _Atomic(int (*)(int64_t, int64_t, int64_t, sk_range, void *)) torch_parallel_for;
+static _Atomic(sk_parallel_for) torch_parallel_for;
 
 static void after_fork(void) { atomic_store(&forked, 1); }
 __attribute__((constructor)) static void watch_fork(void) {
     pthread_atfork(NULL, NULL, after_fork);
 }
 
-void sk_use_parallel_for(int (*parallel_for)(int64_t, int64_t, int64_t, sk_range, void *)) {
+void sk_use_parallel_for(sk_parallel_for parallel_for) {
     atomic_store(&torch_parallel_for, parallel_for);
 }
 
@@ -64,7 +66,7 @@ int selfkd_set_num_threads(int n) {
     return SELFKD_OK;
 }
 
-int sk_num_threads(void) {
+static int num_threads(void) {
     const int set = atomic_load(&limit);
     if (set) return set;
     const char *const omp = getenv("OMP_NUM_THREADS");
@@ -131,9 +133,8 @@ static void run_on_pool(int64_t count, int64_t piece, int threads, job j) {
 
 void sk_parallel(int64_t count, int64_t grain, sk_part tasks, const void *params) {
     if (count <= 0) return;
-    int (*const torch)(int64_t, int64_t, int64_t, sk_range, void *) =
-        atomic_load(&torch_parallel_for);
-    const int threads = torch && !atomic_load(&limit) ? POOL_MAX : sk_num_threads();
+    const sk_parallel_for torch = atomic_load(&torch_parallel_for);
+    const int threads = torch && !atomic_load(&limit) ? POOL_MAX : num_threads();
     int64_t piece = (count + threads - 1) / threads;
     if (piece < grain) piece = grain;
     if (piece >= count || threads == 1 || atomic_load(&forked)) {

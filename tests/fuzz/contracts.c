@@ -5,7 +5,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "core/op.h"
+#include "core/catalogue.h"
+#include "core/memory.h"
+#include "core/run.h"
 
 enum { ITEMS = 8, ARGUMENT = 8, PARAMETER = 64 };
 

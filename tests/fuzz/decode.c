@@ -3,6 +3,8 @@
 #include <math.h>
 #include <string.h>
 
+#include "core/bind.h"
+#include "core/memory.h"
 #include "fuzz.h"
 
 typedef struct source {
@@ -162,13 +164,8 @@ static void decode_outputs(source *s, fuzzed *f, const plan *p) {
         a->given = it->kind != SK_LIKE || f->argument[of].given;
         const uint8_t layout = byte(s);
         if (accepted) {
-            sk_shape shape;
-            sk_output_like(&call, i, &shape);
-            a->tensor.ndim = shape.ndim;
-            a->tensor.dtype = shape.dtype;
-            memcpy(a->shape, shape.size, sizeof a->shape);
-            memcpy(a->strides, shape.stride, sizeof a->strides);
             a->tensor.strides = a->strides;
+            sk_output_like(&call, i, &a->tensor);
         } else {
             a->tensor.dtype = sk_dtype_to(dtype_by_rule(s, it->rule, p->dtype));
             shape_by_letters(p, f->op->items[of].shape, a);

@@ -3,7 +3,7 @@
 #pragma once
 #include <stddef.h>
 
-#include "core/op.h"
+#include "core/run.h"
 
 enum { MOST_ELEMENTS = 4096, MOST_BYTES = 1 << 17 };
 

@@ -1,0 +1,31 @@
+/* What a descriptor says of its elements, whatever the operator: their dtype, and the memory that
+ * they take. No function here fails. */
+#pragma once
+#include <stdbool.h>
+
+#include "contract.h"
+
+/* ---- dtypes ---- */
+
+enum sk_dtype sk_dtype_of(selfkd_dtype dtype); /* SK_DT_OTHER: one that no kernel knows */
+selfkd_dtype sk_dtype_to(enum sk_dtype dtype);
+int64_t sk_dtype_size(enum sk_dtype dtype); /* bytes */
+/* The name that PyTorch and NumPy have for a dtype; valid until the next call of this thread. */
+const char *sk_dtype_name(selfkd_dtype dtype);
+
+/* ---- addresses ---- */
+
+bool sk_is_empty(const selfkd_tensor *t);
+char *sk_data(const selfkd_tensor *t); /* the address of element 0; NULL: the tensor is empty */
+bool sk_has_addresses(const selfkd_tensor *t);         /* all elements lie between 0 and 2^63 */
+bool sk_has_distinct_elements(const selfkd_tensor *t); /* no two are known to share memory */
+bool sk_are_apart(const selfkd_tensor *a, const selfkd_tensor *b);
+
+/* ---- strides ---- */
+
+/* Strides of a new contiguous tensor; 0 where they leave 64 bits, which a check refuses later. */
+void sk_compact_strides(int ndim, const int64_t *size, int64_t *stride);
+/* Strides of a new tensor like `t`, as PyTorch gives them. */
+void sk_strides_like(const selfkd_tensor *t, int64_t *stride);
+/* Whether one stride steps through the dimensions from `from` on; leaves it (1 for one element). */
+bool sk_merged_stride(const selfkd_tensor *t, int from, int64_t *stride);
