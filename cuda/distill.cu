@@ -12,18 +12,19 @@ typedef struct distill_params forward_params;
 template <typename real, int kTeachers>
 struct share {
     real of_student, of_teacher[kTeachers]; /* the anchors */
-    softmax<real> ce;
-    double sum[kTeachers][TEACHER_SUMS];
+    sk_softmax<real> ce;
+    double sum[kTeachers][SK_TEACHER_SUMS];
 };
 
 /* New anchors. */
 template <typename real, int kTeachers>
-SK_DEVICE void raise(share<real, kTeachers> *x, const teachers &k, real of_student,
+SK_DEVICE void raise(share<real, kTeachers> *x, const sk_teachers &k, real of_student,
                      const real (&of_teacher)[kTeachers]) {
-    x->ce.rest *= exponential(x->of_student - of_student);
+    x->ce.rest *= sk_exponential(x->of_student - of_student);
     SK_UNROLL for (int j = 0; j < kTeachers; j++) {
-        move(x->sum[j], compare(x->of_student, x->of_teacher[j],
-                                anchors_at(of_student, of_teacher[j]), warmth_of<real>(k.of[j])));
+        sk_move_sums(x->sum[j], sk_compare(x->of_student, x->of_teacher[j],
+                                           sk_anchors_at(of_student, of_teacher[j]),
+                                           sk_warmth_of<real>(k.of[j])));
         x->of_teacher[j] = of_teacher[j];
     }
     x->of_student = of_student;
@@ -31,33 +32,33 @@ SK_DEVICE void raise(share<real, kTeachers> *x, const teachers &k, real of_stude
 
 /* Adds a step to a share, whose anchors are raised together, and by `slack` at least. */
 template <typename T, int kVec, int kTeachers>
-SK_DEVICE void add_step(const forward_params &p, const teachers &k, int64_t n, int64_t s,
+SK_DEVICE void add_step(const forward_params &p, const sk_teachers &k, int64_t n, int64_t s,
                         int64_t base, share<sk_real<T>, kTeachers> *x) {
     typedef sk_real<T> real;
     const int64_t C = SK_DIM(&p, C);
     const real slack = (real)k.slack;
     real a[sk_items<T>], b[kTeachers][sk_items<T>], top[kTeachers];
     const real most =
-        load_logits<T, kVec>(sk_row<T>(p.logits, n, s), p.logits.stride[1], base, C, a);
+        sk_load_logits<T, kVec>(sk_row<T>(p.logits, n, s), p.logits.stride[1], base, C, a);
     bool higher = most > x->of_student + slack;
     SK_UNROLL for (int j = 0; j < kTeachers; j++) {
         top[j] = (real)kLowest;
         if (k.of[j].weight == 0) continue;
-        top[j] = load_teacher<T, kVec>(k.of[j], n, s, base, C, b[j]);
+        top[j] = sk_load_teacher<T, kVec>(k.of[j], n, s, base, C, b[j]);
         higher = higher || top[j] > x->of_teacher[j] + slack;
         top[j] = sk_max(top[j], x->of_teacher[j]);
     }
     if (higher) raise(x, k, sk_max(most, x->of_student), top);
-    add_softmax<T, kVec>(a, x->of_student, most, &x->ce);
-    if (p.label_smoothing != 0) add_minus<T, kVec>(a, base, C, x->of_student, &x->ce);
+    sk_add_softmax<T, kVec>(a, x->of_student, most, &x->ce);
+    if (p.label_smoothing != 0) sk_add_minus<T, kVec>(a, base, C, x->of_student, &x->ce);
     SK_UNROLL for (int j = 0; j < kTeachers; j++) {
         if (k.of[j].weight == 0) continue;
-        const anchors<real> h = anchors_at(x->of_student, x->of_teacher[j]);
-        const warmth<real> &w = warmth_of<real>(k.of[j]);
+        const sk_anchors<real> h = sk_anchors_at(x->of_student, x->of_teacher[j]);
+        const sk_warmth<real> &w = sk_warmth_of<real>(k.of[j]);
         if (w.ratio == 1)
-            add_teacher<T, kVec, true>(a, b[j], base, C, h, w, x->sum[j]);
+            sk_add_teacher<T, kVec, true>(a, b[j], base, C, h, w, x->sum[j]);
         else
-            add_teacher<T, kVec, false>(a, b[j], base, C, h, w, x->sum[j]);
+            sk_add_teacher<T, kVec, false>(a, b[j], base, C, h, w, x->sum[j]);
     }
 }
 
@@ -65,18 +66,18 @@ SK_DEVICE void add_step(const forward_params &p, const teachers &k, int64_t n, i
  * how far apart anchors were, which costs digits where logits are compared with each other, at one
  * temperature. */
 template <typename T>
-SK_DEVICE double teach(const forward_params &p, const teacher &k, int j, int64_t n, int64_t s,
-                       double h, double hu, double hv, double far, double (&sum)[TEACHER_SUMS]) {
+SK_DEVICE double teach(const forward_params &p, const sk_teacher &k, int j, int64_t n, int64_t s,
+                       double h, double hu, double hv, double far, double (&sum)[SK_TEACHER_SUMS]) {
     typedef sk_real<T> real;
     const bool rough = k.T != k.own || k.x.dtype != p.logits.dtype;
-    const bool is_far = sizeof(T) == 2 && k.T == k.own && far > kFar * k.T;
-    teacher_row x = {0, 0, 0, false};
+    const bool sk_is_far = sizeof(T) == 2 && k.T == k.own && far > kFar * k.T;
+    sk_teacher_row x = {0, 0, 0, false};
     if (k.weight != 0) {
-        x = conclude(k, sum, hu, hv, rough, is_far);
+        x = sk_conclude(k, sum, hu, hv, rough, sk_is_far);
         x.level += (hu - h) / k.T;
         if (x.poor) {
-            const logits_row student = {sk_any_row_of(p.logits, n, s), false};
-            x = careful(k, student, row_of(k, n, s), SK_DIM(&p, C));
+            const sk_logits_row student = {sk_any_row_of(p.logits, n, s), false};
+            x = sk_careful(k, student, sk_row_of(k, n, s), SK_DIM(&p, C));
         }
     }
     if (sk_lane() == 0) {
@@ -88,17 +89,17 @@ SK_DEVICE double teach(const forward_params &p, const teacher &k, int j, int64_t
 
 /* Leaves the cross-entropy's sums and what is saved of a row; returns its largest logit. */
 template <typename T, int kVec, int kTeachers>
-SK_DEVICE sk_real<T> visit(const forward_params &p, const teachers &k, int64_t n, int64_t s,
-                           double (&sum)[CE_SUMS], double *kl) {
+SK_DEVICE sk_real<T> sk_visit(const forward_params &p, const sk_teachers &k, int64_t n, int64_t s,
+                              double (&sum)[SK_CE_SUMS], double *kl) {
     typedef sk_real<T> real;
     const int64_t C = SK_DIM(&p, C);
-    share<real, kTeachers> x = {(real)kLowest, {}, no_softmax<real>(), {}};
+    share<real, kTeachers> x = {(real)kLowest, {}, sk_no_softmax<real>(), {}};
     SK_UNROLL for (int j = 0; j < kTeachers; j++) x.of_teacher[j] = (real)kLowest;
     SK_ROLLED for (int64_t base = 0; base < C; base += sk_step<T>())
         add_step<T, kVec, kTeachers>(p, k, n, s, base, &x);
     const real h =
-        mend_softmax<T>(sk_row<T>(p.logits, n, s), p.logits.stride[1], C, p.label_smoothing,
-                        gather_softmax(x.ce, x.of_student, C, sum), sum);
+        sk_mend_softmax<T>(sk_row<T>(p.logits, n, s), p.logits.stride[1], C, p.label_smoothing,
+                           sk_gather_softmax(x.ce, x.of_student, C, sum), sum);
     real top[1 + 2 * kTeachers] = {x.of_student}, of_teacher[kTeachers];
     SK_UNROLL for (int j = 0; j < kTeachers; j++) {
         top[1 + j] = x.of_teacher[j];
@@ -108,8 +109,8 @@ SK_DEVICE sk_real<T> visit(const forward_params &p, const teachers &k, int64_t n
     SK_UNROLL for (int j = 0; j < kTeachers; j++) of_teacher[j] = top[1 + j];
     if (sk_group() > 1) raise(&x, k, top[0], of_teacher);
     SK_ROLLED for (int j = 0; j < kTeachers; j++) {
-        double of_one[TEACHER_SUMS];
-        SK_UNROLL for (int i = 0; i < TEACHER_SUMS; i++) of_one[i] =
+        double of_one[SK_TEACHER_SUMS];
+        SK_UNROLL for (int i = 0; i < SK_TEACHER_SUMS; i++) of_one[i] =
             j == 0 ? x.sum[0][i] : x.sum[kTeachers - 1][i];
         sk_group_reduce(of_one, sk_add());
         const real hv = j == 0 ? top[1] : top[kTeachers];
@@ -121,7 +122,7 @@ SK_DEVICE sk_real<T> visit(const forward_params &p, const teachers &k, int64_t n
 
 /* Leaves loss, parts and denominators from the sums of ce_rows, kl_rows and both weights. */
 template <typename real>
-SK_DEVICE void finish(const forward_params &p, const teachers &k, const double (&total)[4]) {
+SK_DEVICE void finish(const forward_params &p, const sk_teachers &k, const double (&total)[4]) {
     const real *const divisor = (const real *)p.divisor.data;
     const bool has[2] = {has_ce(p), k.of[0].weight != 0 || k.of[1].weight != 0};
     double part[2];
@@ -140,7 +141,7 @@ SK_DEVICE void finish(const forward_params &p, const teachers &k, const double (
 /* Leaves what is saved of teachers where none is looked at. */
 template <typename real>
 SK_DEVICE void save_none(const forward_params &p, int64_t n, int64_t s) {
-    SK_UNROLL for (int j = 0; j < MOST_TEACHERS; j++) {
+    SK_UNROLL for (int j = 0; j < SK_TEACHERS; j++) {
         *sk_cell<real>(p.levels, LEVEL_T + j, n, s) = 0;
         *sk_cell<double>(p.ratios, j, n, s) = 0;
     }
@@ -149,7 +150,7 @@ SK_DEVICE void save_none(const forward_params &p, int64_t n, int64_t s) {
 /* Leaves rows and what is saved; the block that ends last leaves loss, parts and denominators. */
 template <typename T, int kVec, int kTeachers>
 __global__ void __launch_bounds__(SK_BLOCK, 2)
-    distill_kernel(const forward_params params, const teachers k) {
+    distill_kernel(const forward_params params, const sk_teachers k) {
     typedef sk_real<T> real;
     const forward_params *const p = &params;
     const int64_t S = SK_DIM(p, S), count = SK_DIM(p, N) * S;
@@ -157,24 +158,25 @@ __global__ void __launch_bounds__(SK_BLOCK, 2)
     for (int64_t row = sk_first_row(); row < count; row += sk_row_step()) {
         const int64_t n = row / S, s = row % S;
         const real w = sk_weight<real>(p->weight, n, s);
-        double sum[CE_SUMS] = {}, kl = 0;
+        double sum[SK_CE_SUMS] = {}, kl = 0;
         real h = 0;
         if (sk_lane() == 0) save_none<real>(params, n, s);
-        if (w != 0) h = visit<T, kVec, kTeachers>(params, k, n, s, sum, &kl);
+        if (w != 0) h = sk_visit<T, kVec, kTeachers>(params, k, n, s, sum, &kl);
         if (sk_lane() != 0) continue;
         const int64_t y = target_of(params, n, s, SK_DIM(p, C) - 1);
         const bool labelled = w != 0 && y >= 0;
         const bool taught = w != 0 && (y >= 0 || !p->mask_teachers || !p->target.data);
         const bool nothing = w != 0 && h == -INFINITY; /* but -inf, or NaN */
-        const double level = w == 0 ? 0 : nothing ? NAN : log_sum(sum);
+        const double level = w == 0 ? 0 : nothing ? NAN : sk_log_sum(sum);
         const double ce =
             labelled && has_ce(params)
                 ? p->ce_weight * w *
-                      conclude_ce(p->label_smoothing, SK_DIM(p, C), sum, level, h,
-                                  sk_widen(sk_row<T>(p->logits, n, s)[y * p->logits.stride[1]]))
+                      sk_conclude_ce(p->label_smoothing, SK_DIM(p, C), sum, level, h,
+                                     sk_widen(sk_row<T>(p->logits, n, s)[y * p->logits.stride[1]]))
                 : 0;
         kl = taught ? kl * w : 0;
-        *sk_cell<real>(p->levels, LARGEST, n, s) = nothing ? (real)(-INFINITY + 0 * sum[REST]) : h;
+        *sk_cell<real>(p->levels, LARGEST, n, s) =
+            nothing ? (real)(-INFINITY + 0 * sum[SK_REST]) : h;
         *sk_cell<real>(p->levels, LEVEL, n, s) = (real)level;
         *sk_cell<real>(p->ce_rows, n, s) = (real)ce;
         *sk_cell<real>(p->kl_rows, n, s) = (real)kl;
@@ -193,7 +195,7 @@ extern "C" int sk_cuda_distill(const struct distill_params *params, void *stream
     const int zeroed = cudaMemsetAsync(params->scratch.data, 0, 16, (cudaStream_t)stream);
     if (zeroed != cudaSuccess) return zeroed;
     const int64_t count = SK_DIM(params, N) * SK_DIM(params, S);
-    const teachers k = teachers_of(*params);
+    const sk_teachers k = teachers_of(*params);
     SK_SWITCH_FLOATING(params->logits.dtype, T, {
         const sk_layout layout = sk_layout_of(
             params->dims, sizeof(T), {&params->logits, &params->teacher, &params->second_teacher});

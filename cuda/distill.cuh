@@ -8,13 +8,13 @@
 enum { LARGEST, LEVEL, LEVEL_T }; /* planes of `levels` */
 
 template <typename params>
-static teachers teachers_of(const params &p) {
+static sk_teachers teachers_of(const params &p) {
     const double coldest = fmin(fmin(p.temperature, p.teacher_temperature),
                                 fmin(p.second_temperature, p.second_teacher_temperature));
-    return {{teacher_of(p.teacher, p.teacher_weight, p.temperature, p.teacher_temperature,
-                        p.teacher_kind),
-             teacher_of(p.second_teacher, p.second_teacher_weight, p.second_temperature,
-                        p.second_teacher_temperature, p.second_teacher_kind)},
+    return {{sk_teacher_of(p.teacher, p.teacher_weight, p.temperature, p.teacher_temperature,
+                           p.teacher_kind),
+             sk_teacher_of(p.second_teacher, p.second_teacher_weight, p.second_temperature,
+                           p.second_teacher_temperature, p.second_teacher_kind)},
             2 * fmin(coldest, 1)};
 }
 

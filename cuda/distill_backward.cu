@@ -8,14 +8,14 @@ typedef struct distill_backward_params backward_params;
 
 template <typename real, int kTeachers>
 struct slope {
-    ce_slope<real> ce;
-    teacher_slope<real> of[kTeachers];
+    sk_ce_slope<real> ce;
+    sk_teacher_slope<real> of[kTeachers];
     bool zero; /* no gradient, whatever the logits hold */
     bool far;  /* found class by class */
 };
 
 template <typename T, int kTeachers>
-SK_DEVICE slope<sk_real<T>, kTeachers> slope_of(const backward_params &p, const teachers &k,
+SK_DEVICE slope<sk_real<T>, kTeachers> slope_of(const backward_params &p, const sk_teachers &k,
                                                 int64_t n, int64_t s) {
     typedef sk_real<T> real;
     const double w = sk_weight<real>(p.weight, n, s);
@@ -30,31 +30,31 @@ SK_DEVICE slope<sk_real<T>, kTeachers> slope_of(const backward_params &p, const 
         labelled && y < C ? (double)sk_widen(sk_row<T>(p.logits, n, s)[y * p.logits.stride[1]]) : h;
     slope<real, kTeachers> x;
     const double of_ce = labelled ? p.ce_weight * factor / denominator[0] : 0;
-    x.ce = ce_slope_of<real>(h, level, of_ce, p.label_smoothing, p.classes > 0 ? p.classes : C, y,
-                             z_y);
+    x.ce =
+        sk_set_ce<real>(h, level, of_ce, p.label_smoothing, p.classes > 0 ? p.classes : C, y, z_y);
     x.zero = x.ce.zero;
-    x.far = labelled && ((h < kLowest && h > -INFINITY) || is_beyond(of_ce, kFarFactor<real>));
+    x.far = labelled && ((h < kLowest && h > -INFINITY) || sk_is_beyond(of_ce, kFarFactor<real>));
     SK_UNROLL for (int j = 0; j < kTeachers; j++) {
-        const teacher &t = k.of[j];
+        const sk_teacher &t = k.of[j];
         const double dl = *sk_cell<double>(p.ratios, j, n, s);
         const double of_teacher =
             taught && t.weight != 0
                 ? t.weight * t.T * factor / denominator[p.denominators.stride[0]]
                 : 0;
-        x.of[j] = teacher_slope_of<real>(t, h / t.T + *sk_cell<real>(p.levels, LEVEL_T + j, n, s),
-                                         dl, of_teacher);
+        x.of[j] = sk_teacher_slope_of<real>(
+            t, h / t.T + *sk_cell<real>(p.levels, LEVEL_T + j, n, s), dl, of_teacher);
         x.zero = x.zero && x.of[j].factor == 0;
         const double large = fabs(h / t.T) + fabs(dl);
-        x.far = x.far || (of_teacher != 0 && (is_beyond(large, kFarLse<real>) ||
-                                              is_beyond(of_teacher, kFarFactor<real>)));
+        x.far = x.far || (of_teacher != 0 && (sk_is_beyond(large, kFarLse<real>) ||
+                                              sk_is_beyond(of_teacher, kFarFactor<real>)));
     }
     return x;
 }
 
 /* Leaves the gradient of a far row. */
 template <typename T, int kTeachers>
-SK_DEVICE void differentiate_far(const backward_params &p, const teachers &k, int64_t n,
-                                 int64_t s) {
+SK_DEVICE void sk_differentiate_far(const backward_params &p, const sk_teachers &k, int64_t n,
+                                    int64_t s) {
     typedef sk_real<T> real;
     const int64_t C = SK_DIM(&p, C), y = target_of(p, n, s, C);
     const real *const denominator = (const real *)p.denominators.data;
@@ -64,36 +64,38 @@ SK_DEVICE void differentiate_far(const backward_params &p, const teachers &k, in
     const bool taught = y >= 0 || !p.mask_teachers || !p.target.data;
     const double of_ce = labelled ? p.ce_weight * factor / denominator[0] : 0;
     const double of_kl = taught ? factor / denominator[p.denominators.stride[0]] : 0;
-    const logits_row student = {sk_any_row_of(p.logits, n, s), false};
+    const sk_logits_row student = {sk_any_row_of(p.logits, n, s), false};
     T *const to = sk_row<T>(p.grad_logits, n, s);
     /* the student's at T = 1; then of each teacher the student's at T, and the teacher's own */
-    side found[1 + 2 * kTeachers] = {};
+    sk_side found[1 + 2 * kTeachers] = {};
     SK_ROLLED for (int i = 0; i < 1 + 2 * kTeachers; i++) {
         const int j = i > 2 ? kTeachers - 1 : 0;
-        const teacher &t = k.of[j];
+        const sk_teacher &t = k.of[j];
         const bool of_student = i % 2 == 1 || i == 0;
         if (i == 0 ? !labelled : t.weight == 0) continue;
         const double T_i = i == 0 ? 1 : of_student ? t.T : t.own;
         const double level = *sk_cell<real>(p.levels, i == 0 ? LEVEL : LEVEL_T + j, n, s);
-        const side x = side_of(of_student ? student : row_of(t, n, s), C, T_i);
+        const sk_side x = sk_side_of(of_student ? student : sk_row_of(t, n, s), C, T_i);
         const double dl = of_student ? 0 : *sk_cell<double>(p.ratios, j, n, s);
-        const side whole = of_student ? whole_side<real>(x, h, level)
-                                      : side_within<real>(x, T_i, h / t.T + level, dl);
+        const sk_side whole = of_student
+                                  ? sk_whole_side(x, h, level, kRounded<real>)
+                                  : sk_side_within(x, T_i, h / t.T + level, dl, kRounded<real>);
         SK_UNROLL for (int m = 0; m < 1 + 2 * kTeachers; m++) found[m] = m == i ? whole : found[m];
     }
     SK_ROLLED for (int64_t c = sk_lane(); c < C; c += sk_group()) {
         const double a = student(c);
         double grad = 0;
         if (labelled)
-            grad = of_ce * careful_ce_slope(a, c == y, p.label_smoothing,
-                                            p.classes > 0 ? p.classes : C, found[0]);
+            grad = of_ce * sk_ce_slope_of(a, c == y, p.label_smoothing,
+                                          p.classes > 0 ? p.classes : C, found[0]);
         SK_ROLLED for (int j = 0; j < kTeachers; j++) {
-            const teacher &t = k.of[j];
+            const sk_teacher &t = k.of[j];
             if (t.weight == 0) continue;
-            const side u = j == 0 ? found[1] : found[2 * kTeachers - 1];
-            const side v = j == 0 ? found[2] : found[2 * kTeachers];
-            const double b = row_of(t, n, s)(c), q = exp(log_p(b, t.own, v));
-            const double d = log_ratio(a, b, t.T, t.own, u, v), p_q = exp(log_p(a, t.T, u)) - q;
+            const sk_side u = j == 0 ? found[1] : found[2 * kTeachers - 1];
+            const sk_side v = j == 0 ? found[2] : found[2 * kTeachers];
+            const double b = sk_row_of(t, n, s)(c), q = exp(sk_log_p(b, t.own, v));
+            const double d = sk_log_ratio_of(a, b, t.T, t.own, u, v),
+                         p_q = exp(sk_log_p(a, t.T, u)) - q;
             grad += t.weight * t.T * of_kl * (fabs(d) < 0.5 ? q * expm1(d) : p_q);
         }
         sk_narrow((real)grad, to + c * p.grad_logits.stride[1]);
@@ -103,7 +105,7 @@ SK_DEVICE void differentiate_far(const backward_params &p, const teachers &k, in
 /* Leaves grad_logits. */
 template <typename T, int kVec, int kTeachers>
 __global__ void __launch_bounds__(SK_BLOCK, kTeachers > 1 ? 2 : sk_resident<T, kVec>)
-    distill_backward_kernel(const backward_params params, const teachers k) {
+    distill_backward_kernel(const backward_params params, const sk_teachers k) {
     typedef sk_real<T> real;
     const backward_params *const p = &params;
     const int64_t S = SK_DIM(p, S), C = SK_DIM(p, C), count = SK_DIM(p, N) * S;
@@ -111,23 +113,23 @@ __global__ void __launch_bounds__(SK_BLOCK, kTeachers > 1 ? 2 : sk_resident<T, k
         const int64_t n = row / S, s = row % S;
         const slope<real, kTeachers> m = slope_of<T, kTeachers>(params, k, n, s);
         if (m.far) {
-            differentiate_far<T, kTeachers>(params, k, n, s);
+            sk_differentiate_far<T, kTeachers>(params, k, n, s);
             continue;
         }
         const T *const from = sk_keep(sk_row<T>(p->logits, n, s));
         T *const to = sk_keep(sk_row<T>(p->grad_logits, n, s));
         SK_ROLLED for (int64_t base = 0; base < C; base += sk_step<T>()) {
             real a[sk_items<T>], b[sk_items<T>], grad[sk_items<T>];
-            load_logits<T, kVec>(from, p->logits.stride[1], base, C, a);
-            ce_gradients<T, kVec>(m.ce, a, base, grad);
+            sk_load_logits<T, kVec>(from, p->logits.stride[1], base, C, a);
+            sk_ce_gradients<T, kVec>(m.ce, a, base, grad);
             SK_UNROLL for (int j = 0; j < kTeachers; j++) {
                 if (k.of[j].weight == 0) continue;
-                load_teacher<T, kVec>(k.of[j], n, s, base, C, b);
-                const warmth<real> &w = warmth_of<real>(k.of[j]);
+                sk_load_teacher<T, kVec>(k.of[j], n, s, base, C, b);
+                const sk_warmth<real> &w = sk_warmth_of<real>(k.of[j]);
                 if (w.ratio == 1)
-                    add_slopes<T, true>(a, b, m.of[j], w, grad);
+                    sk_add_slopes<T, true>(a, b, m.of[j], w, grad);
                 else
-                    add_slopes<T, false>(a, b, m.of[j], w, grad);
+                    sk_add_slopes<T, false>(a, b, m.of[j], w, grad);
             }
             SK_UNROLL for (int i = 0; i < sk_items<T>; i++) grad[i] = m.zero ? 0 : grad[i];
             sk_store<T, kVec>(to, p->grad_logits.stride[1], base, C, grad);
@@ -140,7 +142,7 @@ __global__ void __launch_bounds__(SK_BLOCK, kTeachers > 1 ? 2 : sk_resident<T, k
 extern "C" int sk_cuda_distill_backward(const struct distill_backward_params *params,
                                         void *stream) {
     const int64_t count = SK_DIM(params, N) * SK_DIM(params, S);
-    const teachers k = teachers_of(*params);
+    const sk_teachers k = teachers_of(*params);
     SK_SWITCH_FLOATING(params->logits.dtype, T, {
         const sk_layout layout = sk_layout_of(
             params->dims, sizeof(T),

@@ -12,7 +12,7 @@ typedef struct sd_dropout_kl_params forward_params;
 typedef struct sd_dropout_kl_backward_params backward_params;
 
 template <typename T, typename Params>
-SK_DEVICE rows<T> rows_at(const Params &p, int64_t n, int64_t s) {
+SK_DEVICE sk_two_rows<T> rows_at(const Params &p, int64_t n, int64_t s) {
     return {sk_row<T>(p.u, n, s), sk_row<T>(p.v, n, s), p.u.stride[1],
             p.v.stride[1],        SK_DIM(&p, C),        p.temperature};
 }
@@ -22,13 +22,13 @@ template <typename T, int kVec>
 __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
     sd_dropout_kl_kernel(const forward_params p) {
     sk_row_forward<T, 4>(p, [&](int64_t n, int64_t s, double w, double(&saved)[4]) {
-        const divergence x = diverge<T, kVec>(rows_at<T>(p, n, s));
+        const sk_divergence x = sk_diverge<T, kVec>(rows_at<T>(p, n, s));
         saved[0] = x.lse;
         saved[1] = x.dl;
-        saved[2] = x.forward;
-        saved[3] = x.reverse;
-        return w *
-               (p.temperature * p.temperature * weighted(x, p.forward_weight, p.reverse_weight));
+        saved[2] = x.kl_pq;
+        saved[3] = x.kl_qp;
+        return w * (p.temperature * p.temperature *
+                    sk_weighted_kl(x, p.forward_weight, p.reverse_weight));
     });
 }
 
@@ -41,23 +41,24 @@ __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
         const sk_incoming<real, backward_params> in(p, n, s);
         const double factor = in.grad * in.weight / in.denominator;
         const double forward = factor * p.forward_weight, reverse = factor * p.reverse_weight;
-        const divergence x = {in.saved(0), in.saved(1), in.saved(2), in.saved(3), false};
-        const rows<T> r = rows_at<T>(p, n, s);
-        if (in.weight != 0 && is_far<real>(x, forward, reverse)) {
-            differentiate_far<T>(r, x, forward, reverse, p.detach_target, sk_row<T>(p.grad_u, n, s),
-                                 p.grad_u.stride[1], sk_row<T>(p.grad_v, n, s), p.grad_v.stride[1]);
+        const sk_divergence x = {in.saved(0), in.saved(1), in.saved(2), in.saved(3), false};
+        const sk_two_rows<T> r = rows_at<T>(p, n, s);
+        if (in.weight != 0 && sk_is_far<real>(x, forward, reverse)) {
+            sk_differentiate_far<T>(r, x, forward, reverse, p.detach_target,
+                                    sk_row<T>(p.grad_u, n, s), p.grad_u.stride[1],
+                                    sk_row<T>(p.grad_v, n, s), p.grad_v.stride[1]);
             return;
         }
-        const pair_slope<real> k = pair_slope_of<real>(x, p.temperature, forward, reverse,
-                                                       p.detach_target, in.weight == 0);
+        const sk_pair_slope<real> k = sk_pair_slope_of<real>(x, p.temperature, forward, reverse,
+                                                             p.detach_target, in.weight == 0);
         const T *const u = sk_keep(r.u), *const v = sk_keep(r.v);
         T *const grad_u = sk_keep(sk_row<T>(p.grad_u, n, s));
         T *const grad_v = sk_keep(sk_row<T>(p.grad_v, n, s));
         SK_ROLLED for (int64_t base = 0; base < r.C; base += sk_step<T>()) {
             real a[sk_items<T>], b[sk_items<T>];
-            load_logits<T, kVec>(u, r.u_stride, base, r.C, a);
-            load_logits<T, kVec>(v, r.v_stride, base, r.C, b);
-            differentiate<T, kVec>(k, base, r.C, a, b);
+            sk_load_logits<T, kVec>(u, r.u_stride, base, r.C, a);
+            sk_load_logits<T, kVec>(v, r.v_stride, base, r.C, b);
+            sk_differentiate<T, kVec>(k, base, r.C, a, b);
             sk_store<T, kVec>(grad_u, p.grad_u.stride[1], base, r.C, a);
             sk_store<T, kVec>(grad_v, p.grad_v.stride[1], base, r.C, b);
         }

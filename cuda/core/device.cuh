@@ -170,6 +170,16 @@ SK_DEVICE float sk_exp2(float x) {
 }
 SK_DEVICE double sk_exp2(double x) { return exp2(x); }
 
+/* What formulas of ops/formula use: e^x for x <= 0, and log(1 + x). */
+template <typename real>
+SK_DEVICE real sk_exp_below(real x) {
+    return exp(x);
+}
+template <typename real>
+SK_DEVICE real sk_log1p(real x) {
+    return log1p(x);
+}
+
 /* The larger of both; NaN where x is NaN (fmax would drop it). */
 SK_DEVICE float sk_at_least(float x, float low) {
 #ifdef __CUDA_ARCH__

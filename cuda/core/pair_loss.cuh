@@ -34,13 +34,14 @@ struct sk_careful_result {
     bool counts;
 };
 template <typename Formula, typename T>
-SK_DEVICE sk_careful_result<sk_real<T>> sk_careful_class(const rows<T> &r, int64_t c, const side &x,
-                                                         const side &y, const sk_real<T> *numbers) {
+SK_DEVICE sk_careful_result<sk_real<T>> sk_careful_class(const sk_two_rows<T> &r, int64_t c,
+                                                         const sk_side &x, const sk_side &y,
+                                                         const sk_real<T> *numbers) {
     typedef sk_real<T> real;
     const double t = r.temperature, u = sk_widen(r.u[c * r.u_stride]),
                  v = sk_widen(r.v[c * r.v_stride]);
-    const double p = exp(log_p(u, t, x)), q = exp(log_p(v, t, y));
-    const double d = log_ratio(u, v, t, t, x, y);
+    const double p = exp(sk_log_p(u, t, x)), q = exp(sk_log_p(v, t, y));
+    const double d = sk_log_ratio_of(u, v, t, t, x, y);
     const real finite = isinf(u) ? (real)kLowest : isinf(v) ? (real)-kLowest : (real)d;
     const real p_q = (real)(fabs(d) < 0.5 ? q * expm1(d) : p - q);
     return {Formula::template at<real>((real)p, (real)q, finite, p_q, numbers), p, q,
@@ -48,20 +49,22 @@ SK_DEVICE sk_careful_result<sk_real<T>> sk_careful_class(const rows<T> &r, int64
 }
 
 template <typename T>
-SK_DEVICE void sk_sides_within(const rows<T> &r, double lse, double dl, side *x, side *y) {
-    const stored_row<T> u = {r.u, r.u_stride}, v = {r.v, r.v_stride};
+SK_DEVICE void sk_sides_within(const sk_two_rows<T> &r, double lse, double dl, sk_side *x,
+                               sk_side *y) {
+    const sk_stored_row<T> u = {r.u, r.u_stride}, v = {r.v, r.v_stride};
     const double t = r.temperature;
-    sides_of(u, v, r.C, t, t, x, y);
-    *x = side_within<sk_real<T>>(*x, t, lse, 0);
-    *y = side_within<sk_real<T>>(*y, t, lse, dl);
+    sk_sides_of(u, v, r.C, t, t, x, y);
+    *x = sk_side_within(*x, t, lse, 0, kRounded<sk_real<T>>);
+    *y = sk_side_within(*y, t, lse, dl, kRounded<sk_real<T>>);
 }
 
 /* A pair of logits, from kLowest up, as in differentiate() of kl.cuh. A y below `agree` is no more
  * than the rounding of a constant between u and v, and counts as 0. */
 template <typename real>
-SK_DEVICE pair<real> sk_pair_at(const pair_slope<real> &k, real agree, real a, real b) {
-    pair<real> x = compare(distance(difference(a, b), k.gap) * k.t.inverse,
-                           log2_of(a, k.t.log2e, k.log2_u), log2_of(b, k.t.log2e, k.log2_v));
+SK_DEVICE sk_pair<real> sk_pair_at(const sk_pair_slope<real> &k, real agree, real a, real b) {
+    sk_pair<real> x =
+        sk_compare(sk_distance(sk_difference(a, b), k.gap) * k.t.inverse,
+                   sk_log2_of(a, k.t.log2e, k.log2_u), sk_log2_of(b, k.t.log2e, k.log2_v));
     if (fabs(x.y) < agree) x.y = x.diff = 0;
     return x;
 }
@@ -107,18 +110,18 @@ SK_DEVICE void sk_slope_totals(const sk_slope_sum<real> &a, const sk_slope_sum<r
 
 template <typename real>
 SK_DEVICE bool sk_is_far_pair(double lse, double dl, double factor) {
-    return is_beyond(lse, kFarLse<real>) || is_beyond(dl, kFarLse<real>) ||
-           is_beyond(factor, kFarFactor<real>);
+    return sk_is_beyond(lse, kFarLse<real>) || sk_is_beyond(dl, kFarLse<real>) ||
+           sk_is_beyond(factor, kFarFactor<real>);
 }
 
 /* The same result in all threads of the group. */
 template <typename Formula, typename T, int kVec>
-SK_DEVICE sk_pair_loss_row sk_pair_loss_of(const rows<T> &r, const sk_real<T> *numbers) {
+SK_DEVICE sk_pair_loss_row sk_pair_loss_of(const sk_two_rows<T> &r, const sk_real<T> *numbers) {
     typedef sk_real<T> real;
-    const divergence found = diverge<T, kVec>(r);
+    const sk_divergence found = sk_diverge<T, kVec>(r);
     double loss[1] = {0}, total[2] = {0, 0};
     if (sk_is_far_pair<real>(found.lse, found.dl, 0)) {
-        side x, y;
+        sk_side x, y;
         sk_sides_within(r, found.lse, found.dl, &x, &y);
         SK_ROLLED for (int64_t c = sk_lane(); c < r.C; c += sk_group()) {
             const sk_careful_result<real> of = sk_careful_class<Formula>(r, c, x, y, numbers);
@@ -129,17 +132,18 @@ SK_DEVICE sk_pair_loss_row sk_pair_loss_of(const rows<T> &r, const sk_real<T> *n
         }
         sk_group_reduce(total, sk_add());
     } else {
-        const pair_slope<real> k = pair_slope_of<real>(found, r.temperature, 0, 0, true, false);
+        const sk_pair_slope<real> k =
+            sk_pair_slope_of<real>(found, r.temperature, 0, 0, true, false);
         const real agree = sk_agreement<real>(found.dl);
         const T *const u = sk_keep(r.u), *const v = sk_keep(r.v);
         sk_slope_sum<real> of_p = {}, of_q = {};
         SK_ROLLED for (int64_t base = 0; base < r.C; base += sk_step<T>()) {
             real a[sk_items<T>], b[sk_items<T>], part[3] = {};
-            load_logits<T, kVec>(u, r.u_stride, base, r.C, a);
-            load_logits<T, kVec>(v, r.v_stride, base, r.C, b);
+            sk_load_logits<T, kVec>(u, r.u_stride, base, r.C, a);
+            sk_load_logits<T, kVec>(v, r.v_stride, base, r.C, b);
             SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
                 if (i % kVec == 0 && !sk_any_class<kVec>(base, i, r.C)) break;
-                const pair<real> x = sk_pair_at(k, agree, a[i], b[i]);
+                const sk_pair<real> x = sk_pair_at(k, agree, a[i], b[i]);
                 const sk_class_result<real> of =
                     Formula::template at<real>(x.p, x.q, x.y, x.diff, numbers);
                 const bool nowhere = a[i] <= (real)kLowest && b[i] <= (real)kLowest;
@@ -159,12 +163,12 @@ SK_DEVICE sk_pair_loss_row sk_pair_loss_of(const rows<T> &r, const sk_real<T> *n
 
 /* Leaves the gradients of a row: both times the factor. */
 template <typename Formula, typename T, int kVec>
-SK_DEVICE void sk_differentiate_pair_loss(const rows<T> &r, const sk_pair_loss_row &of,
+SK_DEVICE void sk_differentiate_pair_loss(const sk_two_rows<T> &r, const sk_pair_loss_row &of,
                                           double factor, const sk_real<T> *numbers,
                                           const sk_out_row<T> &to_u, const sk_out_row<T> &to_v) {
     typedef sk_real<T> real;
     if (factor != 0 && sk_is_far_pair<real>(of.lse, of.dl, factor)) {
-        side x, y;
+        sk_side x, y;
         sk_sides_within(r, of.lse, of.dl, &x, &y);
         SK_ROLLED for (int64_t c = sk_lane(); c < r.C; c += sk_group()) {
             const sk_careful_result<real> k = sk_careful_class<Formula>(r, c, x, y, numbers);
@@ -175,18 +179,18 @@ SK_DEVICE void sk_differentiate_pair_loss(const rows<T> &r, const sk_pair_loss_r
         }
         return;
     }
-    const pair_slope<real> k =
-        pair_slope_of<real>({of.lse, of.dl, 0, 0, false}, r.temperature, 0, 0, true, false);
-    const two<real> mean_p = keep<real>(of.a), mean_q = keep<real>(of.b);
+    const sk_pair_slope<real> k =
+        sk_pair_slope_of<real>({of.lse, of.dl, 0, 0, false}, r.temperature, 0, 0, true, false);
+    const sk_split<real> mean_p = sk_keep_split<real>(of.a), mean_q = sk_keep_split<real>(of.b);
     const real f = sk_keep((real)factor), agree = sk_agreement<real>(of.dl);
     const T *const u = sk_keep(r.u), *const v = sk_keep(r.v);
     SK_ROLLED for (int64_t base = 0; base < r.C; base += sk_step<T>()) {
         real a[sk_items<T>], b[sk_items<T>];
-        load_logits<T, kVec>(u, r.u_stride, base, r.C, a);
-        load_logits<T, kVec>(v, r.v_stride, base, r.C, b);
+        sk_load_logits<T, kVec>(u, r.u_stride, base, r.C, a);
+        sk_load_logits<T, kVec>(v, r.v_stride, base, r.C, b);
         SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
             if (i % kVec == 0 && !sk_any_class<kVec>(base, i, r.C)) break;
-            const pair<real> x = sk_pair_at(k, agree, a[i], b[i]);
+            const sk_pair<real> x = sk_pair_at(k, agree, a[i], b[i]);
             const sk_class_result<real> of_class =
                 Formula::template at<real>(x.p, x.q, x.y, x.diff, numbers);
             const real by_p = (of_class.slope_p - mean_p.high) - mean_p.low;
@@ -202,7 +206,7 @@ SK_DEVICE void sk_differentiate_pair_loss(const rows<T> &r, const sk_pair_loss_r
 /* ---- the kernels ---- */
 
 template <typename T, typename Params>
-SK_DEVICE rows<T> sk_rows_at(const Params &p, int64_t n, int64_t s) {
+SK_DEVICE sk_two_rows<T> sk_rows_at(const Params &p, int64_t n, int64_t s) {
     return {sk_row<T>(p.u, n, s), sk_row<T>(p.v, n, s), p.u.stride[1],
             p.v.stride[1],        SK_DIM(&p, C),        p.temperature};
 }
