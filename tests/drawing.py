@@ -37,7 +37,9 @@ class Case:
     """Named after its user: `make` draws the tensors in float64, `options` are the numbers of the call.
 
     close: all log-ratios are below 1e-2, where a gradient error of 1e-4 is allowed.
-    exact: how far the float64 reference itself (the textbook formula) can be trusted.
+    exact: how far the float64 reference itself (the textbook formula) can be trusted: 1e-12 unless
+    `python tests/exact.py OP CASE` finds, in 80 bits, that the reference errs by more and the kernel does
+    not; then the next power of ten above the reference's error.
     one_hot: rows of probability 1, where the gradient of two that agree is nothing but the rounding
     of large logits: it is measured against a tenth of the tensor's largest.
     per_sample: gradients are measured against the largest of their sample, not of their row.
