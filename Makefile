@@ -17,6 +17,7 @@
 # make soak       mixed calls from 8 threads (MINUTES=60): results are right, memory stays flat
 # make big        tensors of more than 2^31 elements
 # make new        lay out the files of a new row loss (LOSS=name)
+# make sass       print registers, instructions and hot loops of an operator's CUDA kernels (OP=name; needs nvcc)
 # make lint       check the form of Python and C
 # make clean      remove what was built (the environment in .venv stays)
 
@@ -35,6 +36,7 @@ COMPAT_WHEEL ?=
 HUB_WHEEL ?=
 MINUTES ?=
 LOSS ?=
+OP ?=
 CUDA ?= ON
 PROCESSORS ?= x86_64 aarch64
 CUDA_ARCHITECTURES ?= 80;90
@@ -45,7 +47,7 @@ IN := PATH="$(abspath $(VENV))/bin:$$PATH"
 SOURCES := $(shell find ops cpu cuda cmake bindings -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 C_FILES := $(shell find ops cpu cuda bindings tests examples -name '*.[ch]' -o -name '*.cu*' -o -name '*.cpp')
 
-.PHONY: help demo test test-full bench results docs wheel hub sanitize fuzz soak big gpu-check compat new lint clean arm needs-python needs-compilers needs-cmocka needs-arm
+.PHONY: help demo test test-full bench results docs wheel hub sanitize fuzz soak big gpu-check compat new sass lint clean arm needs-python needs-compilers needs-cmocka needs-arm
 help:; @sed -n 's/^# make/make/p' Makefile
 
 demo: $(VENV)/selfkd.stamp; $(IN) python examples/sd_dropout.py
@@ -62,6 +64,7 @@ soak: $(VENV)/tools.stamp; $(IN) python tests/soak.py $(or $(MINUTES),60)
 big: $(VENV)/tools.stamp; $(IN) SELFKD_BIG=1 python -m pytest -n 0 tests/test_big.py
 lint: $(VENV)/tools.stamp
 	export $(IN); ruff check && ruff format --check && mypy && clang-format --dry-run -Werror $(C_FILES)
+sass: | needs-python; @$(IN) $(PYTHON) tests/sass.py $(OP)
 new: | needs-python; $(PYTHON) cmake/new_loss.py $(LOSS)
 clean:; rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache $(VENV)/selfkd.stamp
 

@@ -3,9 +3,12 @@
  * which reads the student once.
  *
  * A block takes a tile: positions of a sample. Features come in two forms. "planes": neighbours in
- * memory are positions. "rows": they are channels, and a warp shares those of a position. */
+ * memory are positions. "rows": they are channels, and a warp shares those of a position.
+ *
+ * Test: python -m pytest tests/test_simt.py -k attention    Machine code: make sass OP=attention
+ * Time: selfkd bench --device cuda --case attention */
 #include "attention.h"
-#include "core/rows.cuh"
+#include "core/row_loss.cuh"
 
 extern "C" {
 SK_PARAMS(attention)
@@ -124,7 +127,7 @@ SK_DEVICE void map_planes(const network &k, unsigned index, double *sums) {
     }
 }
 
-/* The same of rows. */
+/* Leaves grad_student, whose features lie together. */
 template <typename T, int kVec>
 SK_DEVICE void map_rows(const network &k, unsigned index) {
     const tiling &t = k.tiles;
@@ -308,7 +311,7 @@ SK_DEVICE bool is_far(const backward_params &p, int64_t n) {
     return sizeof(T) == 8 && *sk_cell<double>(p.slopes, 1, n) < 0;
 }
 
-/* The second time. */
+/* Multiplies by the root a second time. */
 template <typename T, int kCount>
 SK_DEVICE void multiply_again(const backward_params &p, int64_t n, sk_real<T> (&x)[kCount]) {
     const double root = -*sk_cell<double>(p.slopes, 1, n);
@@ -348,32 +351,29 @@ __global__ void __launch_bounds__(SK_BLOCK)
     }
 }
 
-/* The same of rows. */
+/* Leaves grad_student, whose features lie together. */
 template <typename T, int kVec>
 __global__ void __launch_bounds__(SK_BLOCK)
-    attention_backward_rows_kernel(const backward_params params) {
-    const backward_params *const p = &params;
-    const int64_t C = SK_DIM(p, C), S = SK_DIM(p, S), count = SK_DIM(p, N) * S;
-    for (int64_t row = sk_first_row(); row < count; row += sk_row_step()) {
-        const int64_t n = row / S, s = row % S;
-        const double factor = factor_of<sk_real<T>>(params, n, s);
-        const bool far = is_far<T>(params, n);
-        const T *const from = sk_row<T>(p->student, n, s);
-        T *const to = sk_row<T>(p->grad_student, n, s);
+    attention_backward_rows_kernel(const backward_params p) {
+    sk_each_row(p, [&](int64_t n, int64_t s) {
+        const int64_t C = SK_DIM(&p, C);
+        const double factor = factor_of<sk_real<T>>(p, n, s);
+        const bool far = is_far<T>(p, n);
+        const T *const from = sk_row<T>(p.student, n, s);
+        T *const to = sk_row<T>(p.grad_student, n, s);
         SK_UNROLL_4 for (int64_t c = sk_lane() * kVec; c < C; c += sk_group() * kVec) {
             sk_real<T> run[kVec];
-            sk_load_run<T, kVec>(from + c * (kVec == 1 ? p->student.stride[1] : 1), run);
+            sk_load_run<T, kVec>(from + c * (kVec == 1 ? p.student.stride[1] : 1), run);
             SK_UNROLL for (int i = 0; i < kVec; i++) run[i] = (sk_real<T>)(factor * run[i]);
-            if (far) multiply_again<T>(params, n, run);
-            sk_store_run<T, kVec>(run, to + c * (kVec == 1 ? p->grad_student.stride[1] : 1));
+            if (far) multiply_again<T>(p, n, run);
+            sk_store_run<T, kVec>(run, to + c * (kVec == 1 ? p.grad_student.stride[1] : 1));
         }
-    }
+    });
 }
 
 /* ---- launches ---- */
 
-extern "C" int sk_cuda_attention(const struct attention_params *params, void *stream) {
-    const forward_params *const p = params;
+extern "C" int sk_cuda_attention(const struct attention_params *p, void *stream) {
     const int zeroed =
         cudaMemsetAsync(p->scratch.data, 0, SK_TICKET_BYTES + 16, (cudaStream_t)stream);
     if (zeroed != cudaSuccess) return zeroed;
@@ -387,9 +387,7 @@ extern "C" int sk_cuda_attention(const struct attention_params *params, void *st
     return cudaGetLastError();
 }
 
-extern "C" int sk_cuda_attention_backward(const struct attention_backward_params *params,
-                                          void *stream) {
-    const backward_params *const p = params;
+extern "C" int sk_cuda_attention_backward(const struct attention_backward_params *p, void *stream) {
     const int64_t N = SK_DIM(p, N), count = N * SK_DIM(p, S);
     if (count == 0) return cudaSuccess;
     SK_SWITCH_FLOATING(p->student.dtype, T, {

@@ -1,6 +1,9 @@
 /* Distillation on the GPU: one kernel forward, one backward, each reading logits and teachers once.
  * Formulas in ops/distill.h; how a KL keeps its digits in core/kl.cuh. The kernels are large: the
- * backward one has a file of its own, so that both compile side by side. */
+ * backward one has a file of its own, so that both compile side by side.
+ *
+ * Test: python -m pytest tests/test_simt.py -k distill    Machine code: make sass OP=distill
+ * Time: selfkd bench --device cuda --case distill */
 #include "distill.cuh"
 
 extern "C" {
@@ -150,49 +153,46 @@ SK_DEVICE void save_none(const forward_params &p, int64_t n, int64_t s) {
 /* Leaves rows and what is saved; the block that ends last leaves loss, parts and denominators. */
 template <typename T, int kVec, int kTeachers>
 __global__ void __launch_bounds__(SK_BLOCK, 2)
-    distill_kernel(const forward_params params, const sk_teachers k) {
+    distill_kernel(const forward_params p, const sk_teachers k) {
     typedef sk_real<T> real;
-    const forward_params *const p = &params;
-    const int64_t S = SK_DIM(p, S), count = SK_DIM(p, N) * S;
     double total[4] = {0, 0, 0, 0};
-    for (int64_t row = sk_first_row(); row < count; row += sk_row_step()) {
-        const int64_t n = row / S, s = row % S;
-        const real w = sk_weight<real>(p->weight, n, s);
+    sk_each_row(p, [&](int64_t n, int64_t s) {
+        const int64_t C = SK_DIM(&p, C);
+        const real w = sk_weight<real>(p.weight, n, s);
         double sum[SK_CE_SUMS] = {}, kl = 0;
         real h = 0;
-        if (sk_lane() == 0) save_none<real>(params, n, s);
-        if (w != 0) h = sk_visit<T, kVec, kTeachers>(params, k, n, s, sum, &kl);
-        if (sk_lane() != 0) continue;
-        const int64_t y = target_of(params, n, s, SK_DIM(p, C) - 1);
+        if (sk_lane() == 0) save_none<real>(p, n, s);
+        if (w != 0) h = sk_visit<T, kVec, kTeachers>(p, k, n, s, sum, &kl);
+        if (sk_lane() != 0) return;
+        const int64_t y = target_of(p, n, s, C - 1);
         const bool labelled = w != 0 && y >= 0;
-        const bool taught = w != 0 && (y >= 0 || !p->mask_teachers || !p->target.data);
+        const bool taught = w != 0 && (y >= 0 || !p.mask_teachers || !p.target.data);
         const bool nothing = w != 0 && h == -INFINITY; /* but -inf, or NaN */
         const double level = w == 0 ? 0 : nothing ? NAN : sk_log_sum(sum);
-        const double ce =
-            labelled && has_ce(params)
-                ? p->ce_weight * w *
-                      sk_conclude_ce(p->label_smoothing, SK_DIM(p, C), sum, level, h,
-                                     sk_widen(sk_row<T>(p->logits, n, s)[y * p->logits.stride[1]]))
-                : 0;
+        double ce = 0;
+        if (labelled && has_ce(p))
+            ce = p.ce_weight * w *
+                 sk_conclude_ce(p.label_smoothing, C, sum, level, h,
+                                sk_widen(sk_row<T>(p.logits, n, s)[y * p.logits.stride[1]]));
         kl = taught ? kl * w : 0;
-        *sk_cell<real>(p->levels, LARGEST, n, s) =
+        *sk_cell<real>(p.levels, LARGEST, n, s) =
             nothing ? (real)(-INFINITY + 0 * sum[SK_REST]) : h;
-        *sk_cell<real>(p->levels, LEVEL, n, s) = (real)level;
-        *sk_cell<real>(p->ce_rows, n, s) = (real)ce;
-        *sk_cell<real>(p->kl_rows, n, s) = (real)kl;
-        *sk_cell<real>(p->rows, n, s) = (real)ce + (real)kl;
+        *sk_cell<real>(p.levels, LEVEL, n, s) = (real)level;
+        *sk_cell<real>(p.ce_rows, n, s) = (real)ce;
+        *sk_cell<real>(p.kl_rows, n, s) = (real)kl;
+        *sk_cell<real>(p.rows, n, s) = (real)ce + (real)kl;
         total[0] += ce;
         total[1] += kl;
         total[2] += labelled ? w : 0;
-        total[3] += p->mask_teachers && p->target.data ? (labelled ? w : 0) : w;
-    }
-    if (sk_grid_sum(total, p->scratch.data) && sk_thread() == 0) finish<real>(params, k, total);
+        total[3] += p.mask_teachers && p.target.data ? (labelled ? w : 0) : w;
+    });
+    if (sk_grid_sum(total, p.scratch.data) && sk_thread() == 0) finish<real>(p, k, total);
 }
 
 /* ---- launch ---- */
 
 extern "C" int sk_cuda_distill(const struct distill_params *params, void *stream) {
-    const int zeroed = cudaMemsetAsync(params->scratch.data, 0, 16, (cudaStream_t)stream);
+    const int zeroed = sk_zero_ticket(params->scratch, stream);
     if (zeroed != cudaSuccess) return zeroed;
     const int64_t count = SK_DIM(params, N) * SK_DIM(params, S);
     const sk_teachers k = teachers_of(*params);

@@ -1,7 +1,7 @@
 /* What both kernels of distillation know: its teachers and targets. Formulas in ops/distill.h. */
 #pragma once
 #include "core/ce.cuh"
-#include "core/rows.cuh"
+#include "core/row_loss.cuh"
 #include "core/teacher.cuh"
 #include "distill.h"
 

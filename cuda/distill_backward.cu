@@ -1,4 +1,7 @@
-/* The gradient of distillation on the GPU: see distill.cu. */
+/* The gradient of distillation on the GPU: see distill.cu.
+ *
+ * Test: python -m pytest tests/test_simt.py -k distill    Machine code: make sass OP=distill
+ * Time: selfkd bench --device cuda --case distill */
 #include "distill.cuh"
 
 extern "C" {
@@ -105,22 +108,20 @@ SK_DEVICE void sk_differentiate_far(const backward_params &p, const sk_teachers 
 /* Leaves grad_logits. */
 template <typename T, int kVec, int kTeachers>
 __global__ void __launch_bounds__(SK_BLOCK, kTeachers > 1 ? 2 : sk_resident<T, kVec>)
-    distill_backward_kernel(const backward_params params, const sk_teachers k) {
+    distill_backward_kernel(const backward_params p, const sk_teachers k) {
     typedef sk_real<T> real;
-    const backward_params *const p = &params;
-    const int64_t S = SK_DIM(p, S), C = SK_DIM(p, C), count = SK_DIM(p, N) * S;
-    for (int64_t row = sk_first_row(); row < count; row += sk_row_step()) {
-        const int64_t n = row / S, s = row % S;
-        const slope<real, kTeachers> m = slope_of<T, kTeachers>(params, k, n, s);
+    sk_each_row(p, [&](int64_t n, int64_t s) {
+        const int64_t C = SK_DIM(&p, C);
+        const slope<real, kTeachers> m = slope_of<T, kTeachers>(p, k, n, s);
         if (m.far) {
-            sk_differentiate_far<T, kTeachers>(params, k, n, s);
-            continue;
+            sk_differentiate_far<T, kTeachers>(p, k, n, s);
+            return;
         }
-        const T *const from = sk_keep(sk_row<T>(p->logits, n, s));
-        T *const to = sk_keep(sk_row<T>(p->grad_logits, n, s));
+        const T *const from = sk_keep(sk_row<T>(p.logits, n, s));
+        T *const to = sk_keep(sk_row<T>(p.grad_logits, n, s));
         SK_ROLLED for (int64_t base = 0; base < C; base += sk_step<T>()) {
             real a[sk_items<T>], b[sk_items<T>], grad[sk_items<T>];
-            sk_load_logits<T, kVec>(from, p->logits.stride[1], base, C, a);
+            sk_load_logits<T, kVec>(from, p.logits.stride[1], base, C, a);
             sk_ce_gradients<T, kVec>(m.ce, a, base, grad);
             SK_UNROLL for (int j = 0; j < kTeachers; j++) {
                 if (k.of[j].weight == 0) continue;
@@ -132,9 +133,9 @@ __global__ void __launch_bounds__(SK_BLOCK, kTeachers > 1 ? 2 : sk_resident<T, k
                     sk_add_slopes<T, false>(a, b, m.of[j], w, grad);
             }
             SK_UNROLL for (int i = 0; i < sk_items<T>; i++) grad[i] = m.zero ? 0 : grad[i];
-            sk_store<T, kVec>(to, p->grad_logits.stride[1], base, C, grad);
+            sk_store<T, kVec>(to, p.grad_logits.stride[1], base, C, grad);
         }
-    }
+    });
 }
 
 /* ---- launch ---- */

@@ -1,5 +1,8 @@
 /* SD-Dropout on the GPU: one kernel forward, one backward, each reading its logits once.
- * Formulas in ops/sd_dropout_kl.h; how the forward kernel computes both KL in core/kl.cuh. */
+ * Formulas in ops/sd_dropout_kl.h; how the forward kernel computes both KL in core/kl.cuh.
+ *
+ * Test: python -m pytest tests/test_simt.py -k sd_dropout_kl    Machine code: make sass
+ * OP=sd_dropout_kl Time: selfkd bench --device cuda --case sd_dropout_kl */
 #include "core/kl.cuh"
 #include "core/row_loss.cuh"
 #include "sd_dropout_kl.h"

@@ -158,8 +158,8 @@ def example(
     return run_example
 
 
-def build_tests() -> Path:
-    """Build the C tests, the emulated CUDA library and the C example; returns the folder. Incremental.
+def build_tests(target: str = "all" if FULL else "test_programs") -> Path:
+    """Build the C tests, the emulated CUDA library and the C example, or one of them; returns the folder.
 
     They are linked with the library under test, or, if SELFKD_LIBRARY names one, with one built here.
     """
@@ -169,7 +169,6 @@ def build_tests() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process builds, the others find it done
         installed = "" if "SELFKD_LIBRARY" in os.environ else selfkd.library_path()
         options = ["-DSELFKD_CUDA=OFF", "-DSELFKD_WERROR=ON", f"-DSELFKD_TEST_LIBRARY={installed}"]
-        target = "all" if FULL else "test_programs"
         for command in (
             ["cmake", "-S", ROOT, "-B", folder, *options],
             ["cmake", "--build", folder, "--parallel", "2", "--target", target],

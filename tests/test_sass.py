@@ -5,26 +5,18 @@ No GPU is needed: the library under test holds the code, and `cuobjdump` takes i
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
 import subprocess
-import sysconfig
+import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import selfkd
 import torch
 from conftest import ROOT
-from selfkd import library
-
-THREADS = 256  # SK_BLOCK
-BYTES = {"d": 8, "f": 4, "6__half": 2, "13__nv_bfloat16": 2}
-# On sm_90 what a kernel uses counts the 1 KiB that CUDA keeps of each block.
-SHARED = {"sm_80": 164, "sm_90": 228}  # KiB of a multiprocessor (CUDA C++ Programming Guide, 21.1)
+from sass import BYTES, MISSING, Kernel, disassembler, kernels_of
+from selfkd import contract, library
 
 # Blocks that a multiprocessor must hold at once; 2, a quarter of its threads, if not named.
 BLOCKS = {
@@ -34,25 +26,20 @@ BLOCKS = {
     "attention_backward_planes_kernel": 5,
     "attention_backward_rows_kernel": 4,
 }
-# The same of kernels with 16-byte accesses in float and half types.
+# The same of kernels with 16-byte accesses in float and half types: 3 if neither names them.
 WIDE_BLOCKS = {
-    "sd_dropout_kl_kernel": 3,
-    "sd_dropout_kl_backward_kernel": 3,
-    "simreg_kernel": 3,
-    "simreg_backward_kernel": 3,
-    "dropout_views_kernel": 3,
-    "dropout_views_backward_kernel": 3,
+    "distill_kernel": 2,
+    "distill_backward_kernel": 2,
+    "sd_dropout_head_kernel": 2,
 }
 # 16-byte loads of the rows that have the kernel's dtype, loads of those with one of their own (once
-# for each dtype there is), 16-byte stores. Of distill, the second is for each teacher.
+# for each dtype there is), 16-byte stores. Of distill, the second is for each teacher. Of what is not
+# here `accesses` reads the contract: a loss of rows loads each once and stores each gradient.
 WIDE = {
-    "sd_dropout_kl_kernel": (2, 0, 0),
-    "sd_dropout_kl_backward_kernel": (2, 0, 2),
     "distill_kernel": (1, 1, 0),
     "distill_backward_kernel": (1, 1, 1),
     "sd_dropout_head_kernel": (6, 0, 3),
-    "simreg_kernel": (2, 2, 0),
-    "simreg_backward_kernel": (1, 1, 1),
+    "simreg_kernel": (2, 2, 0),  # for the lengths, and for the differences of close rows
     "dropout_views_kernel": (1, 0, 2),
     "dropout_views_backward_kernel": (3, 0, 1),
     "attention_kernel": (8, 0, 0),  # of planes and of rows, in four dtypes
@@ -72,154 +59,82 @@ LOCAL = {
 }
 
 
-# What is counted in a listing.
-PATTERNS = {
-    "local": re.compile(r"\b(?:LDL|STL)\b"),
-    "load": re.compile(r"\bLDG\.E\.128\b"),
-    "store": re.compile(r"\bSTG\.E\.128\b"),
-    "atomic": re.compile(r"\b(?:RED|ATOM)[GS]?\.\S*\b(?:F16|F32|F64|BF16)"),
-}
-INSTRUCTION = re.compile(
-    r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\d+ )?(LD[GL]|STL|BRA)\b(?:.*?(0x[0-9a-f]+) ;)?"
+ROWS = ("FLOATING", "SAME")  # of the kernel's dtype
+
+
+def accesses(kernel: Kernel) -> tuple[int, int, int]:
+    """What `WIDE` says of a kernel, or else the contract, of one that loads each row once."""
+    op = kernel.name.removesuffix("_kernel")
+    if kernel.name in WIDE or op not in contract.operators():
+        return WIDE.get(kernel.name, (0, 0, 0))
+    of = contract.contract(op)
+    rows = [x for x in of.items if x.is_input and x.shape == "NC*"]
+    own = sum(x.rule in ROWS for x in rows)
+    stores = sum(x.kind == "LIKE" and of[x.shape] in rows for x in of.items)
+    return (own, len(rows) - own, stores)
+
+
+def least_blocks(kernel: Kernel) -> int:
+    """How many blocks a multiprocessor must hold: 3 of a kernel that loads rows 16 bytes at a time."""
+    if kernel.vector and kernel.dtype != "d" and sum(accesses(kernel)):
+        return WIDE_BLOCKS.get(kernel.name, BLOCKS.get(kernel.name, 3))
+    return BLOCKS.get(kernel.name, 2)
+
+
+def faults(kernel: Kernel) -> Iterator[str]:
+    """What is wrong with it, in words."""
+    hot = kernel.vector and kernel.dtype != "d"
+    allowed, in_loop, _ = LOCAL.get((kernel.name, "vector" if hot else "other"), (0, 0, ""))
+    local = kernel.seen["local"]
+    if kernel.stack > allowed or (local and not allowed):
+        yield f"{kernel.stack} bytes of stack, {local} accesses to local memory"
+    if kernel.local_in_loop() > in_loop:
+        yield f"{kernel.local_in_loop()} accesses to local memory in the loop"
+    wanted = least_blocks(kernel)
+    if kernel.blocks < wanted:
+        yield f"{kernel.registers} registers: {kernel.blocks} blocks, {wanted} wanted"
+    wide = kernel.vector or not kernel.arguments  # a kernel for all dtypes looks at run time
+    loads, of_any, stores = accesses(kernel) if wide else (0, 0, 0)
+    teachers = kernel.arguments[1] if kernel.name.startswith("distill") and of_any else 1
+    if of_any:
+        items = 16 // BYTES[kernel.dtype]
+        loads += of_any * teachers * sum(items * size // 16 for size in BYTES.values())
+    if kernel.seen["load"] < loads or kernel.seen["store"] < stores:
+        yield (
+            f"{kernel.seen['load']} 16-byte loads, {kernel.seen['store']} stores, {loads} and {stores} "
+            f"wanted: if it cannot, a line of WIDE says why"
+        )
+    if kernel.seen["atomic"]:
+        yield "atomics on floating-point numbers"
+
+
+needs_disassembler = pytest.mark.skipif(disassembler() is None, reason=MISSING)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("sd_dropout_kl_kernel", (2, 0, 0)),
+        ("sd_dropout_kl_backward_kernel", (2, 0, 2)),
+        ("simreg_backward_kernel", (1, 1, 1)),
+        ("adversarial_kernel", (0, 0, 0)),
+        ("attention_kernel", WIDE["attention_kernel"]),
+    ],
 )
+def test_what_a_contract_wants(name: str, expected: tuple[int, int, int]) -> None:
+    kernel = Kernel("sm_90", f"_Z{len(name)}{name}IfLi4EEv")
+    assert accesses(kernel) == expected
+    assert least_blocks(kernel) == BLOCKS.get(name, 3)
 
 
-@dataclass
-class Kernel:
-    """One instance of a kernel for one architecture, from its listing and its use of resources."""
-
-    arch: str
-    symbol: str
-    registers: int = 0
-    stack: int = 0
-    shared: int = 0
-    seen: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PATTERNS, 0))
-    at: dict[str, list[int]] = field(default_factory=lambda: {"LDG": [], "local": []})
-    loops: list[tuple[int, int]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        found = re.match(r"_Z(\d+)(\w+)", self.symbol)
-        assert found, self.symbol
-        self.name = found[2][: int(found[1])]
-        rest = found[2][int(found[1]) :]
-        known = re.match(rf"I({'|'.join(BYTES)})((?:Li\d+E)*)E", rest)
-        self.dtype = known[1] if known else ""
-        self.arguments = [int(x) for x in re.findall(r"Li(\d+)E", known[2])] if known else []
-
-    def __str__(self) -> str:
-        return f"{self.name}<{', '.join([self.dtype, *map(str, self.arguments)])}> {self.arch}"
-
-    @property
-    def vector(self) -> bool:
-        """Whether its accesses are of 16 bytes; its first number counts the items."""
-        return bool(self.arguments) and self.arguments[0] * BYTES[self.dtype] == 16
-
-    @property
-    def blocks(self) -> int:
-        """How many blocks of 256 threads a multiprocessor holds at once."""
-        per_warp = -(-self.registers * 32 // 256) * 256
-        by_registers = 16384 // per_warp * 4 // (THREADS // 32)
-        shared = SHARED.get(self.arch, 100) * 1024
-        return min(by_registers, shared // (self.shared + 1024), 2048 // THREADS)
-
-    def read(self, line: str) -> None:
-        """Takes in a line of its listing."""
-        for name, pattern in PATTERNS.items():
-            self.seen[name] += bool(pattern.search(line))
-        if found := INSTRUCTION.search(line):
-            at, what = int(found[1], 16), found[2]
-            if what != "BRA":
-                self.at["LDG" if what == "LDG" else "local"].append(at)
-            elif found[3] and int(found[3], 16) < at:
-                self.loops.append((int(found[3], 16), at))
-
-    def local_in_loop(self) -> int:
-        """Accesses to local memory in the loop that loads most, of those without such a loop in it."""
-
-        def within(loop: tuple[int, int], what: str) -> int:
-            return sum(loop[0] <= at <= loop[1] for at in self.at[what])
-
-        loading = {loop for loop in self.loops if within(loop, "LDG")}
-        inner = [x for x in loading if not any(x[0] <= a and b <= x[1] for a, b in loading - {x})]
-        return within(max(inner, key=lambda loop: within(loop, "LDG")), "local") if inner else 0
-
-    def faults(self) -> Iterator[str]:
-        """What is wrong with it, in words."""
-        hot = self.vector and self.dtype != "d"
-        allowed, in_loop, _ = LOCAL.get((self.name, "vector" if hot else "other"), (0, 0, ""))
-        local = self.seen["local"]
-        if self.stack > allowed or (local and not allowed):
-            yield f"{self.stack} bytes of stack, {local} accesses to local memory"
-        if self.local_in_loop() > in_loop:
-            yield f"{self.local_in_loop()} accesses to local memory in the loop"
-        wanted = BLOCKS.get(self.name, 2)
-        if hot:
-            wanted = WIDE_BLOCKS.get(self.name, wanted)
-        if self.blocks < wanted:
-            yield f"{self.registers} registers: {self.blocks} blocks, {wanted} wanted"
-        wide = self.vector or not self.arguments  # a kernel for all dtypes looks at run time
-        loads, of_any, stores = WIDE.get(self.name, (0, 0, 0)) if wide else (0, 0, 0)
-        teachers = self.arguments[1] if self.name.startswith("distill") and of_any else 1
-        if of_any:
-            items = 16 // BYTES[self.dtype]
-            loads += of_any * teachers * sum(items * size // 16 for size in BYTES.values())
-        if self.seen["load"] < loads or self.seen["store"] < stores:
-            yield f"{self.seen['load']} 16-byte loads, {self.seen['store']} stores"
-        if self.seen["atomic"]:
-            yield "atomics on floating-point numbers"
+def test_one_sentence_for_what_is_no_operator() -> None:
+    command = [sys.executable, str(ROOT / "tests" / "sass.py"), "nothing"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stderr.startswith("sass: there is no cuda/nothing.cu, expected")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
 
 
-def disassembler() -> str | None:
-    """Where cuobjdump is: among Python's packages, in the CUDA toolkit, or on the path."""
-    folders = [str(path) for path in Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin")]
-    nvcc = shutil.which("nvcc")
-    if nvcc:
-        folders.append(str(Path(nvcc).resolve().parent))
-    return shutil.which("cuobjdump", path=os.pathsep.join([*folders, os.environ["PATH"]]))
-
-
-def listing(binary: Path, *options: str) -> Iterator[str]:
-    """What cuobjdump says of a library or cubin, line by line; nothing where it holds no code."""
-    tool = disassembler()
-    if tool is None:
-        pytest.skip("cuobjdump is missing: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
-    path = os.pathsep.join([str(Path(tool).parent), os.environ["PATH"]])
-    command, environment = [tool, *options, str(binary)], os.environ | {"PATH": path}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
-        said = False
-        for line in process.stdout:
-            said = True
-            yield line
-    assert process.returncode == 0 or not said, process.returncode
-
-
-def kernels_of(binary: Path) -> list[Kernel]:
-    """All kernels in a library or cubin, the architectures side by side."""
-    arch, kernels = "", {}
-    for line in listing(binary, "-res-usage"):
-        if line.startswith("arch = "):
-            arch = line.split()[-1]
-        elif " Function " in line:
-            kernel = Kernel(arch, line.split()[-1].rstrip(":"))
-            kernels[arch, kernel.symbol] = kernel
-        elif "REG:" in line:
-            use = {name: int(x) for name, x in re.findall(r"(\w+):(\d+)", line)}
-            kernel.registers, kernel.shared = use["REG"], use["SHARED"]
-            kernel.stack = use["STACK"] + use["LOCAL"]
-
-    def read(arch: str) -> None:
-        for line in listing(binary, "-sass", *(["-arch", arch] if arch else [])):
-            if "Function : " in line:
-                kernel = kernels[arch, line.split()[-1]]
-            elif re.search("LD|ST|RED|ATOM|BRA", line):
-                kernel.read(line)
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(read, sorted({arch for arch, _ in kernels})))
-    return list(kernels.values())
-
-
+@needs_disassembler
 @pytest.mark.only_with(
     not library.text("selfkd_cuda").startswith("none"),
     "CUDA kernels in the library: build it where nvcc is found",
@@ -233,8 +148,8 @@ def test_every_kernel() -> None:
     assert names >= set(BLOCKS) | set(WIDE_BLOCKS) | set(WIDE) | {name for name, _ in LOCAL}
     if not torch.cuda.is_available():
         assert {kernel.arch for kernel in kernels} == {"sm_80", "sm_90"}
-    faults = [f"{kernel}: {fault}" for kernel in kernels for fault in kernel.faults()]
-    assert not faults, "\n".join(faults)
+    found = [f"{kernel}: {fault}" for kernel in kernels for fault in faults(kernel)]
+    assert not found, "\n".join(found)
     print(f"{len(kernels)} kernels")
 
 
@@ -276,6 +191,7 @@ template __global__ void attention_backward_rows_kernel<float, 4>(const float *,
 """
 
 
+@needs_disassembler
 @pytest.mark.only_with(shutil.which("nvcc") is not None, "nvcc: the CUDA toolkit")
 @pytest.mark.parametrize(
     ("wrong", "fault"),
@@ -305,5 +221,5 @@ def test_what_is_wrong_is_found(wrong: str, fault: str, tmp_path: Path) -> None:
     ]
     subprocess.run(command, cwd=tmp_path, check=True)
     (kernel,) = kernels_of(tmp_path / "wrong.cubin")
-    faults = list(kernel.faults())
-    assert any(fault in found for found in faults) if fault else not faults, faults
+    found = list(faults(kernel))
+    assert any(fault in x for x in found) if fault else not found, found

@@ -313,12 +313,12 @@ def under_autocast(x: torch.Tensor) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-def same_dtype(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Under autocast two live inputs may differ: the narrower is cast to the wider."""
-    if u.dtype != v.dtype and under_autocast(u):
-        dtype = torch.promote_types(u.dtype, v.dtype)
-        return u.to(dtype), v.to(dtype)
-    return u, v
+def same_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Under autocast live inputs may differ: they are cast to the widest."""
+    if not under_autocast(tensors[0]):
+        return tensors
+    dtype = functools.reduce(torch.promote_types, [x.dtype for x in tensors])
+    return tuple(x.to(dtype) for x in tensors)
 
 
 # ---- the same in the references, where everything may learn ----

@@ -1,7 +1,4 @@
-"""Registers what PyTorch needs of every operator: fake kernel, gradient, double backward. Names no operator.
-
-PyTorch older than 2.8 cannot register operators from C. There the same gradients run the C functions by
-ctypes, and the namespace in ``torch.ops`` is empty.
+"""Gradient and call of every operator, derived from its contract. Names no operator.
 
 The gradient is derived from the contract of ``<op>_backward``: an argument named like an input or
 an output of the forward operator is that tensor, GRAD is the gradient of the result, and
@@ -10,195 +7,67 @@ an output of the forward operator is that tensor, GRAD is the gradient of the re
 
 from __future__ import annotations
 
-import functools
+import itertools
+import linecache
 import re
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
-from . import arguments, c, library
+from . import arguments, kernels, library
 from . import contract as contracts
-from ._ops import NAMESPACE, ops
 from .contract import Contract, contract
-
-_below_autograd = torch._C._AutoDispatchBelowAutograd
-
-
-def _slowly_any_requires_grad(*values: Any) -> bool:
-    return any(isinstance(x, torch.Tensor) and x.requires_grad for x in values)
+from .kernels import any_requires_grad, as_tuple, below_autograd, by_name, kernel, refuse_transforms
 
 
-# PyTorch 2.8 has it in C.
-_any_requires_grad = getattr(torch._C, "_any_requires_grad", _slowly_any_requires_grad)
+_count = itertools.count()  # of what is generated
 
 
-@functools.cache
-def _registry() -> torch.library.Library | None:
-    """The library handle for fake kernels and gradients; made at first use, when PyTorch surely is loaded.
+def generate(
+    name: str, head: str, body: str, space: dict[str, Any] | None = None, **kept: Any
+) -> Callable[..., Any]:
+    """The function ``def name(head): body``, in which the names of `kept` are these values.
 
-    None where PyTorch is too old for it.
+    So Python itself binds the arguments of a call, half a microsecond faster than any code with
+    ``*args``, and its compiler reads straight lines. Other names are those of the module `space`.
     """
-    if not library.library().selfkd_register_torch(NAMESPACE.encode()):
-        why = library.text("selfkd_torch")
-        if why.startswith("this PyTorch is older than 2.8"):
-            return None
-        raise ImportError(f"selfkd: {library.library_path()}: {why}")
-    library.library().selfkd_release_autograd_guard()
-    # What an earlier import of this package registered would be in the way: it is kept where deleting or
-    # reloading the package does not reach.
-    kept = vars(ops)
-    if earlier := kept.get("_registry_of_python"):
-        earlier._destroy()
-    made = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
-    kept["_registry_of_python"] = made
-    return made
+    text = [f"def make({', '.join(kept)}):", f" def {name}({head}):"]
+    text += [f"  {line}" for line in body.splitlines()] + [f" return {name}"]
+    file, made = f"<{name} {next(_count)}>", dict[str, Any]()
+    linecache.cache[file] = (0, None, [f"{line}\n" for line in text], file)  # for tracebacks
+    exec(compile("\n".join(text), file, "exec"), {} if space is None else space, made)
+    return made["make"](**kept)  # type: ignore[no-any-return]
 
 
-def by_name(of: Contract, values: tuple[Any, ...]) -> dict[str, Any]:
-    """The arguments of a PyTorch call by name; absent OPT tensors are None, the ``has_`` flags are gone."""
-    named = dict(zip(of.torch_arguments, values, strict=True))
+def schema_values(of: Contract, codes: Mapping[str, str] | None = None) -> str:
+    """The text of a call's arguments in the schema's order, from names that are those of the contract.
+
+    An OPT tensor is followed by its flag, and the first tensor stands for it where it is None. `codes` are
+    other names for some.
+    """
+    found = []
     for item in of.items:
-        if item.kind == "OPT" and not named.pop(f"has_{item.name}"):
-            named[item.name] = None
-    return named
+        if item.kind == "OPT":
+            found += [f"{of.first} if {item.name} is None else {item.name}"]
+            found += [f"{item.name} is not None"]
+        elif item.is_number or item.kind in ("IN", "INOUT"):
+            found.append((codes or {}).get(item.name, item.name))
+    return ", ".join(found)
 
 
 def in_order(of: Contract) -> Callable[..., tuple[Any, ...]]:
     """The inverse of :func:`by_name`: arguments by name in the schema's order.
 
-    Numbers not given have their default; a GRAD is left out. Made once, for the compiler cannot read a
-    contract.
+    Numbers not given have their default; a GRAD is left out.
     """
-    items = [
-        (item.name, item.kind == "OPT", item.default)
+    given = [
+        item.name if item.kind in ("IN", "INOUT") else f"{item.name}={item.default!r}"
         for item in of.items
-        if item.is_number or (item.is_input and item.kind != "GRAD")
+        if item.kind in ("IN", "INOUT", "OPT") or item.is_number
     ]
-    first = of.first
-
-    def ordered(**named: Any) -> tuple[Any, ...]:
-        values: list[Any] = []
-        for name, optional, default in items:
-            value = named.get(name)
-            if optional:
-                values += [named[first] if value is None else value, value is not None]
-            else:
-                values.append(default if value is None else value)
-        return tuple(values)
-
-    return ordered
-
-
-def _fake(of: Contract) -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]:
-    """The function that checks an operator's arguments and makes its results, without values."""
-
-    def fake(*values: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        named = by_name(of, values)
-        checker = contracts.check(of, named)
-        first = named[of.first]
-        acc = torch.float64 if first.dtype == torch.float64 else torch.float32
-        dtypes = {"ACC": acc, "F64": torch.float64, "SAME": first.dtype}
-        results = tuple(
-            first.new_empty(0)
-            if contracts.is_absent(item, named)
-            else torch.empty_like(named[item.shape])
-            if item.kind == "LIKE"
-            else first.new_empty(contracts.output_shape(item, checker), dtype=dtypes[item.rule])
-            for item in of.outputs
-        )
-        return results if len(results) > 1 else results[0]
-
-    return fake
-
-
-def _tangent(x: torch.Tensor) -> torch.Tensor | None:
-    return forward_ad.unpack_dual(x).tangent  # type: ignore[no-any-return, no-untyped-call]
-
-
-def refuse_transforms(op: str, values: Sequence[Any]) -> None:
-    """Raise where PyTorch wants a derivative that the operator has not, and would take 0 for it.
-
-    That is forward-mode, whose tangents no operator but PyTorch's own sees, and torch.func, which
-    does not see into registered gradients.
-    """
-    forward = forward_ad._current_level >= 0
-    function = torch._C._are_functorch_transforms_active()
-    if not forward and not function:
-        return
-    tensors = [x for x in values if isinstance(x, torch.Tensor)]
-    if (function and _any_requires_grad(*tensors)) or (
-        forward and any(_tangent(x) is not None for x in tensors)
-    ):
-        raise RuntimeError(
-            f"{op} has no derivative for forward-mode or torch.func; selfkd.reference.{op} has both"
-        ) from None
-
-
-class _Batched(RuntimeError):
-    """Tensors of ``torch.func.vmap`` and ``is_grads_batched`` have no memory to call C functions on."""
-
-    def __init__(self, op: str) -> None:
-        super().__init__(
-            f"{op} has no vmap and no batched gradients under PyTorch older than 2.8;"
-            f" selfkd.reference.{op} has both"
-        )
-
-
-def kernel(op: str) -> Callable[..., Any]:
-    """The operator of the library, as PyTorch has it or, if it cannot, called by ctypes."""
-    if _registry():
-        return getattr(ops, op).default  # type: ignore[no-any-return]
-    of = contract(op)
-    allocate = _fake(of)
-
-    def run(*values: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        results = allocate(*values)
-        named = by_name(of, values)
-        for item, result in zip(of.outputs, _as_tuple(results), strict=True):
-            named[item.name] = None if contracts.is_absent(item, named) else result
-        device = named[of.first].device
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-        try:
-            status = c.run(library.library(), op, named, stream)
-        except RuntimeError as error:
-            raise _Batched(op.removesuffix("_backward")) from error
-        library.check(status)
-        return results
-
-    return run
-
-
-def register_fake(op: str) -> None:
-    """Register the fake kernel of an operator of the library."""
-    if registry := _registry():
-        torch.library.register_fake(f"{NAMESPACE}::{op}", _fake(contract(op)), lib=registry)
-
-
-def register_private(op: str) -> Callable[..., Any]:
-    """Register, and return, an operator that writes over its inputs and has no gradient."""
-    register_fake(op)
-    run = kernel(op)
-
-    def autograd(*values: Any) -> Any:
-        if torch.is_grad_enabled() and _any_requires_grad(*values):
-            raise RuntimeError(
-                f"selfkd: {op} has no gradient and writes over its inputs; call it under torch.no_grad()"
-            )
-        with _below_autograd():
-            return run(*values)
-
-    if not (registry := _registry()):
-        return autograd
-    registry.impl(op, autograd, "Autograd")  # type: ignore[no-untyped-call]
-    return run
-
-
-def _as_tuple(results: Any) -> tuple[torch.Tensor, ...]:
-    """What an operator returned; PyTorch gives a single result without its tuple."""
-    return results if isinstance(results, tuple) else (results,)
+    return generate(of.name, f"*, {', '.join(given)}", f"return {schema_values(of)},")
 
 
 def _tuple_getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
@@ -336,8 +205,8 @@ def _gradient(plan: _Plan, reference: Callable[..., torch.Tensor]) -> type[torch
             `values` are its arguments; those that learn come again, as PyTorch looks for them among the
             arguments of the node, and each of those costs time.
             """
-            with _below_autograd():
-                outputs = _as_tuple(run(*values))
+            with below_autograd():
+                outputs = as_tuple(run(*values))
             result = plan.result(values)
             ctx.result = result if whole else 0
             ctx.numbers = plan.get_numbers(values)
@@ -359,7 +228,7 @@ def _gradient(plan: _Plan, reference: Callable[..., torch.Tensor]) -> type[torch
                 if plan.grad_merges and grad.ndim > 2:
                     grad = grad.contiguous()  # its trailing dimensions must merge
                 values = (grad, *ctx.saved_tensors, *ctx.numbers, *plan.defaults)
-                found = _as_tuple(run_backward(*plan.get_backward(values)))
+                found = as_tuple(run_backward(*plan.get_backward(values)))
             result: list[torch.Tensor | None] = list(unused)
             for _, k in plan.given(ctx.numbers):  # what stands for an absent OPT tensor may learn
                 result[k + 2] = found[k]
@@ -461,7 +330,7 @@ def register(
     """
     of = contract(op)
     for name in (op, f"{op}_backward"):
-        register_fake(name)
+        kernels.register_fake(name)
     plan = _Plan(of)
     gradient = _gradient(plan, reference)
     run = kernel(op)
@@ -470,47 +339,18 @@ def register(
 
     def autograd(*values: Any) -> tuple[torch.Tensor, ...]:
         refuse_transforms(op, values)
-        if torch.is_grad_enabled() and _any_requires_grad(*values):
+        if torch.is_grad_enabled() and any_requires_grad(*values):
             named = by_name(of, values)
             for name in fixed:
                 arguments.without_gradient(op, name, named[name])
             return gradient.apply(True, values, *plan.get_live(values))  # type: ignore[no-any-return, no-untyped-call]
-        with _below_autograd():
+        with below_autograd():
             return run(*values)  # type: ignore[no-any-return]
 
-    if not (registry := _registry()):
+    if not (registry := kernels.registry()):
         return Operator(of, plan, gradient, autograd, names or {})
     registry.impl(op, autograd, "Autograd")  # type: ignore[no-untyped-call]
     return Operator(of, plan, gradient, run, names or {})
-
-
-def define(
-    of: Contract,
-    outputs: Sequence[str],
-    *,
-    run: Callable[..., Any],
-    fake: Callable[..., Any],
-    autograd: Callable[..., Any],
-) -> Callable[..., Any]:
-    """Define, and return, an operator that is made of others in Python, with the contract's arguments."""
-    if not (registry := _registry()):
-
-        def named(*values: Any) -> Any:
-            try:
-                return run(*values)
-            except _Batched:  # by an operator that it is made of
-                raise _Batched(of.name) from None
-
-        return named
-    types = {"REAL": "float", "INT": "int", "BOOL": "bool", "CHOICE": "int", "OPT": "Tensor?"}
-    takes = ", ".join(f"{types.get(item.kind, 'Tensor')} {item.name}" for item in of.items)
-    gives = ", ".join(f"Tensor {name}" for name in outputs)
-    schema = f"{of.name}({takes}) -> ({gives})"
-    registry.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-    for key, function in (("CPU", run), ("CUDA", run), ("Autograd", autograd)):
-        registry.impl(of.name, function, key)  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"{NAMESPACE}::{of.name}", fake, lib=registry)
-    return kernel(of.name)
 
 
 class Operator:
@@ -536,11 +376,11 @@ class Operator:
             if (
                 torch.is_grad_enabled()
                 and not torch.compiler.is_compiling()
-                and _any_requires_grad(*values)
+                and any_requires_grad(*values)
             ):
                 live = self._plan.get_live(values)
                 return self._gradient.apply(False, values, *live)  # type: ignore[no-any-return, no-untyped-call]
-            return _as_tuple(self._run(*values))[self._plan.result(values)]
+            return as_tuple(self._run(*values))[self._plan.result(values)]
         except (RuntimeError, TypeError, ValueError) as error:
             self._explain(error, values)
             raise
@@ -549,7 +389,7 @@ class Operator:
         """All outputs; only the result has a gradient."""
         values = self._numbers(values)
         try:
-            return _as_tuple(self._run(*values))
+            return as_tuple(self._run(*values))
         except (RuntimeError, TypeError, ValueError) as error:
             self._explain(error, values)
             raise

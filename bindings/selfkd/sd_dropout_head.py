@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import arguments, contract, operators
+from . import arguments, contract, kernels, operators
 from .dropout_views import reference as reference_views
 from .sd_dropout_kl import reference as reference_kl
 
@@ -42,9 +42,9 @@ _REDUCTION, _NONE, _MEAN = _NAMES.index("reduction"), 0, 1
 _BITS = _FEATURES, _WEIGHT, _BIAS = 1, 2, 4  # gradients that are `wanted`
 _LIVE = len(_BITS)  # the first arguments
 
-_rows = operators.register_private(_ROWS)
-_views = operators.kernel("dropout_views")
-_views_backward = operators.kernel("dropout_views_backward")
+_rows = kernels.register_private(_ROWS)
+_views = kernels.kernel("dropout_views")
+_views_backward = kernels.kernel("dropout_views_backward")
 
 
 def _seed(features: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
@@ -408,7 +408,7 @@ class _Gradient(torch.autograd.Function):
 
 
 def _autograd(*values: Any) -> tuple[torch.Tensor, ...]:
-    operators.refuse_transforms(_OP, values)
+    kernels.refuse_transforms(_OP, values)
     live = values[:_LIVE]
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in live):
         return _Gradient.apply(values, *live)  # type: ignore[no-any-return, no-untyped-call]
@@ -417,7 +417,7 @@ def _autograd(*values: Any) -> tuple[torch.Tensor, ...]:
 
 
 _OUTPUTS = "loss, rows, denominator, logits, grad_features, grad_weight, grad_bias"
-_head = operators.define(_CONTRACT, _OUTPUTS.split(", "), run=_run, fake=_fake, autograd=_autograd)
+_head = kernels.define(_CONTRACT, _OUTPUTS.split(", "), run=_run, fake=_fake, autograd=_autograd)
 _reduction = contract.Choice(_OP, "reduction", _CONTRACT)
 _numbers = operators.Numbers(_CONTRACT, _NAMES, {})
 

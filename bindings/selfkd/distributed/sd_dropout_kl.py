@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from .. import arguments, contract, operators
-from ..sd_dropout_kl import _call, _reduction
+from .. import arguments, contract, functions, operators
+from ..sd_dropout_kl import sd_dropout_kl
 from .shards import (
     Pair,
     attach,
@@ -20,6 +20,8 @@ from .shards import (
     whole_of,
 )
 
+_call = functions.operator(sd_dropout_kl)
+_reduction = contract.Choice("sd_dropout_kl", "reduction")
 _values = operators.in_order(contract.contract("sd_dropout_kl"))
 _gradient = gradient("sd_dropout_kl_backward")
 

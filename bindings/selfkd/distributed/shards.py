@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from .. import arguments, contract, operators
-from ..sd_dropout_kl import _call as _sd_dropout_kl
+from .. import arguments, contract, functions, kernels, operators
+from ..sd_dropout_kl import sd_dropout_kl
 
 _FORM = 2 + contract.MAX_RANK  # numbers that describe a shard: classes, dtype, shape of the rows
 
+_call = functions.operator(sd_dropout_kl)
 _values = operators.in_order(contract.contract("sd_dropout_kl"))
 
 
@@ -97,7 +98,7 @@ def whole_of(shards: Pair) -> Pair:
     p = shards.lse - top
     q = torch.where(both & usual, p - (shards.ratio - ratio), lse_q - top_q)
     values = _values(u=p.movedim(0, 1), v=q.movedim(0, 1), temperature=1.0, reduction=0)
-    _, _, saved, _ = _sd_dropout_kl.outputs(*values)
+    _, _, saved, _ = _call.outputs(*values)
     lse, gap, forward, reverse = saved.unbind()
     return Pair(
         lse + top[0],
@@ -112,7 +113,7 @@ def whole_of(shards: Pair) -> Pair:
 
 def gradient(op: str) -> type[torch.autograd.Function]:
     """The autograd.Function of a result found without autograd, which the operator differentiates."""
-    run = operators.kernel(op)
+    run = kernels.kernel(op)
     values = operators.in_order(contract.contract(op))
     live = len(contract.contract(op).outputs)
 

@@ -1,0 +1,253 @@
+"""Makes two functions of one definition: the public one, which runs an operator, and its reference.
+
+A definition has the name of the operator, the signature and docstring of both functions, and for a body the
+formula in differentiable PyTorch. What losses of rows share is written here once: the way of the arguments
+to the operator, weights and reduction in the reference, and the paragraphs of the docstring about them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import textwrap
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+from . import arguments, contract, operators
+from .contract import Contract
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+_OF_ROWS = ("weight", "reduction", "divisor")  # what a formula of rows does not look at
+
+
+# ---- docstrings ----
+
+_PARAMETERS = {
+    "weight": """Weight of each position, or a bool mask: shape of `{first}` without dimension `dim`,
+        float32 (float64 with float64 `{first}`) or bool. A position of weight 0 is skipped: value 0 and
+        gradient 0, even where its values are NaN.""",
+    "reduction": """``"mean"``: sum of the weighted values over the sum of the weights; ``"sum"``;
+        ``"none"``: one value for each position.""",
+    "divisor": """Denominator of ``"mean"`` in place of the sum of the weights: a positive number or a 0-d
+        tensor, such as a token count over all ranks.""",
+    "dim": "Dimension of the classes.",
+}
+_RETURNS = """0-d (``"none"``: shape of `{first}` without dimension `dim`), float32, or float64 for float64
+    `{first}`. An empty batch gives nan for ``"mean"`` and 0 for ``"sum"``, as in PyTorch."""
+_WRONG_TYPE = "A dtype or device that is not accepted."
+_WRONG_VALUE = "A shape or number that is not accepted"
+_CONSTANTS = """, or {constants} that requires grad (detach it; in :func:`selfkd.reference.{op}` everything
+    learns)"""
+_SECOND = """The second derivative (``create_graph=True``) goes through :mod:`selfkd.reference`."""
+
+
+def _entry(name: str, text: str) -> str:
+    """A paragraph under its name."""
+    lines = textwrap.wrap(" ".join(text.split()), 92)
+    return "\n".join([name, *(f"    {line}" for line in lines)])
+
+
+def _section(title: str, *entries: str) -> str:
+    return "\n".join([title, "-" * len(title), *entries])
+
+
+def _constants(of: Contract) -> list[str]:
+    """The inputs that get no gradient, though they hold numbers with a fraction."""
+    live = {item.name for item in contract.contract(f"{of.name}_backward").outputs}
+    rules = ("INDEX", "SEED")
+    inputs = [item for item in of.items if item.is_input and item.rule not in rules]
+    return [item.name for item in inputs if f"grad_{item.name}" not in live]
+
+
+def documented(definition: Callable[..., Any], of: Contract) -> str:
+    """The docstring with what all operators have in common where it says nothing of its own.
+
+    Those are the parameters of losses of rows, the sections Returns and Raises, and the last of the Notes.
+    """
+    text = inspect.getdoc(definition) or ""
+    sections = re.split(r"\n\n(?=[A-Z]\w+\n-{3,}\n)", text)
+    found = {x.split("\n")[0]: x for x in sections[1:]}
+    names = {"first": of.first, "op": of.name}
+    for name in inspect.signature(definition).parameters:
+        parameters = found.get("Parameters", "")
+        if name in _PARAMETERS and not re.search(
+            rf"^(.*, )?{name}(, .*)?$", parameters, re.MULTILINE
+        ):
+            found["Parameters"] += "\n" + _entry(name, _PARAMETERS[name].format(**names))
+    found.setdefault(
+        "Returns", _section("Returns", _entry("torch.Tensor", _RETURNS.format(**names)))
+    )
+    *most, last = [f"`{name}`" for name in _constants(of)] or [""]
+    constants = f"a {', '.join(most)} or {last}" if most else f"a {last}"
+    value = _WRONG_VALUE + (_CONSTANTS.format(constants=constants, **names) if last else "")
+    raises = [_entry("TypeError", _WRONG_TYPE), _entry("ValueError", f"{value}.")]
+    found.setdefault("Raises", _section("Raises", *raises))
+    found["Notes"] = "\n\n".join([found.get("Notes", _section("Notes")), _SECOND])
+    order = ("Parameters", "Returns", "Raises", "Notes", "Examples")
+    return "\n\n".join([sections[0], *(found[title] for title in order if title in found)]) + "\n"
+
+
+# ---- functions ----
+
+
+def _head(signature: inspect.Signature) -> str:
+    """The text of the parameters, without their types."""
+    found: list[str] = []
+    stars = False
+    for name, x in signature.parameters.items():
+        if x.kind is inspect.Parameter.KEYWORD_ONLY and not stars:
+            found.append("*")
+            stars = True
+        many = x.kind is inspect.Parameter.VAR_POSITIONAL
+        stars = stars or many
+        default = "" if x.default is inspect.Parameter.empty else f"={x.default!r}"
+        found.append(f"{'*' * many}{name}{default}")
+    return ", ".join(found)
+
+
+def _both(
+    definition: Callable[_P, _R], body: str, formula: Callable[..., Any] | None, **kept: Any
+) -> Callable[_P, _R]:
+    """The public function, whose text is `body`, and as its attribute the reference.
+
+    The reference runs the definition or, where there is one, `formula` on the arguments by name.
+    """
+    op, signature = definition.__name__, inspect.signature(definition)
+    space, head = definition.__globals__, _head(signature)
+    public = operators.generate(op, head, body, space, **kept)
+    learns: Callable[..., Any] = definition
+    if formula is not None:
+        named = ", ".join(f"{name!r}: {name}" for name in signature.parameters)
+        learns = operators.generate(op, head, f"return _run({{{named}}})", space, _run=formula)
+    public = arguments.public(op)(functools.update_wrapper(public, definition))
+    reference = arguments.public(op, learns=True)(functools.wraps(definition)(learns))
+    of = contract.contract(op)
+    public.__doc__ = documented(definition, of)
+    reference.__name__ = reference.__qualname__ = "reference"
+    reference.__doc__ = (
+        f":func:`selfkd.{op}` in plain PyTorch, differentiable any number of times.\n\nSame arguments"
+        f" and results; arithmetic in float32, or float64 for a float64 `{of.first}`.\n"
+    )
+    vars(public)["reference"] = reference
+    return public
+
+
+def reference(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The reference of a public function."""
+    found: Callable[_P, _R] = vars(function)["reference"]
+    return found
+
+
+def operator(function: Callable[..., torch.Tensor]) -> operators.Operator:
+    """The operator that a loss of rows runs."""
+    found: operators.Operator = vars(function)["operator"]
+    return found
+
+
+def fused(run: Callable[..., _R]) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Decorator: the public function is `run`, which takes the same arguments by position.
+
+    The body of the definition is the reference.
+    """
+
+    def decorate(definition: Callable[_P, _R]) -> Callable[_P, _R]:
+        names = ", ".join(inspect.signature(definition).parameters)
+        return _both(definition, f"return _run({names})", None, _run=run)
+
+    return decorate
+
+
+def row_loss(
+    check: Callable[..., None] | None = None,
+) -> Callable[[Callable[_P, torch.Tensor]], Callable[_P, torch.Tensor]]:
+    """Decorator of the definition of a loss of rows, of which the operator's contract says the rest.
+
+    The body returns the value of each row. Its tensors are (N, C, ...), float32 or float64, with the
+    classes in dimension 1; it leaves weight, reduction and divisor alone.
+
+    Parameters
+    ----------
+    check
+        Raises what the contract cannot say. It takes all arguments in their order, but for weight,
+        reduction and divisor, and is looked up by its name in the definition's module.
+    """
+
+    def decorate(definition: Callable[_P, torch.Tensor]) -> Callable[_P, torch.Tensor]:
+        loss = _RowLoss(definition, check.__name__ if check else "")
+        call = operators.register(loss.op, lambda **named: loss.reference({**named, "dim": 1}))
+        codes = {f"_code_of_{name}": choice for name, choice in loss.choices.items()}
+        kept = {"_arguments": arguments, "_call": call, **codes}
+        public = _both(definition, loss.text(), loss.reference, **kept)
+        vars(public)["operator"] = call
+        return public
+
+    return decorate
+
+
+class _RowLoss:
+    """The steps that all losses of rows take, before the operator and before the formula."""
+
+    def __init__(self, definition: Callable[..., torch.Tensor], check: str) -> None:
+        self.op, self.formula, self.check = definition.__name__, definition, check
+        self.of = contract.contract(self.op)
+        names = inspect.signature(definition).parameters
+        self.checked = [name for name in names if name not in _OF_ROWS]
+        inputs = [item for item in self.of.items if item.is_input]
+        self.wide = [item.name for item in inputs if item.shape == "NC*"]
+        self.narrow = [item.name for item in inputs if item.shape == "N*"]
+        self.constant = [x for x in _constants(self.of) if x in self.wide]
+        choices = [item.name for item in self.of.items if item.choices]
+        self.choices = {name: contract.Choice(self.op, name) for name in choices}
+
+    def text(self) -> str:
+        """The body of the public function."""
+        op, first = repr(self.op), self.wide[0]
+        live = [name for name in self.wide if name not in self.constant]
+        lines = [f"code_of_{name} = _code_of_{name}({name})" for name in self.choices]
+        for name in self.constant:
+            lines.append(f"_arguments.without_gradient({op}, {name!r}, {name})")
+        if len(live) > 1:
+            lines.append(f"if not ({' == '.join(f'{name}.dtype' for name in live)}):")
+            lines.append(f"  {', '.join(live)} = _arguments.same_dtype({', '.join(live)})")
+        lines.append(f"if dim != 1 or {first}.ndim > 3:")
+        for name in self.wide:
+            lines.append(f"  {name} = _arguments.logits_view({op}, {name!r}, {name}, dim)")
+        if self.check:
+            lines.append(f"{self.check}({', '.join(self.checked)})")
+        for name in self.narrow:
+            view = "merged({0}, 1)" if name != "weight" else "weight_view({1}, {0})"
+            lines.append(f"if {name} is not None:")
+            lines.append(f"  {name} = _arguments.{view.format(name, op)}")
+        lines.append("if divisor is not None:")
+        lines.append(f"  divisor = _arguments.divisor_tensor({op}, divisor, reduction, {first})")
+        codes = {name: f"code_of_{name}" for name in self.choices}
+        lines.append(f"return _call({operators.schema_values(self.of, codes)})")
+        return "\n".join(lines)
+
+    def reference(self, given: dict[str, Any]) -> torch.Tensor:
+        """The reduced result for arguments by name."""
+        for name, choice in self.choices.items():
+            choice(given[name])
+        first, weight = self.wide[0], given["weight"]
+        acc = torch.float64 if given[first].dtype == torch.float64 else torch.float32
+        for name in self.wide:
+            x = arguments.classes_first(self.op, name, given[name], given["dim"])
+            given[name] = x.to(acc)
+        if self.check:
+            self.formula.__globals__[self.check](*(given[name] for name in self.checked))
+        for name in self.wide[1:]:
+            arguments.expect_shape(self.op, name, given[name], given[first].shape)
+        for name in self.narrow:
+            arguments.expect_shape(self.op, name, given[name], given[first][:, 0].shape)
+        if weight is not None:  # what is skipped must not reach the gradient either
+            skipped = (weight == 0).unsqueeze(1)
+            given |= {name: given[name].masked_fill(skipped, 1) for name in self.wide}
+        rows = self.formula(**given)
+        if weight is not None:
+            rows = weight.to(acc) * rows
+        return arguments.reduce_rows(rows, weight, given["reduction"], given["divisor"])
