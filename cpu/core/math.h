@@ -209,16 +209,18 @@ static inline real sk_difference(real a, real b, sk_split k, real exact) {
  * 10^8 numbers and of those around the worst. */
 #ifdef SK_REAL_IS_DOUBLE
 #define SK_ERRORS(X)                                                                              \
-    X(log, sk_log(x), log, DBL_MIN, DBL_MAX, 0.88, 0x1.6955643163433p-1, 0x7f59c83e30555bda)      \
-    X(exp_rest, sk_exp_rest(x), exp_rest, -1, 1, 4.67, -0x1.ffcf2f365a9f2p-1, 0x3145633a0f63ace5) \
-    X(expm1, sk_expm1(x), expm1, -0.5, 0.5, 1.15, -0x1.f45cdac80a9f6p-2, 0xba7f0d842987432a)
+    X(log, sk_log(x), log, DBL_MIN, DBL_MAX, 0.88, 0x1.6955643163433p-1, 0xba117e8f69ef86d9)      \
+    X(log_near_1, sk_log(x), log, 0.5, 1.5, 0.88, 0x1.6955643163433p-1, 0x0dca213b8939cf5e)       \
+    X(exp_rest, sk_exp_rest(x), exp_rest, -1, 1, 4.67, -0x1.ffcf2f365a9f2p-1, 0x6c85f0b6eb5c30fa) \
+    X(expm1, sk_expm1(x), expm1, -0.5, 0.5, 1.15, -0x1.f45cdac80a9f6p-2, 0x47f3da22f1edbe25)
 #else
 #define SK_ERRORS(X)                                                                       \
-    X(exp2, sk_exp2_scaled(x, 1, -127), exp2, -126.49999, 127.49999, 2.30, -0x1.7fecf2p+0, \
-      0x5fd48a605b0f6078)                                                                  \
-    X(log, sk_log_of(x), log, FLT_MIN, FLT_MAX, 0.86, 0x1.665aa6p-1, 0xf05040b22ce9d00e)   \
-    X(exp_rest, sk_exp_rest(x), exp_rest, -1, 1, 3.38, -0x1.ff935cp-1, 0x83eb599b4f5bc64b) \
-    X(expm1, sk_expm1(x), expm1, -0.5, 0.5, 4.58, 0x1.c8a9c2p-3, 0xfec809a82b0893d3)       \
-    X(exp_below, sk_exp_below(x), exp, -104, 0, 1.10, -0x1.45c23ap+6, 0x674850af3d0c192a)  \
-    X(log1p, sk_log1p(x), log1p, 0, 1, 2.93, 0x1.06d1ep-4, 0x1cbbe3aab5d22b92)
+    X(exp2, sk_exp2_scaled(x, 1, -127), exp2, -126.4999, 127.4999, 2.30, -0x1.7fecf2p+0,   \
+      0xa7f2e6db3ca32122)                                                                  \
+    X(log, sk_log_of(x), log, FLT_MIN, FLT_MAX, 0.86, 0x1.665aa6p-1, 0xf5c1227b021d55c8)   \
+    X(log_near_1, sk_log_of(x), log, 0.5, 1.5, 0.86, 0x1.665aa6p-1, 0x744f19379c13a814)    \
+    X(exp_rest, sk_exp_rest(x), exp_rest, -1, 1, 3.38, -0x1.ff935cp-1, 0x7b6eed43de413c82) \
+    X(expm1, sk_expm1(x), expm1, -0.5, 0.5, 4.58, 0x1.c8a9c2p-3, 0x60697ada32976013)       \
+    X(exp_below, sk_exp_below(x), exp, -104, 0, 1.10, -0x1.45c23ap+6, 0xe5c961b56181c597)  \
+    X(log1p, sk_log1p(x), log1p, 0, 1, 2.93, 0x1.06d1ep-4, 0x7476e8994092eabe)
 #endif
