@@ -74,9 +74,16 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from .check import main as run
+    from . import check
 
-    return run()
+    try:
+        from .check_torch import with_torch as lines
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        print("PyTorch is not installed: the C functions alone are checked\n")
+        lines = check.without_torch
+    return check.report(lines())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,8 +1,8 @@
 """The contracts of ``ops/*.h``, read from the library, and their rules in Python.
 
-The rules are those of ``ops/core/check.c`` and ``values.c``, with the same words: here they serve fake tensors
-(``torch.compile``) and turn the RuntimeError of an operator into the ValueError or TypeError of a
-Python function.
+The rules are those of ``ops/core/check.c`` and ``values.c``, with the same words: here they serve
+fake tensors (``torch.compile``) and turn the RuntimeError of an operator into the ValueError or
+TypeError of a Python function.
 """
 
 from __future__ import annotations
