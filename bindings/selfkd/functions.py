@@ -124,8 +124,9 @@ def _both(
     if formula is not None:
         named = ", ".join(f"{name!r}: {name}" for name in signature.parameters)
         learns = operators.generate(op, head, f"return _run({{{named}}})", space, _run=formula)
+        functools.update_wrapper(learns, definition)
     public = arguments.public(op)(functools.update_wrapper(public, definition))
-    reference = arguments.public(op, learns=True)(functools.wraps(definition)(learns))
+    reference = arguments.public(op, learns=True)(learns)
     of = contract.contract(op)
     public.__doc__ = documented(definition, of)
     reference.__name__ = reference.__qualname__ = "reference"
@@ -156,8 +157,8 @@ def fused(run: Callable[..., _R]) -> Callable[[Callable[_P, _R]], Callable[_P, _
     """
 
     def decorate(definition: Callable[_P, _R]) -> Callable[_P, _R]:
-        names = ", ".join(inspect.signature(definition).parameters)
-        return _both(definition, f"return _run({names})", None, _run=run)
+        given = ", ".join(inspect.signature(definition).parameters)
+        return _both(definition, f"return _run({given})", None, _run=run)
 
     return decorate
 

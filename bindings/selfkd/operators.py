@@ -21,7 +21,6 @@ from . import contract as contracts
 from .contract import Contract, contract
 from .kernels import any_requires_grad, as_tuple, below_autograd, by_name, kernel, refuse_transforms
 
-
 _count = itertools.count()  # of what is generated
 
 

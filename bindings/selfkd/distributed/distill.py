@@ -13,10 +13,10 @@ from ..distill import (
     DistillParts,
     _call,
     _check,
-    _kind,
     _reduction,
     _Teacher,
     _teachers,
+    of_contract,
 )
 from ..distill import given as _given
 from .shards import (
@@ -153,15 +153,13 @@ def _local_target(
     return local.masked_fill(ignored, _IGNORED)
 
 
-def _of_teachers(teachers: Sequence[_Teacher], logits: Sequence[torch.Tensor]) -> dict[str, Any]:
+def _of_teachers(teachers: Sequence[_Teacher]) -> dict[str, Any]:
     """The contract's arguments of each teacher."""
     named: dict[str, Any] = {}
-    prefixes = ("", "second_")[: len(teachers)]
-    for prefix, teacher, x in zip(prefixes, teachers, logits, strict=True):
-        named |= {f"{prefix}teacher": x, f"{prefix}teacher_weight": teacher.weight}
-        named |= {f"{prefix}temperature": teacher.temperature}
-        named |= {f"{prefix}teacher_temperature": teacher.own_temperature}
-        named |= {f"{prefix}teacher_kind": _kind(teacher.kind)}
+    names = ("teacher_weight", "temperature", "teacher_temperature", "teacher_kind")
+    for prefix, teacher in zip(("", "second_"), teachers, strict=False):
+        values = (teacher.logits, *of_contract(teacher))
+        named |= {prefix + name: x for name, x in zip(("teacher", *names), values, strict=True)}
     return named
 
 
@@ -295,6 +293,6 @@ def vocab_parallel_distill(
         ignore_index=_IGNORED,
         mask_teachers=mask_teachers,
         classes=sum(sizes),
-        **_of_teachers(found, [x.logits for x in found]),
+        **_of_teachers(found),
     )
     return DistillParts(loss, ce.to(acc), kl.to(acc)) if return_parts else loss
