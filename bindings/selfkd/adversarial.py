@@ -132,7 +132,7 @@ def adversarial(
     """
     _mode(mode), _side(side), _reduction(reduction)
     _check(real, fake, side, reduction)
-    acc = torch.float64 if real.dtype == torch.float64 else torch.float32
+    acc = arguments.accumulator(real)
     rows = _of_real(real.to(acc), "wgan" if (side, mode) == ("generator", "hinge") else mode)
     if fake is None:
         return arguments.reduce_rows(rows, None, reduction, None)

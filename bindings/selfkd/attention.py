@@ -48,7 +48,7 @@ def attention(student: torch.Tensor, teacher: torch.Tensor, *, eps: float = 1e-1
     --------
     >>> loss = sum(selfkd.attention(f, t.detach()) for f, t in zip(features, teacher_features))
     """
-    acc = torch.float64 if student.dtype == torch.float64 else torch.float32
+    acc = arguments.accumulator(student)
     maps = [x.to(acc).square().mean(1).unsqueeze(-1).flatten(1) for x in (student, teacher)]
     lengths = (x.norm(dim=1, keepdim=True).clamp_min(eps) for x in maps)
     q, p = (x / length for x, length in zip(maps, lengths, strict=True))

@@ -47,13 +47,9 @@ def _resized(x: torch.Tensor, way: str, size: torch.Size) -> torch.Tensor:
     return x
 
 
-def _accumulator(first: torch.Tensor) -> torch.dtype:
-    return torch.float64 if first.dtype == torch.float64 else torch.float32
-
-
 def _as_read(weight: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
     """The weight as it is read; a gradient comes back in its own dtype, as of a module in half."""
-    dtype = _accumulator(first)
+    dtype = arguments.accumulator(first)
     return weight if weight.dtype == dtype or not weight.is_floating_point() else weight.to(dtype)
 
 
@@ -165,7 +161,7 @@ def bifpn_fuse(
         "silu": F.silu,
     }[activation]
     first = inputs[0]
-    acc = _accumulator(first)
+    acc = arguments.accumulator(first)
     factors: Sequence[Any] = [1] * len(inputs)
     if weight is not None:
         weight = _as_read(weight, first)

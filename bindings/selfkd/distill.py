@@ -251,7 +251,7 @@ def distill(
     ...                               temperature=(4.0, 1.0), teacher_kind=("logits", "probs"),
     ...                               return_parts=True)
     """
-    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    acc = arguments.accumulator(logits)
     found = given(
         _teachers(teachers, teacher_weights, temperature, teacher_temperature, teacher_kind)
     )

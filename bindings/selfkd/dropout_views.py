@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import contract, functions, operators
+from . import arguments, functions, operators
 
 _OP = "dropout_views"
 _LOW = 0xFFFFFFFF
@@ -92,8 +92,8 @@ def dropout_views(
     >>> logits, u, v = fc(selfkd.dropout_views(features, seed, p=0.5))
     >>> loss = F.cross_entropy(logits, target) + selfkd.sd_dropout_kl(u, v)
     """
-    contract.number_rule(_OP, "p", p, "BELOW_ONE")
-    acc = torch.float64 if features.dtype == torch.float64 else torch.float32
+    arguments.number_rule(_OP, "p", p, "BELOW_ONE")
+    acc = arguments.accumulator(features)
     rows, columns = (torch.arange(size, device=features.device) for size in features.shape)
     element = ((rows + first_row) * features.shape[1]).unsqueeze(1) + columns
     block = element >> 2

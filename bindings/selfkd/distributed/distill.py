@@ -168,8 +168,7 @@ def _prepared(op: str, k: int, teacher: _Teacher, dim: int) -> _Teacher:
     x, weight, temperature, own, kind = teacher
     way = "call selfkd.reference.distill on all classes, which gives it one"
     arguments.without_gradient(op, f"teachers[{k}]", x, way)
-    weight = arguments.number(op, "teacher_weights", weight)
-    contract.number_rule(op, "teacher_weights", weight, "NONNEGATIVE")
+    weight = arguments.in_range(op, "teacher_weights", weight, "NONNEGATIVE")
     return _Teacher(
         arguments.logits_view(op, f"teachers[{k}]", x, dim),
         weight,
@@ -241,10 +240,8 @@ def vocab_parallel_distill(
     )
     _check(logits, target, len(given), mask_teachers)
     _reduction(reduction)
-    ce_weight = arguments.number(op, "ce_weight", ce_weight)
-    label_smoothing = arguments.number(op, "label_smoothing", label_smoothing)
-    contract.number_rule(op, "ce_weight", ce_weight, "NONNEGATIVE")
-    contract.number_rule(op, "label_smoothing", label_smoothing, "FRACTION")
+    ce_weight = arguments.in_range(op, "ce_weight", ce_weight, "NONNEGATIVE")
+    label_smoothing = arguments.in_range(op, "label_smoothing", label_smoothing, "FRACTION")
     z = arguments.logits_view(op, "logits", logits, dim)
     found = [_prepared(op, k, x, dim) for k, x in enumerate(given)]
     found = [x for x in found if x.weight != 0]
@@ -252,7 +249,7 @@ def vocab_parallel_distill(
     has_ce = target is not None and ce_weight != 0
     w = weights_of(op, z, weight)
     divided = None if divisor is None else arguments.divisor_tensor(op, divisor, reduction, z)
-    acc = torch.float64 if z.dtype == torch.float64 else torch.float32
+    acc = arguments.accumulator(z)
     with torch.no_grad():
         local, valid = None, w != 0
         if target is not None:
