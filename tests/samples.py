@@ -1,6 +1,6 @@
 """One call of every operator and every module, for what each must do under PyTorch: see test_pytorch.py.
 
-The test for one that has no sample is there too.
+An operator whose tensors are rows has its sample from its contract. The test for one without is there too.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import selfkd
 import torch
 from selfkd import nn
+from selfkd.contract import contract, modules
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -78,17 +79,28 @@ CALLS = {
         lambda n: [classes(n)],
         lambda f, x, w, b, y: f(x, w, b, y, p=0.25),
     ),
-    "sd_dropout_kl": Call(
-        lambda n: [torch.randn(n, 5), torch.randn(n, 5)],
-        lambda n: [torch.rand(n)],
-        lambda f, u, v, w: f(u, v, weight=w),
-    ),
-    "simreg": Call(
-        lambda n: [torch.randn(n, 12)],
-        lambda n: [torch.randn(n, 12), torch.rand(n)],
-        lambda f, x, t, w: f(x, t, weight=w),
-    ),
 }
+
+
+def by_contract(op: str) -> Call:
+    """A call of a loss of rows with all but its divisor, by the names of its contract."""
+    of = contract(op)
+    live = [x.name.removeprefix("grad_") for x in contract(f"{op}_backward").outputs]
+    fixed = [x.name for x in of.items if x.is_input and x.name not in (*live, "divisor")]
+
+    def draw(name: str, n: int) -> Tensor:
+        if of[name].rule == "INDEX":
+            return classes(n)
+        return torch.rand(n) if of[name].rule == "WEIGHT" else torch.randn(n, 12)
+
+    return Call(
+        lambda n: [draw(name, n) for name in live],
+        lambda n: [draw(name, n) for name in fixed],
+        lambda f, *tensors: f(**dict(zip([*live, *fixed], tensors, strict=True))),
+    )
+
+
+CALLS |= {op: by_contract(op) for op in modules() if op not in CALLS}
 
 
 def run(op: str, n: int = 6, function: Any = None) -> list[Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import harness
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import selfkd
 import torch
-from selfkd import arguments
+from selfkd import arguments, check_torch
 from selfkd.check_torch import contract_of, draw, stored
 from torch import Tensor
 
@@ -29,34 +30,33 @@ each_operator = pytest.mark.parametrize("op", OPS)
 # ---- a call of each function with all its arguments by name ----
 
 
+def by_contract(op: str, n: int) -> dict[str, Any]:
+    """Every tensor argument of a function, where its arguments are those of the contract."""
+    z, w = partial(torch.randn, n, 5), partial(torch.rand, n)
+    draws: dict[str, Callable[[], Tensor]] = {
+        **dict.fromkeys(("FLOATING", "SAME", "CONSTANT", "TEACHER"), z),
+        "INDEX": lambda: torch.randint(5, (n,)),
+        "SEED": lambda: torch.tensor(7),
+        "WEIGHT": w,
+        "ACC": lambda: torch.tensor(3.0),  # a divisor
+    }
+    return {item.name: draws[item.rule]() for item in contract_of(op).items if item.is_input}
+
+
 def given(op: str, n: int = 4) -> dict[str, Any]:
     """Every tensor argument of a function, by the names of the public function."""
-    z, t = torch.randn(n, 5), torch.randn(n, 5)
-    y, w = torch.randint(5, (n,)), torch.rand(n)
-    row = {"weight": w, "divisor": torch.tensor(3.0)}
     maps = (torch.randn(n, 3, 4, 4), torch.randn(n, 3, 2, 2), torch.randn(n, 3, 8, 8))
-    found: dict[str, dict[str, Any]] = {
-        "adversarial": {"real": z, "fake": t},
-        "attention": {"student": maps[0], "teacher": torch.randn(n, 6, 4, 4)},
-        "bifpn_fuse": {
-            "inputs": maps,
-            "weight": torch.rand(3),
-            "resize": (None, "nearest", "maxpool"),
-        },
-        "distill": {"logits": z, "target": y, "teachers": (t, t.clone()), **row},
-        "dropout_views": {"features": z, "seed": torch.tensor(7)},
-        "sd_dropout_head": {
-            "features": z,
-            "weight": torch.randn(5, 5),
-            "bias": torch.randn(5),
-            "target": y,
-            "row_weight": w,
-            "divisor": torch.tensor(3.0),
-        },
-        "sd_dropout_kl": {"u": z, "v": t, **row},
-        "simreg": {"student": z, "target": t, **row},
-    }
-    return found[op]
+    if op == "attention":
+        return {"student": maps[0], "teacher": torch.randn(n, 6, 4, 4)}
+    if op == "bifpn_fuse":
+        return {"inputs": maps, "weight": torch.rand(3), "resize": (None, "nearest", "maxpool")}
+    found = by_contract(op, n)
+    if op == "distill":
+        found["teachers"] = (found.pop("teacher"), found.pop("second_teacher"))
+    if op == "sd_dropout_head":
+        found |= {"weight": torch.randn(5, 5), "bias": torch.randn(5)}
+        del found["seed"]  # which the function draws
+    return found
 
 
 def call(op: str, named: dict[str, Any], space: Any = selfkd) -> Any:
@@ -200,16 +200,8 @@ def fixed(op: str) -> list[str]:
 
 
 def learning(op: str) -> list[str]:
-    return {
-        "adversarial": ["real", "fake"],
-        "attention": ["student"],
-        "bifpn_fuse": ["inputs", "weight"],
-        "distill": ["logits"],
-        "dropout_views": ["features"],
-        "sd_dropout_head": ["features", "weight", "bias"],
-        "sd_dropout_kl": ["u", "v"],
-        "simreg": ["student"],
-    }[op]
+    """The arguments that get gradients."""
+    return ["inputs", "weight"] if op == "bifpn_fuse" else check_torch.learning(op, contract_of(op))
 
 
 def flat(x: Any) -> list[Any]:

@@ -16,13 +16,13 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.nn.functional as F
 
-from . import contract
-from .contract import number_rule
+from . import values
+from .values import described as described
+from .values import flag as flag
+from .values import number_rule as number_rule
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-
-described = contract.described
 
 
 # ---- who may learn ----
@@ -84,15 +84,27 @@ def number(op: str, name: str, value: Any, way: str | None = None) -> Any:
         return value
     if isinstance(value, torch.Tensor):
         without_gradient(op, name, value, way)
-    return contract.number(op, name, value)
+    return values.number(op, name, value)
+
+
+def in_range(op: str, name: str, value: Any, rule: str, way: str | None = None) -> Any:
+    """`value` as :func:`number` makes it, within the range of a rule of the contracts.
+
+    Raises
+    ------
+    TypeError
+        It is no number.
+    ValueError
+        It is outside the range, or a tensor that cannot be a number.
+    """
+    found = number(op, name, value, way)
+    number_rule(op, name, found, rule)
+    return found
 
 
 def integer(op: str, name: str, value: Any) -> Any:
     """`value` as a Python int; otherwise as :func:`number`."""
-    return value if type(value) is int else contract.whole(op, name, number(op, name, value))
-
-
-flag = contract.flag
+    return value if type(value) is int else values.whole(op, name, number(op, name, value))
 
 
 # ---- every wrong call gets a sentence ----
@@ -293,7 +305,7 @@ def divisor_tensor(op: str, divisor: Any, reduction: str, like: torch.Tensor) ->
         raise ValueError(
             f'{op}: divisor is given, expected reduction "mean" with it (not "{reduction}")'
         )
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    dtype = accumulator(like)
     if isinstance(divisor, torch.Tensor):
         without_gradient(op, "divisor", divisor)
         return divisor.to(device=like.device, dtype=dtype, non_blocking=True)
@@ -302,9 +314,13 @@ def divisor_tensor(op: str, divisor: Any, reduction: str, like: torch.Tensor) ->
         number_rule(op, "divisor", divisor, "POSITIVE")
         found: torch.Tensor = like.new_zeros((), dtype=dtype) + divisor
         return found
-    divisor = number(op, "divisor", divisor)
-    number_rule(op, "divisor", divisor, "POSITIVE")
+    divisor = in_range(op, "divisor", divisor, "POSITIVE")
     return torch.full((), divisor, dtype=dtype, device=like.device)
+
+
+def accumulator(x: torch.Tensor) -> torch.dtype:
+    """Dtype of arithmetic, weights and losses for a first tensor `x`."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def under_autocast(x: torch.Tensor) -> bool:
@@ -328,6 +344,13 @@ def expect_shape(op: str, name: str, x: torch.Tensor | None, shape: torch.Size) 
     """Raise unless a tensor that is there has that shape: nothing is broadcast."""
     if x is not None and x.shape != shape:
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected {tuple(shape)}")
+
+
+def expect_weight(op: str, name: str, x: torch.Tensor, first: torch.Tensor) -> None:
+    """Raise unless the weights of rows are in a dtype that goes with a first tensor `first`."""
+    if x.dtype not in (accumulator(first), torch.bool):
+        found, expected = (str(x).removeprefix("torch.") for x in (x.dtype, accumulator(first)))
+        raise TypeError(f"{op}: {name} has dtype {found}, expected {expected} or bool")
 
 
 def is_zero(value: Any) -> bool:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from . import contract as contracts
-from . import library
+from . import library, values
 from .contract import Contract, contract, operators
 
 __all__ = ["operators"]
@@ -99,7 +99,7 @@ def describe(op: str, name: str, array: Any, written: bool = False) -> tuple[Ten
         capsule = _as_in_memory(array).__dlpack__()
     except (AttributeError, BufferError, TypeError, ValueError, NotImplementedError) as error:
         raise TypeError(
-            f"{op}: {name} is {contracts.described(array)} that DLPack does not hand over ({error}), "
+            f"{op}: {name} is {values.described(array)} that DLPack does not hand over ({error}), "
             "expected a dense array in memory"
         ) from error
     return Tensor.from_address(_capsule_pointer(capsule, b"dltensor")), capsule
@@ -158,9 +158,7 @@ def _array(op: str, name: str, value: Any) -> Any:
     try:
         return np.array(value)
     except ValueError as error:  # lists of several lengths
-        raise TypeError(
-            f"{op}: {name} is {contracts.described(value)}, expected an array"
-        ) from error
+        raise TypeError(f"{op}: {name} is {values.described(value)}, expected an array") from error
 
 
 def _dtype_name(array: Any) -> str:
@@ -193,13 +191,13 @@ def new_outputs(
 
 
 def _whole(op: str, name: str, value: Any) -> int:
-    return contracts.whole(op, name, contracts.number(op, name, value))
+    return values.whole(op, name, values.number(op, name, value))
 
 
 _NUMBERS = {
-    "REAL": contracts.number,
+    "REAL": values.number,
     "INT": _whole,
-    "BOOL": contracts.flag,
+    "BOOL": values.flag,
     "CHOICE": _whole,
     "RESIZE": _whole,
 }

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from . import c, library
+from . import arguments, c, library
 from . import contract as contracts
 from ._ops import NAMESPACE, ops
 from .contract import Contract, contract
@@ -67,7 +67,7 @@ def _fake(of: Contract) -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]
         named = by_name(of, values)
         checker = contracts.check(of, named)
         first = named[of.first]
-        acc = torch.float64 if first.dtype == torch.float64 else torch.float32
+        acc = arguments.accumulator(first)
         dtypes = {"ACC": acc, "F64": torch.float64, "SAME": first.dtype}
         results = tuple(
             first.new_empty(0)

@@ -21,7 +21,6 @@ from . import contract as contracts
 from .contract import Contract, contract
 from .kernels import any_requires_grad, as_tuple, below_autograd, by_name, kernel, refuse_transforms
 
-
 _count = itertools.count()  # of what is generated
 
 
@@ -297,14 +296,12 @@ def _hint(of: Contract, named: Mapping[str, Any], sentence: str) -> str:
         if rule == "INDEX":
             return f"{name}.long()"
         if rule == "WEIGHT":
-            return f"{name}.bool() for a mask, {name}.to({_accumulator(first)}) for weights"
+            return (
+                f"{name}.bool() for a mask, {name}.to({arguments.accumulator(first)}) for weights"
+            )
         if rule == "SAME":
             return f"{name}.to({first.dtype})"
     return ""
-
-
-def _accumulator(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def register(

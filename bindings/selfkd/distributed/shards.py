@@ -173,8 +173,5 @@ def weights_of(op: str, like: torch.Tensor, weight: torch.Tensor | None) -> torc
     if weight is None:
         return torch.ones_like(like[:, 0], dtype=torch.float64)
     arguments.without_gradient(op, "weight", weight)
-    accumulator = torch.float64 if like.dtype == torch.float64 else torch.float32
-    if weight.dtype not in (accumulator, torch.bool):
-        found, expected = (str(x).removeprefix("torch.") for x in (weight.dtype, accumulator))
-        raise TypeError(f"{op}: weight has dtype {found}, expected {expected} or bool")
+    arguments.expect_weight(op, "weight", weight, like)
     return weight.double()

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from .. import arguments
 from ..attention import attention
 from ..attention import reference as attention_reference
-from ..contract import number_rule
 from ..distill import distill
 from ..sd_dropout_kl import reference as kl_reference
 from ..sd_dropout_kl import sd_dropout_kl
@@ -75,10 +74,9 @@ def number(op: str, name: str, value: Any, rule: str = "", *, optional: bool = F
         if value.numel() != 1:
             raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}, expected a number")
         return value
-    value = arguments.number(op, name, value)
     if rule:
-        number_rule(op, name, value, rule)
-    return value
+        return arguments.in_range(op, name, value, rule)
+    return arguments.number(op, name, value)
 
 
 def check_tensor(op: str, name: str, x: Any, least: int) -> None:

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import arguments
-from ..contract import number_rule
 from ..distill import distill
 from ..sd_dropout_kl import sd_dropout_kl
 from ..simreg import simreg
@@ -84,8 +83,7 @@ class KDLoss(nn.Module):
         if beta is None and alpha is not None:
             self.beta = 1 - self.alpha
         self.reduction = reduction
-        self._smoothing = arguments.number(op, "label_smoothing", label_smoothing)
-        number_rule(op, "label_smoothing", self._smoothing, "FRACTION")
+        self._smoothing = arguments.in_range(op, "label_smoothing", label_smoothing, "FRACTION")
         self._ignored = arguments.integer(op, "ignore_index", ignore_index)
         hard_reduction = reduction.removeprefix("batch")
         self.cross_entropy_loss = nn.CrossEntropyLoss(

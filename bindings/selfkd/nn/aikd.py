@@ -10,7 +10,6 @@ no number of the paper is claimed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import arguments
 from ..adversarial import adversarial
-from ..contract import described, number_rule
 from ..distill import distill
 
 _LEARNS = "call selfkd.reference.distill, which gives it one"
@@ -111,16 +109,13 @@ class Discriminator(nn.Module):
         for name, made in (("activation", activation), ("normalization", normalization)):
             if not callable(made) and (made is not None or name == "activation"):
                 raise TypeError(
-                    f"Discriminator: {name} is {described(made)}, expected a function that makes a "
+                    f"Discriminator: {name} is {arguments.described(made)}, expected a function that makes a "
                     "module, such as nn.ReLU"
                 )
-        temperature = arguments.number(
-            "Discriminator", "temperature", temperature, "leave it to a layer"
+        way = "leave it to a layer"
+        temperature = arguments.in_range(
+            "Discriminator", "temperature", temperature, "POSITIVE", way
         )
-        if not 0 < temperature < float("inf"):
-            raise ValueError(
-                f"Discriminator: temperature is {temperature:g}, expected a finite number > 0"
-            )
         self.num_classes, self.temperature = num_classes, temperature
         layers: list[nn.Module] = []
         width = num_classes
@@ -213,7 +208,7 @@ class PreviousEpoch(nn.Module):
         super().__init__()
         _require_sizes("PreviousEpoch", num_samples=num_samples, num_classes=num_classes)
         if not isinstance(dtype, torch.dtype) or dtype not in _INTEGERS:
-            found = dtype if isinstance(dtype, torch.dtype) else described(dtype)
+            found = dtype if isinstance(dtype, torch.dtype) else arguments.described(dtype)
             raise TypeError(
                 f"PreviousEpoch: dtype is {str(found).removeprefix('torch.')}, expected "
                 "torch.float16, torch.bfloat16, torch.float32 or torch.float64"
@@ -253,7 +248,7 @@ class PreviousEpoch(nn.Module):
                 f"PreviousEpoch: logits has shape {tuple(logits.shape)}, expected {expected}"
             )
         self._check_update(index, logits)
-        acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        acc = arguments.accumulator(logits)
         probs = logits.softmax(1, dtype=acc).to(self.current)
         ordered = index.sort(stable=True)
         first = ordered.indices[torch.searchsorted(ordered.values, index)]
@@ -456,8 +451,8 @@ class AIKDLoss(nn.Module):
         super().__init__()
         if not isinstance(discriminator, nn.Module):
             raise TypeError(
-                f"AIKDLoss: discriminator is {described(discriminator)}, expected a module, such as "
-                "selfkd.nn.Discriminator(num_classes)"
+                f"AIKDLoss: discriminator is {arguments.described(discriminator)}, expected a module, such "
+                "as selfkd.nn.Discriminator(num_classes)"
             )
         self.discriminator = discriminator
         self.pretrained_weight, self.previous_weight = pretrained_weight, previous_weight
@@ -525,10 +520,7 @@ class AIKDLoss(nn.Module):
 
     def _number(self, name: str, rule: str) -> Any:
         """An attribute as a number in its range."""
-        value = arguments.number("AIKDLoss", name, getattr(self, name), _LEARNS)
-        if not 0 < value < math.inf:
-            number_rule("AIKDLoss", name, value, rule)
-        return value
+        return arguments.in_range("AIKDLoss", name, getattr(self, name), rule, _LEARNS)
 
     @arguments.public("AIKDLoss")
     def discriminator_loss(

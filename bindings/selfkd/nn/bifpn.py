@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import arguments, contract
+from .. import arguments
 from ..bifpn_fuse import bifpn_fuse
 
 Fusion = Callable[..., torch.Tensor]
@@ -354,7 +354,7 @@ def converted(
     """The entries of a module of the authors, or of `part` of a larger one, under our names."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(
-            f"{op}: state_dict is {contract.described(state_dict)}, expected a dict of tensors"
+            f"{op}: state_dict is {arguments.described(state_dict)}, expected a dict of tensors"
             " (module.state_dict())"
         )
     found: dict[str, Any] = {}
