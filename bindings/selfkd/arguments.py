@@ -107,6 +107,20 @@ def integer(op: str, name: str, value: Any) -> Any:
     return value if type(value) is int else values.whole(op, name, number(op, name, value))
 
 
+def at_least(op: str, name: str, value: Any, least: int) -> int:
+    """`value` as a Python int that is not smaller than `least`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for :func:`number`; it is smaller.
+    """
+    found: int = integer(op, name, value)
+    if found < least:
+        raise ValueError(f"{op}: {name} is {found}, expected {least} or more")
+    return found
+
+
 # ---- every wrong call gets a sentence ----
 
 _WORDS = {  # one, and many in a list
