@@ -34,14 +34,9 @@ def wants_gradient(value: Any) -> bool:
 
 
 def without_gradient(op: str, name: str, value: Any, way: str | None = None) -> None:
-    """Refuse a tensor that asks for a gradient and would never get it.
+    """Raise ValueError for a tensor that asks for a gradient and would never get it.
 
     `way` says which call gives one, by default the reference of `op`.
-
-    Raises
-    ------
-    ValueError
-        The tensor asks for a gradient.
     """
     if wants_gradient(value):
         way = way or f"call selfkd.reference.{op}, which gives it one"
@@ -67,15 +62,8 @@ def number(op: str, name: str, value: Any, way: str | None = None) -> Any:
     """`value` as a Python number, in compiled code a constant.
 
     Python numbers stay what they are; NumPy scalars and tensors of one element become one (for a tensor
-    on a GPU this waits).
-
-    Raises
-    ------
-    TypeError
-        It is no number; True and False are none.
-    ValueError
-        A tensor that asks for a gradient, for which `way` is as for :func:`without_gradient`, or one of
-        more elements than one.
+    on a GPU this waits). What is no number, as True and False are none, is a TypeError; a tensor of more
+    elements, or one that asks for a gradient, is a ValueError, with `way` as for :func:`without_gradient`.
     """
     kind = type(value)
     if kind is float or kind is int:
@@ -88,15 +76,7 @@ def number(op: str, name: str, value: Any, way: str | None = None) -> Any:
 
 
 def in_range(op: str, name: str, value: Any, rule: str, way: str | None = None) -> Any:
-    """`value` as :func:`number` makes it, within the range of a rule of the contracts.
-
-    Raises
-    ------
-    TypeError
-        It is no number.
-    ValueError
-        It is outside the range, or a tensor that cannot be a number.
-    """
+    """`value` as :func:`number` makes it; ValueError outside the range of a rule of the contracts."""
     found = number(op, name, value, way)
     number_rule(op, name, found, rule)
     return found
@@ -105,6 +85,14 @@ def in_range(op: str, name: str, value: Any, rule: str, way: str | None = None) 
 def integer(op: str, name: str, value: Any) -> Any:
     """`value` as a Python int; otherwise as :func:`number`."""
     return value if type(value) is int else values.whole(op, name, number(op, name, value))
+
+
+def at_least(op: str, name: str, value: Any, least: int) -> int:
+    """`value` as a Python int, otherwise as :func:`number`; ValueError where it is smaller than `least`."""
+    found: int = integer(op, name, value)
+    if found < least:
+        raise ValueError(f"{op}: {name} is {found}, expected {least} or more")
+    return found
 
 
 # ---- every wrong call gets a sentence ----
@@ -156,16 +144,10 @@ def _words(annotation: str, many: bool = False) -> str:
 
 
 def require(op: str, name: str, value: Any, annotation: str) -> None:
-    """Raise the sentence for a value that is not of its type: ``"float | Sequence[float]"``.
+    """Raise TypeError for a value that is not of its type, such as ``"float | Sequence[float]"``.
 
-    Types other than those of _WORDS and sequences of them accept everything.
-
-    Raises
-    ------
-    TypeError
-        It is of another type.
-    ValueError
-        A tensor in the place of a number asks for a gradient or has more elements than one.
+    Types other than those of _WORDS and sequences of them accept everything. A tensor in the place of a
+    number raises as in :func:`number`.
     """
     parts = _alternatives(annotation)
     if not all(part in _WORDS or _element(part) for part in parts):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import arguments, contract, functions, operators
+from . import arguments, contract, functions, kernels, operators
 
 _OP = "bifpn_fuse"
 _activation = contract.Choice(_OP, "activation")
@@ -199,4 +199,4 @@ def by_contract(
 
 
 _call = operators.register(_OP, functools.partial(by_contract, reference))
-_values = operators.in_order(contract.contract(_OP))
+_values = kernels.in_order(contract.contract(_OP))

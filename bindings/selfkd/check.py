@@ -1,9 +1,8 @@
-"""``selfkd check``: a short self-test of every operator on this machine.
+"""``selfkd check`` without PyTorch: a short self-test of every operator on this machine.
 
-With PyTorch: :mod:`selfkd.check_torch`. Without, the C functions are called on plain memory, forward
-and backward: values against formulas, every gradient against differences of the float64 function,
-and every CPU variant in float32 against it. Numbers and choices have their defaults; optional inputs
-are given.
+The C functions are called on plain memory, forward and backward: values against formulas, every
+gradient against differences of the float64 function, and every CPU variant in float32 against it.
+Numbers and choices have their defaults; optional inputs are given.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -275,13 +274,3 @@ def without_torch() -> Iterator[Line]:
                 yield check_operator(op, isas)
             except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
                 yield Line(op, ", ".join(isas), {}, {}, failure=str(error))
-
-
-def report(lines: Iterable[Line]) -> int:
-    """Print a line for each operator and place; returns 1 when something is off."""
-    wrong = 0
-    for line in lines:
-        print(line, flush=True)
-        wrong += not line.is_right
-    print(f"\n{wrong} of these lines are wrong" if wrong else "\nall is right")
-    return 1 if wrong else 0

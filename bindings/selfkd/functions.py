@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from . import arguments, contract, operators
+from . import arguments, contract, kernels, operators
 from .contract import Contract
 
 _P = ParamSpec("_P")
@@ -106,17 +106,9 @@ def documented(definition: Callable[..., Any], of: Contract) -> str:
 
 def _head(signature: inspect.Signature) -> str:
     """The text of the parameters, without their types."""
-    found: list[str] = []
-    stars = False
-    for name, x in signature.parameters.items():
-        if x.kind is inspect.Parameter.KEYWORD_ONLY and not stars:
-            found.append("*")
-            stars = True
-        many = x.kind is inspect.Parameter.VAR_POSITIONAL
-        stars = stars or many
-        default = "" if x.default is inspect.Parameter.empty else f"={x.default!r}"
-        found.append(f"{'*' * many}{name}{default}")
-    return ", ".join(found)
+    parameters = [x.replace(annotation=x.empty) for x in signature.parameters.values()]
+    plain = signature.replace(parameters=parameters, return_annotation=signature.empty)
+    return str(plain)[1:-1]
 
 
 def _both(
@@ -132,11 +124,11 @@ def _both(
     """
     op, signature = definition.__name__, inspect.signature(definition)
     space, head = definition.__globals__, _head(signature)
-    public = operators.generate(op, head, body, space, **kept)
+    public = kernels.generate(op, head, body, space, **kept)
     learns: Callable[..., Any] = definition
     if formula is not None:
         named = ", ".join(f"{name!r}: {name}" for name in signature.parameters)
-        learns = operators.generate(op, head, f"return _run({{{named}}})", space, _run=formula)
+        learns = kernels.generate(op, head, f"return _run({{{named}}})", space, _run=formula)
         functools.update_wrapper(learns, definition)
     public = arguments.public(op)(functools.update_wrapper(public, definition))
     reference = arguments.public(op, learns=True)(learns)
@@ -212,6 +204,11 @@ class _RowLoss:
         self.op, self.formula, self.check = definition.__name__, definition, check
         self.of = contract.contract(self.op)
         names = inspect.signature(definition).parameters
+        wanted = {item.name for item in self.of.items if item.is_input or item.is_number} | {"dim"}
+        if missing := sorted(wanted - set(names)):
+            raise TypeError(
+                f"{self.op}: the definition has no {missing[0]}, expected dim and what its contract names"
+            )
         self.checked = [name for name in names if name not in _OF_ROWS]
         inputs = [item for item in self.of.items if item.is_input]
         self.wide = [item.name for item in inputs if item.shape == "NC*"]
@@ -242,7 +239,7 @@ class _RowLoss:
         lines.append("if divisor is not None:")
         lines.append(f"  divisor = _arguments.divisor_tensor({op}, divisor, reduction, {first})")
         codes = {name: f"code_of_{name}" for name in self.choices}
-        lines.append(f"return _call({operators.schema_values(self.of, codes)})")
+        lines.append(f"return _call({kernels.schema_values(self.of, codes)})")
         return "\n".join(lines)
 
     def reference(self, given: dict[str, Any]) -> torch.Tensor:

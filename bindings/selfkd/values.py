@@ -34,12 +34,7 @@ def described(value: Any) -> str:
 def number(op: str, name: str, value: Any) -> float | int:
     """`value` as a Python number: that of a scalar of NumPy or of a tensor of one element.
 
-    Raises
-    ------
-    TypeError
-        It is no number; True and False are none.
-    ValueError
-        More elements than one.
+    What is no number, as True and False are none, is a TypeError; more elements than one, a ValueError.
     """
     found = value
     if hasattr(value, "item") and hasattr(value, "shape"):
@@ -54,13 +49,7 @@ def number(op: str, name: str, value: Any) -> float | int:
 
 
 def whole(op: str, name: str, value: float | int) -> int:
-    """A number that is an int.
-
-    Raises
-    ------
-    TypeError
-        A float.
-    """
+    """A number that is an int; TypeError for a float."""
     if isinstance(value, float):
         raise TypeError(f"{op}: {name} is {described(value)}, expected a whole number")
     return value
@@ -69,10 +58,7 @@ def whole(op: str, name: str, value: float | int) -> int:
 def flag(op: str, name: str, value: Any) -> bool:
     """`value` as True or False: a bool of Python or NumPy, an array or tensor with one, or 0 or 1.
 
-    Raises
-    ------
-    TypeError
-        Anything else.
+    Anything else is a TypeError.
     """
     found = value
     if hasattr(value, "item") and hasattr(value, "shape") and math.prod(value.shape) == 1:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from .. import arguments, contract, operators
+from .. import arguments, contract, kernels
 from ..distill import (
     DistillParts,
     _call,
@@ -31,7 +31,7 @@ from .shards import (
 )
 
 _IGNORED = -100
-_values = operators.in_order(contract.contract("distill"))
+_values = kernels.in_order(contract.contract("distill"))
 _gradient = gradient("distill_backward")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from .. import arguments, contract, functions, operators
+from .. import arguments, contract, functions, kernels
 from ..sd_dropout_kl import sd_dropout_kl
 from .shards import (
     Pair,
@@ -22,7 +22,7 @@ from .shards import (
 
 _call = functions.operator(sd_dropout_kl)
 _reduction = contract.Choice("sd_dropout_kl", "reduction")
-_values = operators.in_order(contract.contract("sd_dropout_kl"))
+_values = kernels.in_order(contract.contract("sd_dropout_kl"))
 _gradient = gradient("sd_dropout_kl_backward")
 
 

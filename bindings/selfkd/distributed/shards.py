@@ -14,7 +14,7 @@ from ..sd_dropout_kl import sd_dropout_kl
 _FORM = 2 + contract.MAX_RANK  # numbers that describe a shard: classes, dtype, shape of the rows
 
 _call = functions.operator(sd_dropout_kl)
-_values = operators.in_order(contract.contract("sd_dropout_kl"))
+_values = kernels.in_order(contract.contract("sd_dropout_kl"))
 
 
 # ---- what the ranks exchange ----
@@ -114,7 +114,7 @@ def whole_of(shards: Pair) -> Pair:
 def gradient(op: str) -> type[torch.autograd.Function]:
     """The autograd.Function of a result found without autograd, which the operator differentiates."""
     run = kernels.kernel(op)
-    values = operators.in_order(contract.contract(op))
+    values = kernels.in_order(contract.contract(op))
     live = len(contract.contract(op).outputs)
 
     class Gradient(torch.autograd.Function):

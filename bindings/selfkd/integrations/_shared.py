@@ -12,6 +12,7 @@ what is wrong: there the checks come first.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -30,6 +31,11 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 Names = tuple[str, str]  # of the student's and the teacher's tensor, for sentences
 
+_RAISES = """Raises
+------
+TypeError, ValueError
+    An argument is not what it must be: it is no tensor, holds none, or does not go with the others.
+"""
 REDUCTIONS = ("batchmean", "sum", "mean", "none")  # of F.kl_div
 
 
@@ -131,7 +137,10 @@ def standardized(logits: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def explained(check: Callable[_P, Any]) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Decorator: where the function fails, `check` of its arguments raises the sentence, if it has one."""
+    """Decorator: where the function fails, `check` of its arguments raises the sentence, if it has one.
+
+    A docstring that says nothing of errors gets a section about them.
+    """
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
         @functools.wraps(function)
@@ -145,6 +154,8 @@ def explained(check: Callable[_P, Any]) -> Callable[[Callable[_P, _R]], Callable
                     raise mistake from None
                 raise
 
+        if "Raises\n" not in (doc := inspect.getdoc(function) or ""):
+            call.__doc__ = f"{doc}\n\n{_RAISES}"
         return call
 
     return decorate
