@@ -161,31 +161,26 @@ def _array(op: str, name: str, value: Any) -> Any:
         raise TypeError(f"{op}: {name} is {values.described(value)}, expected an array") from error
 
 
-def _dtype_name(array: Any) -> str:
-    return str(array.dtype).removeprefix("torch.")
-
-
 def new_outputs(
     of: Contract, arguments: Mapping[str, Any], given: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The outputs of a call: those given, and new NumPy arrays for the others."""
     import numpy as np
 
-    checker = contracts.check(of, arguments)
-    logits = _dtype_name(arguments[of.first])
-    dtypes = {"ACC": contracts.accumulator(logits), "F64": "float64", "SAME": logits}
+    forms = contracts.forms(of, arguments)
 
     def new(item: contracts.Item) -> Any:
-        if item.name in given or contracts.is_absent(item, arguments):
+        if item.name in given or item.name not in forms:
             return given.get(item.name)
-        if dtypes[item.rule] == "bfloat16":
+        shape, dtype = forms[item.name]
+        if dtype == "bfloat16":
             raise TypeError(
                 f"{of.name}: {item.name} has dtype bfloat16, which NumPy does not have, expected an array"
                 f" for it in out={{'{item.name}': ...}}"
             )
         if item.kind == "LIKE":
             return np.empty_like(np.asarray(_as_in_memory(arguments[item.shape])))
-        return np.empty(contracts.output_shape(item, checker), dtype=dtypes[item.rule])
+        return np.empty(shape, dtype=dtype)
 
     return {item.name: new(item) for item in of.outputs}
 

@@ -128,21 +128,10 @@ def draw(of: Contract, optional: bool) -> dict[str, Any]:
     return found
 
 
-def outputs(of: Contract, arguments: Mapping[str, Any]) -> dict[str, Array]:
-    """New arrays for the results of a call."""
-    checker, first = contracts.check(of, arguments), arguments[of.first].dtype
-    dtypes = {"ACC": contracts.accumulator(first), "F64": "float64", "SAME": first}
-    return {
-        item.name: Array(dtypes[item.rule], arguments[item.shape].shape)
-        if item.kind == "LIKE"
-        else Array(dtypes[item.rule], contracts.output_shape(item, checker))
-        for item in of.outputs
-        if not contracts.is_absent(item, arguments)
-    }
-
-
 def call(op: str, arguments: dict[str, Any]) -> dict[str, Array]:
-    found = outputs(contract(op), arguments)
+    """The results, in new arrays."""
+    forms = contracts.forms(contract(op), arguments)
+    found = {name: Array(dtype, shape) for name, (shape, dtype) in forms.items()}
     library.check(c.run(library.library(), op, arguments | found))
     return found
 

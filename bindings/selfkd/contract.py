@@ -240,18 +240,19 @@ class _Checker:
                 where, size = letter, self.sizes.setdefault(letter, sizes[k])
             else:
                 where, size = str(k), self.count_maps() if letter == "#" else int(letter)
-            if sizes[k] != size:
-                raise ValueError(
-                    f"{op}: {item.name} has size {sizes[k]} in dimension {where}, expected {size}"
-                )
+            self.size(item, where, sizes[k], size)
         if item.shape.endswith("*"):
             if self.trailing is None:
                 self.trailing = tuple(sizes[len(letters) :])
             for k, size in enumerate(self.trailing, len(letters)):
-                if sizes[k] != size:
-                    raise ValueError(
-                        f"{op}: {item.name} has size {sizes[k]} in dimension {k}, expected {size}"
-                    )
+                self.size(item, str(k), sizes[k], size)
+
+    def size(self, item: Item, where: str, found: Any, expected: Any) -> None:
+        if found != expected:
+            raise ValueError(
+                f"{self.contract.name}: {item.name} has size {found} in dimension {where}, expected"
+                f" {expected}"
+            )
 
     def count_maps(self) -> int:
         """The number of maps that a '#' stands for."""
@@ -337,3 +338,19 @@ def output_shape(item: Item, checker: _Checker) -> tuple[Any, ...]:
     letters = item.shape.removesuffix("*")
     sizes = tuple(int(letter) if letter.isdigit() else checker.sizes[letter] for letter in letters)
     return sizes + (tuple(checker.trailing or ()) if item.shape.endswith("*") else ())
+
+
+def forms(of: Contract, arguments: Mapping[str, Any]) -> dict[str, tuple[tuple[Any, ...], str]]:
+    """Checks a call; returns shape and dtype of each output that is there, by name."""
+    checker, first = check(of, arguments), _dtype(arguments[of.first])
+    dtypes = {"ACC": accumulator(first), "F64": "float64", "SAME": first}
+    return {
+        item.name: (
+            tuple(arguments[item.shape].shape)
+            if item.kind == "LIKE"
+            else output_shape(item, checker),
+            dtypes[item.rule],
+        )
+        for item in of.outputs
+        if not is_absent(item, arguments)
+    }

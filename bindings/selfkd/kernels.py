@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from . import arguments, c, library
+from . import c, library
 from . import contract as contracts
 from ._ops import NAMESPACE, ops
 from .contract import Contract, contract
@@ -115,18 +115,17 @@ def _fake(of: Contract) -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]
 
     def fake(*values: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
         named = by_name(of, values)
-        checker = contracts.check(of, named)
-        first = named[of.first]
-        acc = arguments.accumulator(first)
-        dtypes = {"ACC": acc, "F64": torch.float64, "SAME": first.dtype}
-        results = tuple(
-            first.new_empty(0)
-            if contracts.is_absent(item, named)
-            else torch.empty_like(named[item.shape])
-            if item.kind == "LIKE"
-            else first.new_empty(contracts.output_shape(item, checker), dtype=dtypes[item.rule])
-            for item in of.outputs
-        )
+        first, forms = named[of.first], contracts.forms(of, named)
+
+        def new(item: contracts.Item) -> torch.Tensor:
+            if item.name not in forms:
+                return first.new_empty(0)  # type: ignore[no-any-return]
+            shape, dtype = forms[item.name]
+            if item.kind == "LIKE":
+                return torch.empty_like(named[item.shape])
+            return first.new_empty(shape, dtype=getattr(torch, dtype))  # type: ignore[no-any-return]
+
+        results = tuple(map(new, of.outputs))
         return results if len(results) > 1 else results[0]
 
     return fake

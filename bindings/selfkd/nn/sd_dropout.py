@@ -16,6 +16,16 @@ from ..sd_dropout_kl import sd_dropout_kl
 
 _OP = "SDDropout"
 _LEARNS = "call selfkd.reference.sd_dropout_head, which gives it one"
+_OF_KL = ("temperature", "forward_weight", "reverse_weight", "detach_target")
+_OPTIONS = (
+    "p",
+    "kl_weight",
+    *_OF_KL,
+    "label_smoothing",
+    "ignore_index",
+    "reduction",
+    "chunk_bytes",
+)
 _has_global_hook: Callable[[], Any] = getattr(
     nn.modules.module, "_has_any_global_hook", lambda: False
 )
@@ -184,19 +194,10 @@ class SDDropout(nn.Module):
                 head.weight,  # type: ignore[attr-defined]
                 head.bias,  # type: ignore[attr-defined]
                 target,
-                p=self.p,
-                temperature=self.temperature,
-                kl_weight=self.kl_weight,
-                forward_weight=self.forward_weight,
-                reverse_weight=self.reverse_weight,
-                detach_target=self.detach_target,
-                label_smoothing=self.label_smoothing,
-                ignore_index=self.ignore_index,
+                **{name: getattr(self, name) for name in _OPTIONS},
                 row_weight=row_weight,
-                reduction=self.reduction,
                 divisor=divisor,
                 generator=generator,
-                chunk_bytes=self.chunk_bytes,
                 return_logits=return_logits,
             )
             if isinstance(found, torch.Tensor):
@@ -237,14 +238,8 @@ class SDDropout(nn.Module):
             **rows,
         )
         if samples and kl_weight != 0:  # 0 times an infinite divergence would be NaN
-            kl = sd_dropout_kl(
-                *samples,
-                temperature=self.temperature,
-                forward_weight=self.forward_weight,
-                reverse_weight=self.reverse_weight,
-                detach_target=self.detach_target,
-                **rows,
-            )
+            options = {name: getattr(self, name) for name in _OF_KL}
+            kl = sd_dropout_kl(samples[0], samples[1], **options, **rows)
             loss = loss + kl_weight * kl
         return logits, loss
 
