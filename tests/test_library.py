@@ -329,7 +329,7 @@ def test_our_shim_prototypes_are_pytorchs() -> None:
 @pytest.mark.parametrize(
     "program",
     [
-        *("test_core", "test_kl", "test_load", "test_philox"),
+        *("test_core", "test_kl", "test_load", "test_philox", "test_vectors"),
         *("test_math_plain", "test_math_fused", "test_math_f64", "test_math_f64_fused"),
     ],
 )
