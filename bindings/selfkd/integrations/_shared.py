@@ -226,3 +226,10 @@ def at(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         check_maps("at", ("student", "teacher"), student, teacher)
         return attention_reference(student, teacher)
     return attention(student, teacher)
+
+
+def distances(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """The sum over the batch of the distance of two maps (arXiv 1612.03928, equation 2)."""
+    q, p = (F.normalize(x.pow(2).sum(1).flatten(1)) for x in (student, teacher))
+    distances: torch.Tensor = torch.linalg.vector_norm(q - p, dim=1).sum()
+    return distances
