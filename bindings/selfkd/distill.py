@@ -81,7 +81,7 @@ def _teachers(
 
 
 def given(teachers: Sequence[_Teacher | None]) -> list[_Teacher]:
-    """Those that are there."""
+    """The teachers that are there."""
     return [x for x in teachers if x]
 
 

@@ -29,14 +29,14 @@ from ..sd_dropout_kl import sd_dropout_kl
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-Names = tuple[str, str]  # of the student's and the teacher's tensor, for sentences
+Names = tuple[str, str]  # what sentences call the student's and the teacher's tensor
 
 _RAISES = """Raises
 ------
 TypeError, ValueError
     An argument is not what it must be: it is no tensor, holds none, or does not go with the others.
 """
-REDUCTIONS = ("batchmean", "sum", "mean", "none")  # of F.kl_div
+REDUCTIONS = ("batchmean", "sum", "mean", "none")  # those of F.kl_div
 
 
 def check_reduction(op: str, reduction: Any) -> None:
