@@ -192,7 +192,7 @@ def _mistake(
     first: torch.Tensor | None = None
     for name, value in given.items():
         parameter = signature.parameters[name]
-        if not isinstance(parameter.annotation, str):  # of self
+        if not isinstance(parameter.annotation, str):  # that of `self` is none
             continue
         many = parameter.kind is inspect.Parameter.VAR_POSITIONAL
         try:
@@ -271,7 +271,7 @@ def classes_first(op: str, name: str, x: torch.Tensor, dim: int) -> torch.Tensor
 
 
 def logits_view(op: str, name: str, x: torch.Tensor, dim: int) -> torch.Tensor:
-    """The same as a view where strides allow, with the dimensions behind the classes merged."""
+    """`x` with its classes in dimension 1, the dimensions behind them merged; a view where strides allow."""
     return merged(x if dim == 1 else classes_first(op, name, x, dim), 2)
 
 

@@ -23,7 +23,7 @@ VARIANTS = ("base", "v3", "v4")
 # one size, as nothing is resized.
 SIZES = {"N": 3, "C": 5, "D": 6, "M": 2, "K": 4, "#": 3, "*": 2} | dict.fromkeys("HWIJL", 4)
 TOLERANCES = {"float64": 1e-11, "float32": 1e-5, "float16": 2.0**-10, "bfloat16": 2.0**-7}
-STEP = 1e-5  # of differences, whose error is its square
+STEP = 1e-5  # of the differences; their error is its square
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def worst(found: Sequence[float], exact: Sequence[float]) -> float:
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype = ctypes.py_object
 _new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-_KINDS: dict[str, tuple[Any, int]] = {  # and DLPack's code
+_KINDS: dict[str, tuple[Any, int]] = {  # type of an element, and its code in DLPack
     "float64": (ctypes.c_double, 2),
     "float32": (ctypes.c_float, 2),
     "int64": (ctypes.c_int64, 0),

@@ -81,7 +81,7 @@ def _teachers(
 
 
 def given(teachers: Sequence[_Teacher | None]) -> list[_Teacher]:
-    """Those that are there."""
+    """The teachers that are there."""
     return [x for x in teachers if x]
 
 
@@ -132,10 +132,10 @@ def of_contract(teacher: _Teacher) -> list[Any]:
 def _fused(
     logits: torch.Tensor, target: torch.Tensor | None, teachers: Any, *others: Any
 ) -> torch.Tensor | DistillParts:
-    weights, temperature, own, kind, *others = others  # type: ignore[assignment]
-    *numbers, mask_teachers, weight, reduction, divisor, dim, return_parts = others
+    of_teachers, numbers = others[:4], others[4:7]
+    mask_teachers, weight, reduction, divisor, dim, return_parts = others[7:]
     code = _reduction(reduction)
-    found = _teachers(teachers, weights, temperature, own, kind)
+    found = _teachers(teachers, *of_teachers)
     _check(logits, target, len(given(found)), mask_teachers)
     z = arguments.logits_view(_OP, "logits", logits, dim)
     values: list[Any] = [z]

@@ -62,7 +62,7 @@ def by_name(of: Contract, values: tuple[Any, ...]) -> dict[str, Any]:
     return named
 
 
-_count = itertools.count()  # of what is generated
+_count = itertools.count()  # numbers the functions that are generated
 
 
 def generate(

@@ -206,7 +206,7 @@ class Numbers:
 
     def __call__(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
         """The values with such numbers; the same tuple where they are so already."""
-        if torch.compiler.is_compiling():  # and every value is looked at
+        if torch.compiler.is_compiling():  # here every value is looked at
             return self.made(values)
         types = tuple(map(type, self.get(values)))
         if types in self.plain:

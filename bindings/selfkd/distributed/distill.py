@@ -43,7 +43,7 @@ class _Shards(NamedTuple):
     above: torch.Tensor  # the mean of top - z
     of_target: torch.Tensor  # the logit of the target, 0 elsewhere
     found: torch.Tensor  # whether the target is here
-    pairs: list[Pair]  # of each teacher: student and teacher at its temperatures
+    pairs: list[Pair]  # student and teacher at the temperatures of each teacher
 
 
 def _as_logits(teacher: _Teacher) -> torch.Tensor:

@@ -128,9 +128,7 @@ def gradient(op: str) -> type[torch.autograd.Function]:
         ) -> torch.Tensor:
             """The tensors' names and the numbers are those of the operator; the first `live` learn."""
             ctx.numbers, ctx.names, ctx.others = numbers, names, ()
-            if (
-                torch.compiler.is_dynamo_compiling()
-            ):  # of what a context holds it counts no versions
+            if torch.compiler.is_dynamo_compiling():  # versions of `ctx.others` are not counted
                 tensors, ctx.others = tensors[:live], tensors[live:]
                 ctx.save_for_backward(*tensors)
             else:

@@ -53,5 +53,5 @@ def found(
 def places(
     student_path: str, student_io: str, teacher_path: str, teacher_io: str
 ) -> tuple[Place, Place]:
-    """Those of student and teacher."""
+    """The places of student and teacher."""
     return Place("student", student_path, student_io), Place("teacher", teacher_path, teacher_io)

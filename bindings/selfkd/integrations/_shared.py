@@ -29,14 +29,14 @@ from ..sd_dropout_kl import sd_dropout_kl
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-Names = tuple[str, str]  # of the student's and the teacher's tensor, for sentences
+Names = tuple[str, str]  # what sentences call the student's and the teacher's tensor
 
 _RAISES = """Raises
 ------
 TypeError, ValueError
     An argument is not what it must be: it is no tensor, holds none, or does not go with the others.
 """
-REDUCTIONS = ("batchmean", "sum", "mean", "none")  # of F.kl_div
+REDUCTIONS = ("batchmean", "sum", "mean", "none")  # those of F.kl_div
 
 
 def check_reduction(op: str, reduction: Any) -> None:
@@ -226,3 +226,10 @@ def at(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         check_maps("at", ("student", "teacher"), student, teacher)
         return attention_reference(student, teacher)
     return attention(student, teacher)
+
+
+def distances(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """The sum over the batch of the distance of two maps (arXiv 1612.03928, equation 2)."""
+    q, p = (F.normalize(x.pow(2).sum(1).flatten(1)) for x in (student, teacher))
+    distances: torch.Tensor = torch.linalg.vector_norm(q - p, dim=1).sum()
+    return distances

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .. import arguments
@@ -292,15 +291,8 @@ class ATLoss(nn.Module):
         if self.mode == "code":
             return torch.stack([weight * _shared.at(x, t) for x, t, weight in pairs]).sum()
         self._check(student_io_dict, teacher_io_dict)
-        losses = torch.stack([weight * _distances(x, t) for x, t, weight in pairs])
+        losses = torch.stack([weight * _shared.distances(x, t) for x, t, weight in pairs])
         return losses.sum() / len(pairs[0][0])
-
-
-def _distances(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """The sum over the batch of the distance of two maps (arXiv 1612.03928, equation 2)."""
-    q, p = (F.normalize(x.pow(2).sum(1).flatten(1)) for x in (student, teacher))
-    distances: torch.Tensor = torch.linalg.vector_norm(q - p, dim=1).sum()
-    return distances
 
 
 class SDDropoutLoss(nn.Module):

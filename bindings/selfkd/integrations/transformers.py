@@ -136,7 +136,7 @@ class DistillMixin:
             raise ValueError(
                 f"{_OP}: labels is None, expected a tensor, or ce_weight=0 to train without labels"
             )
-        if labels is not None and self.shift_labels:  # and not the logits, which are read in place
+        if labels is not None and self.shift_labels:  # the logits are read in place
             labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED)
         loss: torch.Tensor = distill(  # type: ignore[assignment]
             outputs.logits,

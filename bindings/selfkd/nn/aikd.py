@@ -40,7 +40,7 @@ class AIKDParts(NamedTuple):
 
 
 def _logarithms(probs: torch.Tensor, acc: torch.dtype) -> torch.Tensor:
-    """Of the previous epoch's probabilities: PyTorch's are quicker than those in `distill`, on the CPU."""
+    """Logarithms of the previous probabilities: on the CPU PyTorch is quicker at them than `distill`."""
     if probs.device.type == "cpu" and not torch.compiler.is_compiling() and (probs < 0).any():
         raise ValueError(
             "AIKDLoss: previous_probs has negative values, expected probabilities: what "

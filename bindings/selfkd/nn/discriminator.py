@@ -11,7 +11,7 @@ from .. import arguments
 
 
 def _dtype_of(judge: nn.Module) -> torch.dtype | None:
-    """Of its first floating parameter. ``judge.parameters()`` takes five times as long."""
+    """The dtype of the first floating parameter. ``judge.parameters()`` takes five times as long."""
     for x in (judge._parameters or getattr(judge, "_former_parameters", {})).values():
         if x is not None and x.is_floating_point():
             return x.dtype

@@ -95,7 +95,7 @@ class PreviousEpoch(nn.Module):
         # What this process has written in this epoch: not what other ranks wrote, nor what a checkpoint
         # holds, whose epoch may be run again from its start.
         self.register_buffer("_own", torch.zeros(num_samples, dtype=torch.bool), persistent=False)
-        self.epochs = 0  # that have ended
+        self.epochs = 0  # number of those that have ended
         self._has_logits = False  # seen in a first update
 
     @arguments.public("PreviousEpoch")
@@ -230,7 +230,7 @@ class PreviousEpoch(nn.Module):
         samples = len(self.current)
         index = index.to(torch.int64)
         if len(index):
-            least, most = torch.stack(index.aminmax()).tolist()  # which waits for a GPU once
+            least, most = torch.stack(index.aminmax()).tolist()  # a GPU is waited for once
             if least < 0 or most >= samples:
                 outside = index[(index < 0) | (index >= samples)][0].item()
                 raise ValueError(f"PreviousEpoch: index is {outside}, expected 0 to {samples - 1}")
