@@ -2,6 +2,8 @@
 # are in ops/core/catalogue.c, which applies them when the library is loaded; these are found before it is built.
 # Alone: cmake -DHEADER=ops/simreg.h -P cmake/contracts.cmake
 function(sk_check_contracts header)
+  set(dtypes "FLOATING|SAME|ACC|F64|WEIGHT|CONSTANT|TEACHER|INDEX|SEED")
+  set(ranges "ANY|POSITIVE|NONNEGATIVE|FRACTION|BELOW_ONE")
   file(STRINGS ${header} lines REGEX "^#define [a-z0-9_]+_CONTRACT\\(|^ *X\\(")
   string(REPLACE "\\" "" lines "${lines}") # a final backslash would escape the list's separator
   foreach(line IN LISTS lines)
@@ -20,12 +22,14 @@ function(sk_check_contracts header)
     if(name IN_LIST names)
       message(FATAL_ERROR "${op}: the contract has ${name} twice")
     elseif(kind MATCHES "^(IN|INOUT|OPT|GRAD|OUT)$")
-      if(NOT rest MATCHES "^\"[A-RT-Z0-9#]*[*]?\" *, *[A-Z0-9]+$")
+      if(NOT rest MATCHES "^\"[A-RT-Z0-9#]*[*]?\" *, *(${dtypes})$")
         message(FATAL_ERROR "${op}: the contract of ${name} is wrong: expected a shape of capital letters but S, "
-                            "digits, '#' and a final '*', and a dtype, not ${rest}")
+                            "digits, '#' and a final '*', and a dtype (${dtypes}), not ${rest}")
       endif()
     elseif(kind MATCHES "^(LIKE|RESIZE)$" AND NOT last IN_LIST inputs)
       message(FATAL_ERROR "${op}: the contract of ${name} is wrong: expected the name of an input, not ${last}")
+    elseif(kind MATCHES "^(REAL|INT|BOOL)$" AND NOT rest MATCHES "^(${ranges}) *,")
+      message(FATAL_ERROR "${op}: the contract of ${name} is wrong: expected a range (${ranges}) and a default, not ${rest}")
     elseif(NOT kind MATCHES "^(LIKE|RESIZE|SCRATCH|REAL|INT|BOOL|CHOICE)$")
       message(FATAL_ERROR "${op}: the contract of ${name} is wrong: expected a kind that there is, not ${kind}")
     endif()

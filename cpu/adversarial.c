@@ -1,4 +1,6 @@
-/* Adversarial losses on the CPU: see ops/adversarial.h for the formulas. */
+/* Adversarial losses on the CPU: see ops/adversarial.h for the formulas.
+ *
+ * Test: python -m pytest tests/test_adversarial.py    Time: selfkd bench adversarial */
 #include "cpu/core/row_loss.h"
 
 #include "formula/adversarial.h"

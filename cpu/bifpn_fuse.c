@@ -1,4 +1,6 @@
-/* BiFPN fusion on the CPU, forward: see cpu/core/fusion.h. */
+/* BiFPN fusion on the CPU, forward: see cpu/core/fusion.h.
+ *
+ * Test: python -m pytest tests/test_bifpn_fuse.py    Time: selfkd bench bifpn_fuse */
 #include "cpu/core/fusion.h"
 
 SK_PARAMS(bifpn_fuse)

@@ -2,7 +2,9 @@
  * is done to a row. The gradient is in distill_backward.c.
  *
  * The logits are visited twice: for the largest of them, and for the sums that cross-entropy and KL
- * follow from. */
+ * follow from.
+ *
+ * Test: python -m pytest tests/test_distill.py    Time: selfkd bench distill */
 #include "distill.h"
 #include "cpu/core/row_loss.h"
 #include "cpu/core/teacher.h"

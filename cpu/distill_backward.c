@@ -1,4 +1,6 @@
-/* The gradient of distillation on the CPU: see distill.c. The logits are visited once. */
+/* The gradient of distillation on the CPU: see distill.c. The logits are visited once.
+ *
+ * Test: python -m pytest tests/test_distill.py    Time: selfkd bench distill */
 #include "cpu/core/row_loss.h"
 #include "cpu/core/teacher.h"
 #include "cpu/core/values.h"

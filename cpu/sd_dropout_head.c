@@ -1,6 +1,8 @@
 /* The rows of the SD-Dropout objective on the CPU: see ops/sd_dropout_head.h for the formula,
  * cpu/core/ce.h, pair.h and kl.h for what is done to a row. A row is finished before the next
- * begins: its gradients replace logits that are still in cache. */
+ * begins: its gradients replace logits that are still in cache.
+ *
+ * Test: python -m pytest tests/test_sd_dropout_head.py    Time: selfkd bench sd_dropout_head */
 #include "sd_dropout_head.h"
 #include "cpu/core/ce.h"
 #include "cpu/core/pair.h"

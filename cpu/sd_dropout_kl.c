@@ -1,5 +1,7 @@
 /* SD-Dropout on the CPU: see ops/sd_dropout_kl.h for the formula, cpu/core/pair.h for what is done
- * to a row. */
+ * to a row.
+ *
+ * Test: python -m pytest tests/test_sd_dropout_kl.py    Time: selfkd bench sd_dropout_kl */
 #include "sd_dropout_kl.h"
 #include "cpu/core/pair.h"
 #include "cpu/core/row_loss.h"

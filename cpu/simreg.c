@@ -1,5 +1,6 @@
 /* SimReg on the CPU: see ops/simreg.h for the formula, cpu/core/task.h and run.h for rows and runs.
- */
+ *
+ * Test: python -m pytest tests/test_simreg.py    Time: selfkd bench simreg */
 #include "simreg.h"
 #include "cpu/core/row_loss.h"
 #include "formula/simreg.h"

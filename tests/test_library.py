@@ -326,7 +326,13 @@ def test_our_shim_prototypes_are_pytorchs() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("program", ["test_core", "test_kl", "test_philox"])
+@pytest.mark.parametrize(
+    "program",
+    [
+        *("test_core", "test_kl", "test_load", "test_philox", "test_vectors"),
+        *("test_math_plain", "test_math_fused", "test_math_f64", "test_math_f64_fused"),
+    ],
+)
 def test_from_c(program: str, built: Path) -> None:
     done = subprocess.run([built / "tests" / program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

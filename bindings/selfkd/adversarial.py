@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from . import arguments, contract, operators
+from . import arguments, contract, functions, operators
 
 _OP = "adversarial"
 _mode = contract.Choice(_OP, "mode")
@@ -53,47 +53,20 @@ def _check(real: torch.Tensor, fake: torch.Tensor | None, side: str, reduction: 
         )
 
 
-def _loss(
+def _fused(
     real: torch.Tensor, fake: torch.Tensor | None, mode: str, side: str, reduction: str
 ) -> torch.Tensor:
-    """The formula; the operator gives an empty `fake` where there is none."""
-    acc = torch.float64 if real.dtype == torch.float64 else torch.float32
-    if side == "generator" and mode == "hinge":
-        mode = "wgan"
-    rows = _of_real(real.to(acc), mode)
-    if fake is None or (side == "generator" and fake.numel() == 0):
-        return arguments.reduce_rows(rows, None, reduction, None)
-    fake_rows = _of_fake(fake.to(acc), mode)
-    if reduction == "none":
-        return rows + fake_rows
-    real_loss, fake_loss = (
-        arguments.reduce_rows(x, None, reduction, None) for x in (rows, fake_rows)
-    )
-    return real_loss + fake_loss
-
-
-@arguments.public(_OP, learns=True)
-def reference(
-    real: torch.Tensor,
-    fake: torch.Tensor | None = None,
-    *,
-    mode: str = "bce",
-    side: str = "discriminator",
-    reduction: str = "mean",
-) -> torch.Tensor:
-    """:func:`selfkd.adversarial` in plain PyTorch, differentiable any number of times.
-
-    Same arguments and results; arithmetic in float32, or float64 for float64 scores.
-    """
-    _mode(mode), _side(side), _reduction(reduction)
+    codes = _mode(mode), _side(side), _reduction(reduction)
     _check(real, fake, side, reduction)
-    return _loss(real, fake, mode, side, reduction)
+    if fake is None:
+        fake = real.new_empty(0)
+    elif real.dtype != fake.dtype:
+        real, fake = arguments.same_dtype(real, fake)
+    result = _call(real.reshape(-1), fake.reshape(-1), *codes)
+    return result.view(real.shape) if reduction == "none" else result
 
 
-_call = operators.register(_OP, _loss)
-
-
-@arguments.public(_OP)
+@functions.fused(_fused)
 def adversarial(
     real: torch.Tensor,
     fake: torch.Tensor | None = None,
@@ -147,8 +120,7 @@ def adversarial(
     -----
     Both inputs get gradients: detach the fakes before they are scored in the discriminator's step.
     Nothing overflows, whatever the scores, and small values keep their digits: softplus(-60) is
-    e\ :sup:`-60`. relu has the gradient 0 at 0, as in PyTorch. The second derivative
-    (``create_graph=True``) goes through :mod:`selfkd.reference`.
+    e\ :sup:`-60`. relu has the gradient 0 at 0, as in PyTorch.
 
     Sources: arXiv 1406.2661 (bce, the generator's non-saturating form), 1705.02894 (hinge),
     1611.04076 (lsgan), 1701.07875 (wgan; its constraint on the discriminator is not part of this).
@@ -158,11 +130,27 @@ def adversarial(
     >>> d_loss = selfkd.adversarial(judge(real), judge(fake.detach()))
     >>> g_loss = selfkd.adversarial(judge(fake), side="generator")
     """
-    codes = _mode(mode), _side(side), _reduction(reduction)
+    _mode(mode), _side(side), _reduction(reduction)
     _check(real, fake, side, reduction)
+    acc = arguments.accumulator(real)
+    rows = _of_real(real.to(acc), "wgan" if (side, mode) == ("generator", "hinge") else mode)
     if fake is None:
-        fake = real.new_empty(0)
-    elif real.dtype != fake.dtype:
-        real, fake = arguments.same_dtype(real, fake)
-    result = _call(real.reshape(-1), fake.reshape(-1), *codes)
-    return result.view(real.shape) if reduction == "none" else result
+        return arguments.reduce_rows(rows, None, reduction, None)
+    fake_rows = _of_fake(fake.to(acc), mode)
+    if reduction == "none":
+        return rows + fake_rows
+    real_loss, fake_loss = (
+        arguments.reduce_rows(x, None, reduction, None) for x in (rows, fake_rows)
+    )
+    return real_loss + fake_loss
+
+
+reference = functions.reference(adversarial)
+
+
+def _of_contract(real: torch.Tensor, fake: torch.Tensor, side: str, **options: str) -> torch.Tensor:
+    """The reference for the arguments of the contract, in which `fake` is empty where there is none."""
+    return reference(real, None if side == "generator" else fake, side=side, **options)
+
+
+_call = operators.register(_OP, _of_contract)

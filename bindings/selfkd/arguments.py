@@ -16,13 +16,13 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.nn.functional as F
 
-from . import contract
-from .contract import number_rule
+from . import values
+from .values import described as described
+from .values import flag as flag
+from .values import number_rule as number_rule
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-
-described = contract.described
 
 
 # ---- who may learn ----
@@ -34,14 +34,9 @@ def wants_gradient(value: Any) -> bool:
 
 
 def without_gradient(op: str, name: str, value: Any, way: str | None = None) -> None:
-    """Refuse a tensor that asks for a gradient and would never get it.
+    """Raise ValueError for a tensor that asks for a gradient and would never get it.
 
     `way` says which call gives one, by default the reference of `op`.
-
-    Raises
-    ------
-    ValueError
-        The tensor asks for a gradient.
     """
     if wants_gradient(value):
         way = way or f"call selfkd.reference.{op}, which gives it one"
@@ -67,15 +62,8 @@ def number(op: str, name: str, value: Any, way: str | None = None) -> Any:
     """`value` as a Python number, in compiled code a constant.
 
     Python numbers stay what they are; NumPy scalars and tensors of one element become one (for a tensor
-    on a GPU this waits).
-
-    Raises
-    ------
-    TypeError
-        It is no number; True and False are none.
-    ValueError
-        A tensor that asks for a gradient, for which `way` is as for :func:`without_gradient`, or one of
-        more elements than one.
+    on a GPU this waits). What is no number, as True and False are none, is a TypeError; a tensor of more
+    elements, or one that asks for a gradient, is a ValueError, with `way` as for :func:`without_gradient`.
     """
     kind = type(value)
     if kind is float or kind is int:
@@ -84,15 +72,27 @@ def number(op: str, name: str, value: Any, way: str | None = None) -> Any:
         return value
     if isinstance(value, torch.Tensor):
         without_gradient(op, name, value, way)
-    return contract.number(op, name, value)
+    return values.number(op, name, value)
+
+
+def in_range(op: str, name: str, value: Any, rule: str, way: str | None = None) -> Any:
+    """`value` as :func:`number` makes it; ValueError outside the range of a rule of the contracts."""
+    found = number(op, name, value, way)
+    number_rule(op, name, found, rule)
+    return found
 
 
 def integer(op: str, name: str, value: Any) -> Any:
     """`value` as a Python int; otherwise as :func:`number`."""
-    return value if type(value) is int else contract.whole(op, name, number(op, name, value))
+    return value if type(value) is int else values.whole(op, name, number(op, name, value))
 
 
-flag = contract.flag
+def at_least(op: str, name: str, value: Any, least: int) -> int:
+    """`value` as a Python int, otherwise as :func:`number`; ValueError where it is smaller than `least`."""
+    found: int = integer(op, name, value)
+    if found < least:
+        raise ValueError(f"{op}: {name} is {found}, expected {least} or more")
+    return found
 
 
 # ---- every wrong call gets a sentence ----
@@ -144,16 +144,10 @@ def _words(annotation: str, many: bool = False) -> str:
 
 
 def require(op: str, name: str, value: Any, annotation: str) -> None:
-    """Raise the sentence for a value that is not of its type: ``"float | Sequence[float]"``.
+    """Raise TypeError for a value that is not of its type, such as ``"float | Sequence[float]"``.
 
-    Types other than those of _WORDS and sequences of them accept everything.
-
-    Raises
-    ------
-    TypeError
-        It is of another type.
-    ValueError
-        A tensor in the place of a number asks for a gradient or has more elements than one.
+    Types other than those of _WORDS and sequences of them accept everything. A tensor in the place of a
+    number raises as in :func:`number`.
     """
     parts = _alternatives(annotation)
     if not all(part in _WORDS or _element(part) for part in parts):
@@ -198,7 +192,7 @@ def _mistake(
     first: torch.Tensor | None = None
     for name, value in given.items():
         parameter = signature.parameters[name]
-        if not isinstance(parameter.annotation, str):  # of self
+        if not isinstance(parameter.annotation, str):  # that of `self` is none
             continue
         many = parameter.kind is inspect.Parameter.VAR_POSITIONAL
         try:
@@ -277,7 +271,7 @@ def classes_first(op: str, name: str, x: torch.Tensor, dim: int) -> torch.Tensor
 
 
 def logits_view(op: str, name: str, x: torch.Tensor, dim: int) -> torch.Tensor:
-    """The same as a view where strides allow, with the dimensions behind the classes merged."""
+    """`x` with its classes in dimension 1, the dimensions behind them merged; a view where strides allow."""
     return merged(x if dim == 1 else classes_first(op, name, x, dim), 2)
 
 
@@ -293,7 +287,7 @@ def divisor_tensor(op: str, divisor: Any, reduction: str, like: torch.Tensor) ->
         raise ValueError(
             f'{op}: divisor is given, expected reduction "mean" with it (not "{reduction}")'
         )
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    dtype = accumulator(like)
     if isinstance(divisor, torch.Tensor):
         without_gradient(op, "divisor", divisor)
         return divisor.to(device=like.device, dtype=dtype, non_blocking=True)
@@ -302,9 +296,13 @@ def divisor_tensor(op: str, divisor: Any, reduction: str, like: torch.Tensor) ->
         number_rule(op, "divisor", divisor, "POSITIVE")
         found: torch.Tensor = like.new_zeros((), dtype=dtype) + divisor
         return found
-    divisor = number(op, "divisor", divisor)
-    number_rule(op, "divisor", divisor, "POSITIVE")
+    divisor = in_range(op, "divisor", divisor, "POSITIVE")
     return torch.full((), divisor, dtype=dtype, device=like.device)
+
+
+def accumulator(x: torch.Tensor) -> torch.dtype:
+    """Dtype of arithmetic, weights and losses for a first tensor `x`."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def under_autocast(x: torch.Tensor) -> bool:
@@ -328,6 +326,13 @@ def expect_shape(op: str, name: str, x: torch.Tensor | None, shape: torch.Size) 
     """Raise unless a tensor that is there has that shape: nothing is broadcast."""
     if x is not None and x.shape != shape:
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected {tuple(shape)}")
+
+
+def expect_weight(op: str, name: str, x: torch.Tensor, first: torch.Tensor) -> None:
+    """Raise unless the weights of rows are in a dtype that goes with a first tensor `first`."""
+    if x.dtype not in (accumulator(first), torch.bool):
+        found, expected = (str(x).removeprefix("torch.") for x in (x.dtype, accumulator(first)))
+        raise TypeError(f"{op}: {name} has dtype {found}, expected {expected} or bool")
 
 
 def is_zero(value: Any) -> bool:

@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from . import arguments, operators
-
-_OP = "attention"
+from . import arguments, functions, operators
 
 
-@arguments.public(_OP, learns=True)
-def reference(student: torch.Tensor, teacher: torch.Tensor, *, eps: float = 1e-12) -> torch.Tensor:
-    """:func:`selfkd.attention` in plain PyTorch, differentiable any number of times.
-
-    Same arguments and results; arithmetic in float32, or float64 for a float64 student.
-    """
-    acc = torch.float64 if student.dtype == torch.float64 else torch.float32
-    maps = [x.to(acc).square().mean(1).unsqueeze(-1).flatten(1) for x in (student, teacher)]
-    lengths = (x.norm(dim=1, keepdim=True).clamp_min(eps) for x in maps)
-    q, p = (x / length for x, length in zip(maps, lengths, strict=True))
-    loss: torch.Tensor = (q - p).square().mean()
-    return loss
+def _fused(student: torch.Tensor, teacher: torch.Tensor, eps: float) -> torch.Tensor:
+    arguments.without_gradient("attention", "teacher", teacher)
+    return _call(arguments.merged(student, 2), arguments.merged(teacher, 2), eps)
 
 
-_call = operators.register(_OP, reference)
-
-
-@arguments.public(_OP)
+@functions.fused(_fused)
 def attention(student: torch.Tensor, teacher: torch.Tensor, *, eps: float = 1e-12) -> torch.Tensor:
     r"""Mean squared difference of two feature maps' attention, where each sample's has length 1.
 
@@ -50,26 +36,25 @@ def attention(student: torch.Tensor, teacher: torch.Tensor, *, eps: float = 1e-1
     torch.Tensor
         0-d, float32, or float64 for a float64 student; nan where there are no samples or positions.
 
-    Raises
-    ------
-    TypeError
-        A dtype or device that is not accepted.
-    ValueError
-        A shape or number that is not accepted, or a `teacher` that requires grad (detach it; in
-        :func:`selfkd.reference.attention` both sides learn).
-
     Notes
     -----
     Source: Ji et al., "Refine Myself by Teaching Myself: Feature Refinement via Self-Knowledge
     Distillation", arXiv 2103.08273, as in its authors' code (MingiJi/FRSKD), where the weight 100 goes
     with this mean of squares; and Zagoruyko, Komodakis, arXiv 1612.03928. Maps that nearly agree
     keep their digits, and equal maps give exactly 0. A sample of zeros has the map 0 and gradient 0.
-    Kept for backward are 16 bytes a position. The second derivative (``create_graph=True``)
-    goes through :mod:`selfkd.reference`.
+    Kept for backward are 16 bytes a position.
 
     Examples
     --------
     >>> loss = sum(selfkd.attention(f, t.detach()) for f, t in zip(features, teacher_features))
     """
-    arguments.without_gradient(_OP, "teacher", teacher)
-    return _call(arguments.merged(student, 2), arguments.merged(teacher, 2), eps)
+    acc = arguments.accumulator(student)
+    maps = [x.to(acc).square().mean(1).unsqueeze(-1).flatten(1) for x in (student, teacher)]
+    lengths = (x.norm(dim=1, keepdim=True).clamp_min(eps) for x in maps)
+    q, p = (x / length for x, length in zip(maps, lengths, strict=True))
+    loss: torch.Tensor = (q - p).square().mean()
+    return loss
+
+
+reference = functions.reference(attention)
+_call = operators.register("attention", reference)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import arguments, contract, operators
+from . import arguments, contract, functions, kernels, operators
 
 _OP = "bifpn_fuse"
 _activation = contract.Choice(_OP, "activation")
@@ -47,75 +47,41 @@ def _resized(x: torch.Tensor, way: str, size: torch.Size) -> torch.Tensor:
     return x
 
 
-def _accumulator(first: torch.Tensor) -> torch.dtype:
-    return torch.float64 if first.dtype == torch.float64 else torch.float32
-
-
 def _as_read(weight: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
     """The weight as it is read; a gradient comes back in its own dtype, as of a module in half."""
-    dtype = _accumulator(first)
+    dtype = arguments.accumulator(first)
     return weight if weight.dtype == dtype or not weight.is_floating_point() else weight.to(dtype)
 
 
-@arguments.public(_OP, learns=True)
-def reference(
-    *inputs: torch.Tensor,
-    weight: torch.Tensor | None = None,
-    resize: Sequence[str | None] | None = None,
-    activation: str = "relu",
-    activate: str = "inputs",
-    eps: float = 1e-6,
+def _fused(
+    inputs: tuple[torch.Tensor, ...],
+    weight: torch.Tensor | None,
+    resize: Sequence[str | None] | None,
+    activation: str,
+    activate: str,
+    eps: float,
 ) -> torch.Tensor:
-    """:func:`selfkd.bifpn_fuse` in plain PyTorch, differentiable any number of times.
-
-    Same arguments and results; arithmetic in float32, or float64 for float64 maps.
-    """
     _check(inputs)
-    _activation(activation), _activate(activate)
-    act: Callable[[torch.Tensor], torch.Tensor] = {
-        "none": lambda x: x,
-        "relu": F.relu,
-        "silu": F.silu,
-    }[activation]
+    ways = _ways(resize, len(inputs))
+    codes = [choice(way) for choice, way in zip(_resize[: len(ways)], ways, strict=True)]
+    if any(x.dtype != inputs[0].dtype for x in inputs):
+        inputs = arguments.same_dtype(*inputs)
     first = inputs[0]
-    acc = _accumulator(first)
-    factors: Sequence[Any] = [1] * len(inputs)
-    if weight is not None:
-        weight = _as_read(weight, first)
-        factors = (F.relu(weight) / (F.relu(weight).sum() + eps)).unbind()
-    fused: Any = 0
-    for x, factor, way in zip(inputs, factors, ["none", *_ways(resize, len(inputs))], strict=True):
-        operand = act(x.to(acc)) if activate == "inputs" else x.to(acc)
-        operand = _resized(operand, way, first.shape[2:])
-        if operand.shape != first.shape:
-            raise ValueError(
-                f"{_OP}: an input has shape {tuple(x.shape)}, expected {tuple(first.shape)} once"
-                f" resize is {way}"
-            )
-        fused = fused + factor * operand
-    return (fused if activate == "inputs" else act(fused)).to(first.dtype)
+    named = {"c": inputs[2], "resize_c": codes[1]} if len(inputs) == 3 else {}
+    values = _values(
+        a=first,
+        b=inputs[1],
+        weight=None if weight is None else _as_read(weight, first),
+        resize_b=codes[0],
+        activation=_activation(activation),
+        activate=_activate(activate),
+        eps=eps,
+        **named,
+    )
+    return _call(*values)
 
 
-def by_contract(
-    function: Callable[..., torch.Tensor],
-    a: torch.Tensor,
-    b: torch.Tensor,
-    c: torch.Tensor | None = None,
-    *,
-    resize_b: str = "none",
-    resize_c: str = "none",
-    **named: Any,
-) -> torch.Tensor:
-    """Call :func:`bifpn_fuse` or its reference with the arguments of the contract."""
-    inputs = (a, b) if c is None else (a, b, c)
-    ways = [None if way == "none" else way for way in ("none", resize_b, resize_c)]
-    return function(*inputs, resize=ways[: len(inputs)], **named)
-
-
-_call = operators.register(_OP, functools.partial(by_contract, reference))
-
-
-@arguments.public(_OP)
+@functions.fused(_fused)
 def bifpn_fuse(
     *inputs: torch.Tensor,
     weight: torch.Tensor | None = None,
@@ -174,8 +140,7 @@ def bifpn_fuse(
     All inputs and `weight` get gradients, those of relu being 0 at 0. Ties of the pooling are resolved
     as in PyTorch: the first maximum of a window gets the gradient, and NaN wins. Sums are in float32
     (float64 for float64 maps), as are the positions of ``"nearest"``, for every dtype. For backward
-    nothing is kept but the inputs. The second derivative (``create_graph=True``) goes through
-    :mod:`selfkd.reference`.
+    nothing is kept but the inputs.
 
     Source: Ji, Shin, Hwang, Park, Moon, "Refine Myself by Teaching Myself: Feature Refinement via
     Self-Knowledge Distillation" (FRSKD), CVPR 2021, and its authors' code; Tan, Pang, Le,
@@ -189,24 +154,49 @@ def bifpn_fuse(
     ... )
     """
     _check(inputs)
-    ways = _ways(resize, len(inputs))
-    codes = [choice(way) for choice, way in zip(_resize[: len(ways)], ways, strict=True)]
+    _activation(activation), _activate(activate)
+    act: Callable[[torch.Tensor], torch.Tensor] = {
+        "none": lambda x: x,
+        "relu": F.relu,
+        "silu": F.silu,
+    }[activation]
     first = inputs[0]
-    if arguments.under_autocast(first):
-        dtype = functools.reduce(torch.promote_types, [x.dtype for x in inputs])
-        inputs = tuple(x.to(dtype) for x in inputs)
-        first = inputs[0]
-    three = len(inputs) == 3
-    return _call(
-        first,
-        inputs[1],
-        inputs[2] if three else first,
-        three,
-        first if weight is None else _as_read(weight, first),
-        weight is not None,
-        codes[0],
-        codes[1] if three else 0,
-        _activation(activation),
-        _activate(activate),
-        eps,
-    )
+    acc = arguments.accumulator(first)
+    factors: Sequence[Any] = [1] * len(inputs)
+    if weight is not None:
+        weight = _as_read(weight, first)
+        factors = (F.relu(weight) / (F.relu(weight).sum() + eps)).unbind()
+    fused: Any = 0
+    for x, factor, way in zip(inputs, factors, ["none", *_ways(resize, len(inputs))], strict=True):
+        operand = act(x.to(acc)) if activate == "inputs" else x.to(acc)
+        operand = _resized(operand, way, first.shape[2:])
+        if operand.shape != first.shape:
+            raise ValueError(
+                f"{_OP}: an input has shape {tuple(x.shape)}, expected {tuple(first.shape)} once"
+                f" resize is {way}"
+            )
+        fused = fused + factor * operand
+    return (fused if activate == "inputs" else act(fused)).to(first.dtype)
+
+
+reference = functions.reference(bifpn_fuse)
+
+
+def by_contract(
+    function: Callable[..., torch.Tensor],
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor | None = None,
+    *,
+    resize_b: str = "none",
+    resize_c: str = "none",
+    **named: Any,
+) -> torch.Tensor:
+    """Call :func:`bifpn_fuse` or its reference with the arguments of the contract."""
+    inputs = (a, b) if c is None else (a, b, c)
+    ways = [None if way == "none" else way for way in ("none", resize_b, resize_c)]
+    return function(*inputs, resize=ways[: len(inputs)], **named)
+
+
+_call = operators.register(_OP, functools.partial(by_contract, reference))
+_values = kernels.in_order(contract.contract(_OP))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from . import contract as contracts
-from . import library
+from . import library, values
 from .contract import Contract, contract, operators
 
 __all__ = ["operators"]
@@ -99,7 +99,7 @@ def describe(op: str, name: str, array: Any, written: bool = False) -> tuple[Ten
         capsule = _as_in_memory(array).__dlpack__()
     except (AttributeError, BufferError, TypeError, ValueError, NotImplementedError) as error:
         raise TypeError(
-            f"{op}: {name} is {contracts.described(array)} that DLPack does not hand over ({error}), "
+            f"{op}: {name} is {values.described(array)} that DLPack does not hand over ({error}), "
             "expected a dense array in memory"
         ) from error
     return Tensor.from_address(_capsule_pointer(capsule, b"dltensor")), capsule
@@ -158,13 +158,7 @@ def _array(op: str, name: str, value: Any) -> Any:
     try:
         return np.array(value)
     except ValueError as error:  # lists of several lengths
-        raise TypeError(
-            f"{op}: {name} is {contracts.described(value)}, expected an array"
-        ) from error
-
-
-def _dtype_name(array: Any) -> str:
-    return str(array.dtype).removeprefix("torch.")
+        raise TypeError(f"{op}: {name} is {values.described(value)}, expected an array") from error
 
 
 def new_outputs(
@@ -173,33 +167,32 @@ def new_outputs(
     """The outputs of a call: those given, and new NumPy arrays for the others."""
     import numpy as np
 
-    checker = contracts.check(of, arguments)
-    logits = _dtype_name(arguments[of.first])
-    dtypes = {"ACC": contracts.accumulator(logits), "F64": "float64", "SAME": logits}
+    forms = contracts.forms(of, arguments)
 
     def new(item: contracts.Item) -> Any:
-        if item.name in given or contracts.is_absent(item, arguments):
+        if item.name in given or item.name not in forms:
             return given.get(item.name)
-        if dtypes[item.rule] == "bfloat16":
+        shape, dtype = forms[item.name]
+        if dtype == "bfloat16":
             raise TypeError(
                 f"{of.name}: {item.name} has dtype bfloat16, which NumPy does not have, expected an array"
                 f" for it in out={{'{item.name}': ...}}"
             )
         if item.kind == "LIKE":
             return np.empty_like(np.asarray(_as_in_memory(arguments[item.shape])))
-        return np.empty(contracts.output_shape(item, checker), dtype=dtypes[item.rule])
+        return np.empty(shape, dtype=dtype)
 
     return {item.name: new(item) for item in of.outputs}
 
 
 def _whole(op: str, name: str, value: Any) -> int:
-    return contracts.whole(op, name, contracts.number(op, name, value))
+    return values.whole(op, name, values.number(op, name, value))
 
 
 _NUMBERS = {
-    "REAL": contracts.number,
+    "REAL": values.number,
     "INT": _whole,
-    "BOOL": contracts.flag,
+    "BOOL": values.flag,
     "CHOICE": _whole,
     "RESIZE": _whole,
 }

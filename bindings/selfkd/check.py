@@ -1,9 +1,8 @@
-"""``selfkd check``: a short self-test of every operator on this machine.
+"""``selfkd check`` without PyTorch: a short self-test of every operator on this machine.
 
-With PyTorch: :mod:`selfkd.check_torch`. Without, the C functions are called on plain memory, forward
-and backward: values against formulas, every gradient against differences of the float64 function,
-and every CPU variant in float32 against it. Numbers and choices have their defaults; optional inputs
-are given.
+The C functions are called on plain memory, forward and backward: values against formulas, every
+gradient against differences of the float64 function, and every CPU variant in float32 against it.
+Numbers and choices have their defaults; optional inputs are given.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ VARIANTS = ("base", "v3", "v4")
 # one size, as nothing is resized.
 SIZES = {"N": 3, "C": 5, "D": 6, "M": 2, "K": 4, "#": 3, "*": 2} | dict.fromkeys("HWIJL", 4)
 TOLERANCES = {"float64": 1e-11, "float32": 1e-5, "float16": 2.0**-10, "bfloat16": 2.0**-7}
-STEP = 1e-5  # of differences, whose error is its square
+STEP = 1e-5  # of the differences; their error is its square
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def worst(found: Sequence[float], exact: Sequence[float]) -> float:
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype = ctypes.py_object
 _new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-_KINDS: dict[str, tuple[Any, int]] = {  # and DLPack's code
+_KINDS: dict[str, tuple[Any, int]] = {  # type of an element, and its code in DLPack
     "float64": (ctypes.c_double, 2),
     "float32": (ctypes.c_float, 2),
     "int64": (ctypes.c_int64, 0),
@@ -129,21 +128,10 @@ def draw(of: Contract, optional: bool) -> dict[str, Any]:
     return found
 
 
-def outputs(of: Contract, arguments: Mapping[str, Any]) -> dict[str, Array]:
-    """New arrays for the results of a call."""
-    checker, first = contracts.check(of, arguments), arguments[of.first].dtype
-    dtypes = {"ACC": contracts.accumulator(first), "F64": "float64", "SAME": first}
-    return {
-        item.name: Array(dtypes[item.rule], arguments[item.shape].shape)
-        if item.kind == "LIKE"
-        else Array(dtypes[item.rule], contracts.output_shape(item, checker))
-        for item in of.outputs
-        if not contracts.is_absent(item, arguments)
-    }
-
-
 def call(op: str, arguments: dict[str, Any]) -> dict[str, Array]:
-    found = outputs(contract(op), arguments)
+    """The results, in new arrays."""
+    forms = contracts.forms(contract(op), arguments)
+    found = {name: Array(dtype, shape) for name, (shape, dtype) in forms.items()}
     library.check(c.run(library.library(), op, arguments | found))
     return found
 
@@ -275,20 +263,3 @@ def without_torch() -> Iterator[Line]:
                 yield check_operator(op, isas)
             except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
                 yield Line(op, ", ".join(isas), {}, {}, failure=str(error))
-
-
-def main() -> int:
-    """Print a line for each operator and place; returns 1 when something is off."""
-    try:
-        from .check_torch import with_torch as lines
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        print("PyTorch is not installed: the C functions alone are checked\n")
-        lines = without_torch
-    wrong = 0
-    for line in lines():
-        print(line, flush=True)
-        wrong += not line.is_right
-    print(f"\n{wrong} of these lines are wrong" if wrong else "\nall is right")
-    return 1 if wrong else 0

@@ -28,7 +28,7 @@ LARGER = SIZES | {
 
 
 def contract_of(op: str) -> Contract:
-    """That of the library, or of an operator made of others in Python."""
+    """The contract in the library, or in Python where the operator is made of others."""
     if op in operators():
         return contract(op)
     own: Contract = importlib.import_module(f".{op}", __package__)._CONTRACT

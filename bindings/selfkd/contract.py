@@ -1,21 +1,20 @@
 """The contracts of ``ops/*.h``, read from the library, and their rules in Python.
 
-The rules are those of ``ops/core/check.c`` and ``values.c``, with the same words: here they serve fake tensors
-(``torch.compile``) and turn the RuntimeError of an operator into the ValueError or TypeError of a
-Python function.
+The rules are those of ``ops/core/check.c`` and ``values.c``, with the same words: here they serve
+fake tensors (``torch.compile``) and turn the RuntimeError of an operator into the ValueError or
+TypeError of a Python function.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import library
+from .values import described, number_rule
 
 _FLOATING = ("float16", "bfloat16", "float32", "float64")
 _KNOWN = {
@@ -155,77 +154,6 @@ class Choice:
 # ---- the rules ----
 
 
-def described(value: Any) -> str:
-    """What a value is, in the words of a sentence: ``a list``, ``the string "x"``."""
-    if value is None or isinstance(value, bool):
-        return str(value)
-    if isinstance(value, str):
-        return f'the string "{value}"'
-    if isinstance(value, numbers.Number):
-        return f"the number {value}"
-    kind = type(value)
-    bases = {f"{x.__module__}.{x.__name__}" for x in kind.__mro__}
-    name = kind.__name__
-    if "torch.Tensor" in bases:
-        name = f"tensor of shape {tuple(value.shape)}"
-    elif "numpy.ndarray" in bases:
-        name = "NumPy array"
-    elif "torch.nn.modules.module.Module" in bases:
-        name = f"module ({name})"
-    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
-
-
-def number(op: str, name: str, value: Any) -> float | int:
-    """`value` as a Python number: that of a scalar of NumPy or of a tensor of one element.
-
-    Raises
-    ------
-    TypeError
-        It is no number; True and False are none.
-    ValueError
-        More elements than one.
-    """
-    found = value
-    if hasattr(value, "item") and hasattr(value, "shape"):
-        if math.prod(value.shape) != 1:
-            raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}, expected a number")
-        found = value.item()
-    elif isinstance(value, numbers.Real) and not isinstance(value, (bool, int)):
-        found = float(value)
-    if type(found) is float or type(found) is int:
-        return found
-    raise TypeError(f"{op}: {name} is {described(value)}, expected a number")
-
-
-def whole(op: str, name: str, value: float | int) -> int:
-    """A number that is an int.
-
-    Raises
-    ------
-    TypeError
-        A float.
-    """
-    if isinstance(value, float):
-        raise TypeError(f"{op}: {name} is {described(value)}, expected a whole number")
-    return value
-
-
-def flag(op: str, name: str, value: Any) -> bool:
-    """`value` as True or False: a bool of Python or NumPy, an array or tensor with one, or 0 or 1.
-
-    Raises
-    ------
-    TypeError
-        Anything else.
-    """
-    found = value
-    if hasattr(value, "item") and hasattr(value, "shape") and math.prod(value.shape) == 1:
-        found = value.item()
-    if isinstance(found, bool) or (type(value) is int and value in (0, 1)):
-        return bool(found)
-    raise TypeError(f"{op}: {name} is {described(value)}, expected True or False")
-
-
 def _dtype(tensor: Any) -> str:
     dtype = tensor.dtype
     name = str(dtype).removeprefix("torch.")
@@ -246,21 +174,6 @@ def _device(tensor: Any) -> str:
 def accumulator(dtype: str) -> str:
     """Dtype of losses and weights for logits of `dtype`."""
     return "float64" if dtype == "float64" else "float32"
-
-
-def number_rule(name: str, item: str, value: float, rule: str) -> None:
-    """Raise ValueError when a number is outside its range."""
-    expected = {
-        "POSITIVE": None if 0 < value < math.inf else "a finite number > 0",
-        "NONNEGATIVE": None if 0 <= value < math.inf else "a finite number >= 0",
-        "FRACTION": None if 0 <= value <= 1 else "a number from 0 to 1",
-        "BELOW_ONE": None if 0 <= value < 1 else "a number >= 0 and < 1",
-    }.get(rule)
-    if "|" in rule and not 0 <= value < len(choices := rule.split("|")):
-        *most, last = [f"{k} ({choice})" for k, choice in enumerate(choices)]
-        expected = f"{', '.join(most)} or {last}"
-    if expected:
-        raise ValueError(f"{name}: {item} is {value:g}, expected {expected}")
 
 
 class _Checker:
@@ -327,18 +240,19 @@ class _Checker:
                 where, size = letter, self.sizes.setdefault(letter, sizes[k])
             else:
                 where, size = str(k), self.count_maps() if letter == "#" else int(letter)
-            if sizes[k] != size:
-                raise ValueError(
-                    f"{op}: {item.name} has size {sizes[k]} in dimension {where}, expected {size}"
-                )
+            self.size(item, where, sizes[k], size)
         if item.shape.endswith("*"):
             if self.trailing is None:
                 self.trailing = tuple(sizes[len(letters) :])
             for k, size in enumerate(self.trailing, len(letters)):
-                if sizes[k] != size:
-                    raise ValueError(
-                        f"{op}: {item.name} has size {sizes[k]} in dimension {k}, expected {size}"
-                    )
+                self.size(item, str(k), sizes[k], size)
+
+    def size(self, item: Item, where: str, found: Any, expected: Any) -> None:
+        if found != expected:
+            raise ValueError(
+                f"{self.contract.name}: {item.name} has size {found} in dimension {where}, expected"
+                f" {expected}"
+            )
 
     def count_maps(self) -> int:
         """The number of maps that a '#' stands for."""
@@ -424,3 +338,19 @@ def output_shape(item: Item, checker: _Checker) -> tuple[Any, ...]:
     letters = item.shape.removesuffix("*")
     sizes = tuple(int(letter) if letter.isdigit() else checker.sizes[letter] for letter in letters)
     return sizes + (tuple(checker.trailing or ()) if item.shape.endswith("*") else ())
+
+
+def forms(of: Contract, arguments: Mapping[str, Any]) -> dict[str, tuple[tuple[Any, ...], str]]:
+    """Checks a call; returns shape and dtype of each output that is there, by name."""
+    checker, first = check(of, arguments), _dtype(arguments[of.first])
+    dtypes = {"ACC": accumulator(first), "F64": "float64", "SAME": first}
+    return {
+        item.name: (
+            tuple(arguments[item.shape].shape)
+            if item.kind == "LIKE"
+            else output_shape(item, checker),
+            dtypes[item.rule],
+        )
+        for item in of.outputs
+        if not is_absent(item, arguments)
+    }

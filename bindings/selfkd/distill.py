@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 
-from . import arguments, contract, operators
+from . import arguments, contract, functions, operators
 
 _OP = "distill"
 _LEARNS_TOO = (
@@ -81,7 +81,7 @@ def _teachers(
 
 
 def given(teachers: Sequence[_Teacher | None]) -> list[_Teacher]:
-    """Those that are there."""
+    """The teachers that are there."""
     return [x for x in teachers if x]
 
 
@@ -114,75 +114,6 @@ def _kl_rows(logits: torch.Tensor, teacher: _Teacher) -> torch.Tensor:
     return found
 
 
-@arguments.public(_OP, learns=True)
-def reference(
-    logits: torch.Tensor,
-    target: torch.Tensor | None = None,
-    teachers: torch.Tensor | Sequence[torch.Tensor | None] | None = (),
-    *,
-    teacher_weights: float | Sequence[float] = 1.0,
-    temperature: float | Sequence[float] = 4.0,
-    teacher_temperature: float | Sequence[float | None] | None = None,
-    teacher_kind: str | Sequence[str] = "logits",
-    ce_weight: float = 1.0,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    mask_teachers: bool = False,
-    weight: torch.Tensor | None = None,
-    reduction: str = "mean",
-    divisor: float | torch.Tensor | None = None,
-    dim: int = 1,
-    return_parts: bool = False,
-) -> torch.Tensor | DistillParts:
-    """:func:`selfkd.distill` in plain PyTorch, differentiable any number of times.
-
-    Same arguments and results; arithmetic in float32, or float64 for float64 logits.
-    """
-    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    found = given(
-        _teachers(teachers, teacher_weights, temperature, teacher_temperature, teacher_kind)
-    )
-    _check(logits, target, len(found), mask_teachers)
-    _reduction(reduction)
-    logits = arguments.classes_first(_OP, "logits", logits, dim).to(acc)
-    found = [
-        x._replace(logits=arguments.classes_first(_OP, "teachers", x.logits, dim))
-        for x in found
-        if not arguments.is_zero(x.weight)
-    ]
-    for teacher in found:
-        arguments.expect_shape(_OP, "teachers", teacher.logits, logits.shape)
-    for name, x in (("target", target), ("weight", weight)):
-        arguments.expect_shape(_OP, name, x, logits[:, 0].shape)
-    live = torch.ones_like(logits[:, 0], dtype=torch.bool)
-    if weight is not None:  # what is skipped must not reach the gradient either
-        live = weight != 0
-        logits = logits.masked_fill(~live.unsqueeze(1), 0)
-    w = live.to(acc) if weight is None else weight.to(acc)
-    valid = live if target is None else live & (target != ignore_index)
-    taught = valid if mask_teachers else live
-
-    ce_rows, kl_rows = torch.zeros_like(w), torch.zeros_like(w)
-    has_ce = target is not None and not arguments.is_zero(ce_weight)
-    if target is not None and has_ce:
-        rows = arguments.cross_entropy(logits, target.masked_fill(~valid, 0), label_smoothing)
-        ce_rows = torch.where(valid, ce_weight * w * rows, 0)
-    for teacher in found:
-        rows = torch.where(taught, teacher.weight * w * _kl_rows(logits, teacher), 0)
-        kl_rows = kl_rows + rows
-    if reduction == "none":
-        ce, kl = ce_rows, kl_rows
-    else:
-        ce = arguments.reduce_rows(ce_rows, w * valid, reduction, divisor)
-        kl = arguments.reduce_rows(kl_rows, w * taught, reduction, divisor)
-        if not has_ce:
-            ce = ce_rows.sum()
-        if not found:
-            kl = kl_rows.sum()
-    loss = ce + kl
-    return DistillParts(loss, ce.detach(), kl.detach()) if return_parts else loss
-
-
 _OF_A_TEACHER = {  # the contract's names, those of the functions, and what stands for None
     "teacher": ("teachers", None),
     "teacher_weight": ("teacher_weights", 1.0),
@@ -192,29 +123,48 @@ _OF_A_TEACHER = {  # the contract's names, those of the functions, and what stan
 }
 
 
-def by_contract(function: Callable[..., Any], **named: Any) -> Any:
-    """Call :func:`distill` or its reference with the arguments of the contract."""
-    columns: dict[str, list[Any]] = {public: [] for public, _ in _OF_A_TEACHER.values()}
-    for prefix in ("", "second_"):
-        values = [named.pop(prefix + name, None) for name in _OF_A_TEACHER]
-        if values[0] is None:
-            continue
-        for value, (public, default) in zip(values, _OF_A_TEACHER.values(), strict=True):
-            columns[public].append(default if value is None else value)
-    return function(**named, **columns)
+def of_contract(teacher: _Teacher) -> list[Any]:
+    """Numbers and kind of a teacher, in the contract's order."""
+    _, weight, temperature, own_temperature, kind = teacher
+    return [weight, temperature, own_temperature, _kind(kind)]
 
 
-_NAMES = {
-    prefix + name: public + index
-    for prefix, index in (("", ""), ("second_", "[1]"))
-    for name, (public, _) in _OF_A_TEACHER.items()
-} | {"teacher": "teachers[0]"}
-_call = operators.register(_OP, lambda **named: by_contract(reference, **named), _NAMES)
-_reduction = contract.Choice(_OP, "reduction")
-_kind = contract.Choice(_OP, "teacher_kind")
+def _fused(
+    logits: torch.Tensor, target: torch.Tensor | None, teachers: Any, *others: Any
+) -> torch.Tensor | DistillParts:
+    of_teachers, numbers = others[:4], others[4:7]
+    mask_teachers, weight, reduction, divisor, dim, return_parts = others[7:]
+    code = _reduction(reduction)
+    found = _teachers(teachers, *of_teachers)
+    _check(logits, target, len(given(found)), mask_teachers)
+    z = arguments.logits_view(_OP, "logits", logits, dim)
+    values: list[Any] = [z]
+    values += [z, False] if target is None else [arguments.merged(target, 1), True]
+    slots = [*found, None, None][:2]
+    for k, teacher in enumerate(slots):
+        x = z
+        if teacher:
+            arguments.without_gradient(_OP, f"teachers[{k}]", teacher.logits, _LEARNS_TOO)
+            x = arguments.logits_view(_OP, f"teachers[{k}]", teacher.logits, dim)
+        values += [x, teacher is not None]
+    values += [z if weight is None else arguments.weight_view(_OP, weight), weight is not None]
+    values += [
+        z if divisor is None else arguments.divisor_tensor(_OP, divisor, reduction, z),
+        divisor is not None,
+    ]
+    values += numbers
+    for teacher in slots:
+        values += of_contract(teacher) if teacher else _ABSENT
+    values += [mask_teachers, code]
+    if not return_parts:
+        return _call(*values)
+    loss, ce, kl, rows, ce_rows, kl_rows, *_ = _call.outputs(*values)
+    if reduction == "none":
+        return DistillParts(rows, ce_rows, kl_rows)
+    return DistillParts(loss, ce, kl)
 
 
-@arguments.public(_OP)
+@functions.fused(_fused)
 def distill(
     logits: torch.Tensor,
     target: torch.Tensor | None = None,
@@ -262,18 +212,12 @@ def distill(
         As for :func:`torch.nn.functional.cross_entropy`.
     mask_teachers
         Leave the positions whose target is `ignore_index` out of the KL terms too.
-    weight
-        Weight of each position, or a bool mask: shape of the logits without classes, float32 (float64
-        with float64 logits) or bool. A position of weight 0 is skipped: value 0 and gradient 0, even
-        where its logits are NaN.
     reduction
         ``"mean"``: each term's weighted sum over the sum of the weights of its positions; ``"sum"``;
         ``"none"``: one value for each position.
     divisor
         Denominator of ``"mean"`` in place of the sums of the weights: a positive number or a 0-d tensor,
         such as a token count over all ranks.
-    dim
-        Dimension of the classes.
     return_parts
         Return :class:`~selfkd.distill.DistillParts` (loss, ce, kl), the last two for logging:
         detached, and already on the device.
@@ -290,10 +234,9 @@ def distill(
     ValueError
         A shape or number that is not accepted; a teacher, weight, divisor or number that requires grad
         (detach it; or :func:`selfkd.reference.distill`, in which everything learns, or
-        :func:`selfkd.sd_dropout_kl`, in which both sides do); more than two teachers; neither target
-        nor teachers; on
-        the CPU also a target out of range and probabilities that do not sum to 1 (within 1 %). On CUDA a
-        target out of range is a device assertion.
+        :func:`selfkd.sd_dropout_kl`, in which both sides do); more than two teachers; neither target nor
+        teachers; on the CPU also a target out of range and probabilities that do not sum to 1 (within
+        1 %). On CUDA a target out of range is a device assertion.
 
     Notes
     -----
@@ -308,35 +251,71 @@ def distill(
     ...                               temperature=(4.0, 1.0), teacher_kind=("logits", "probs"),
     ...                               return_parts=True)
     """
-    code = _reduction(reduction)
-    found = _teachers(teachers, teacher_weights, temperature, teacher_temperature, teacher_kind)
-    _check(logits, target, len(given(found)), mask_teachers)
-    z = arguments.logits_view(_OP, "logits", logits, dim)
-    values: list[Any] = [z]
-    values += [z, False] if target is None else [arguments.merged(target, 1), True]
-    slots = [*found, None, None][:2]
-    for k, teacher in enumerate(slots):
-        x = z
-        if teacher:
-            arguments.without_gradient(_OP, f"teachers[{k}]", teacher.logits, _LEARNS_TOO)
-            x = arguments.logits_view(_OP, f"teachers[{k}]", teacher.logits, dim)
-        values += [x, teacher is not None]
-    values += [z if weight is None else arguments.weight_view(_OP, weight), weight is not None]
-    values += [
-        z if divisor is None else arguments.divisor_tensor(_OP, divisor, reduction, z),
-        divisor is not None,
+    acc = arguments.accumulator(logits)
+    found = given(
+        _teachers(teachers, teacher_weights, temperature, teacher_temperature, teacher_kind)
+    )
+    _check(logits, target, len(found), mask_teachers)
+    _reduction(reduction)
+    logits = arguments.classes_first(_OP, "logits", logits, dim).to(acc)
+    found = [
+        x._replace(logits=arguments.classes_first(_OP, "teachers", x.logits, dim))
+        for x in found
+        if not arguments.is_zero(x.weight)
     ]
-    values += [ce_weight, label_smoothing, ignore_index]
-    for teacher in slots:
-        values += (
-            [teacher.weight, teacher.temperature, teacher.own_temperature, _kind(teacher.kind)]
-            if teacher
-            else _ABSENT
-        )
-    values += [mask_teachers, code]
-    if not return_parts:
-        return _call(*values)
-    loss, ce, kl, rows, ce_rows, kl_rows, *_ = _call.outputs(*values)
+    for teacher in found:
+        arguments.expect_shape(_OP, "teachers", teacher.logits, logits.shape)
+    for name, x in (("target", target), ("weight", weight)):
+        arguments.expect_shape(_OP, name, x, logits[:, 0].shape)
+    live = torch.ones_like(logits[:, 0], dtype=torch.bool)
+    if weight is not None:  # what is skipped must not reach the gradient either
+        live = weight != 0
+        logits = logits.masked_fill(~live.unsqueeze(1), 0)
+    w = live.to(acc) if weight is None else weight.to(acc)
+    valid = live if target is None else live & (target != ignore_index)
+    taught = valid if mask_teachers else live
+
+    ce_rows, kl_rows = torch.zeros_like(w), torch.zeros_like(w)
+    has_ce = target is not None and not arguments.is_zero(ce_weight)
+    if target is not None and has_ce:
+        rows = arguments.cross_entropy(logits, target.masked_fill(~valid, 0), label_smoothing)
+        ce_rows = torch.where(valid, ce_weight * w * rows, 0)
+    for teacher in found:
+        rows = torch.where(taught, teacher.weight * w * _kl_rows(logits, teacher), 0)
+        kl_rows = kl_rows + rows
     if reduction == "none":
-        return DistillParts(rows, ce_rows, kl_rows)
-    return DistillParts(loss, ce, kl)
+        ce, kl = ce_rows, kl_rows
+    else:
+        ce = arguments.reduce_rows(ce_rows, w * valid, reduction, divisor)
+        kl = arguments.reduce_rows(kl_rows, w * taught, reduction, divisor)
+        if not has_ce:
+            ce = ce_rows.sum()
+        if not found:
+            kl = kl_rows.sum()
+    loss = ce + kl
+    return DistillParts(loss, ce.detach(), kl.detach()) if return_parts else loss
+
+
+reference = functions.reference(distill)
+
+
+def by_contract(function: Callable[..., Any], **named: Any) -> Any:
+    """Call :func:`distill` or its reference with the arguments of the contract."""
+    columns: dict[str, list[Any]] = {public: [] for public, _ in _OF_A_TEACHER.values()}
+    for prefix in ("", "second_"):
+        values = [named.pop(prefix + name, None) for name in _OF_A_TEACHER]
+        if values[0] is None:
+            continue
+        for value, (public, default) in zip(values, _OF_A_TEACHER.values(), strict=True):
+            columns[public].append(default if value is None else value)
+    return function(**named, **columns)
+
+
+_NAMES = {
+    prefix + name: public + index
+    for prefix, index in (("", ""), ("second_", "[1]"))
+    for name, (public, _) in _OF_A_TEACHER.items()
+} | {"teacher": "teachers[0]"}
+_call = operators.register(_OP, lambda **named: by_contract(reference, **named), _NAMES)
+_reduction = contract.Choice(_OP, "reduction")
+_kind = contract.Choice(_OP, "teacher_kind")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import arguments, contract, operators
+from . import arguments, functions, operators
 
 _OP = "dropout_views"
 _LOW = 0xFFFFFFFF
@@ -29,39 +29,15 @@ def _philox(counter: _Words, seed: torch.Tensor) -> _Words:
     return x, y, z, w
 
 
-@arguments.public(_OP, learns=True)
-def reference(
-    features: torch.Tensor, seed: torch.Tensor, *, p: float = 0.5, first_row: int = 0
-) -> torch.Tensor:
-    """:func:`selfkd.dropout_views` in plain PyTorch, differentiable any number of times.
-
-    Same arguments, masks and results; arithmetic in float32, or float64 for float64 features.
-    """
-    contract.number_rule(_OP, "p", p, "BELOW_ONE")
-    acc = torch.float64 if features.dtype == torch.float64 else torch.float32
-    rows, columns = (torch.arange(size, device=features.device) for size in features.shape)
-    element = ((rows + first_row) * features.shape[1]).unsqueeze(1) + columns
-    block = element >> 2
-    scaled = features.to(acc) * (1 / (1 - p))
-    views = [features]
-    for sample in (0, 1):
-        counter = (
-            block & _LOW,
-            (block >> 32) & (_LOW >> 2),
-            torch.full_like(block, sample),
-            torch.zeros_like(block),
+def _fused(features: torch.Tensor, seed: torch.Tensor, p: float, first_row: int) -> torch.Tensor:
+    if not isinstance(seed, torch.Tensor):
+        raise TypeError(
+            f"{_OP}: seed is of type {type(seed).__name__}, expected a 0-d int64 tensor"
         )
-        words = torch.stack(_philox(counter, seed), -1)
-        word = words.gather(-1, (element & 3).unsqueeze(-1)).squeeze(-1)
-        kept = word >= int(p * 2.0**32)
-        views.append(torch.where(kept, scaled, 0).to(features.dtype))
-    return torch.stack(views)
+    return _call(features, seed, p, first_row)
 
 
-_call = operators.register(_OP, reference)
-
-
-@arguments.public(_OP)
+@functions.fused(_fused)
 def dropout_views(
     features: torch.Tensor, seed: torch.Tensor, *, p: float = 0.5, first_row: int = 0
 ) -> torch.Tensor:
@@ -116,8 +92,26 @@ def dropout_views(
     >>> logits, u, v = fc(selfkd.dropout_views(features, seed, p=0.5))
     >>> loss = F.cross_entropy(logits, target) + selfkd.sd_dropout_kl(u, v)
     """
-    if not isinstance(seed, torch.Tensor):
-        raise TypeError(
-            f"{_OP}: seed is of type {type(seed).__name__}, expected a 0-d int64 tensor"
+    arguments.number_rule(_OP, "p", p, "BELOW_ONE")
+    acc = arguments.accumulator(features)
+    rows, columns = (torch.arange(size, device=features.device) for size in features.shape)
+    element = ((rows + first_row) * features.shape[1]).unsqueeze(1) + columns
+    block = element >> 2
+    scaled = features.to(acc) * (1 / (1 - p))
+    views = [features]
+    for sample in (0, 1):
+        counter = (
+            block & _LOW,
+            (block >> 32) & (_LOW >> 2),
+            torch.full_like(block, sample),
+            torch.zeros_like(block),
         )
-    return _call(features, seed, p, first_row)
+        words = torch.stack(_philox(counter, seed), -1)
+        word = words.gather(-1, (element & 3).unsqueeze(-1)).squeeze(-1)
+        kept = word >= int(p * 2.0**32)
+        views.append(torch.where(kept, scaled, 0).to(features.dtype))
+    return torch.stack(views)
+
+
+reference = functions.reference(dropout_views)
+_call = operators.register(_OP, reference)

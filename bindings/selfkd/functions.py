@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from . import arguments, contract, operators
+from . import arguments, contract, kernels, operators
 from .contract import Contract
 
 _P = ParamSpec("_P")
@@ -64,32 +64,41 @@ def _constants(of: Contract) -> list[str]:
     return [item.name for item in inputs if f"grad_{item.name}" not in live]
 
 
+def _raises(of: Contract) -> str:
+    """The section of errors."""
+    value = _WRONG_VALUE
+    if constants := [f"`{name}`" for name in _constants(of)]:
+        *most, last = constants
+        listed = f"{', '.join(most)} or {last}" if most else last
+        value += _CONSTANTS.format(constants=f"a {listed}", op=of.name)
+    entries = _entry("TypeError", _WRONG_TYPE), _entry("ValueError", f"{value}.")
+    return _section("Raises", *entries)
+
+
 def documented(definition: Callable[..., Any], of: Contract) -> str:
-    """The docstring with what all operators have in common where it says nothing of its own.
+    """The docstring with what operators have in common where it says nothing of its own.
 
     Those are the parameters of losses of rows, the sections Returns and Raises, and the last of the Notes.
     """
-    text = inspect.getdoc(definition) or ""
-    sections = re.split(r"\n\n(?=[A-Z]\w+\n-{3,}\n)", text)
-    found = {x.split("\n")[0]: x for x in sections[1:]}
-    names = {"first": of.first, "op": of.name}
-    for name in inspect.signature(definition).parameters:
-        parameters = found.get("Parameters", "")
-        if name in _PARAMETERS and not re.search(
-            rf"^(.*, )?{name}(, .*)?$", parameters, re.MULTILINE
-        ):
-            found["Parameters"] += "\n" + _entry(name, _PARAMETERS[name].format(**names))
-    found.setdefault(
-        "Returns", _section("Returns", _entry("torch.Tensor", _RETURNS.format(**names)))
+    summary, *sections = re.split(
+        r"\n\n(?=[A-Z]\w+\n-{3,}\n)", inspect.getdoc(definition) or definition.__name__
     )
-    *most, last = [f"`{name}`" for name in _constants(of)] or [""]
-    constants = f"a {', '.join(most)} or {last}" if most else f"a {last}"
-    value = _WRONG_VALUE + (_CONSTANTS.format(constants=constants, **names) if last else "")
-    raises = [_entry("TypeError", _WRONG_TYPE), _entry("ValueError", f"{value}.")]
-    found.setdefault("Raises", _section("Raises", *raises))
-    found["Notes"] = "\n\n".join([found.get("Notes", _section("Notes")), _SECOND])
+    found = {section.split("\n")[0]: section for section in sections}
+    parameters = found.setdefault("Parameters", _section("Parameters"))
+    for name in inspect.signature(definition).parameters:
+        if name in _PARAMETERS and not re.search(rf"(?m)^(.*, )?{name}(, .*)?$", parameters):
+            text = _PARAMETERS[name].format(first=of.first)
+            found["Parameters"] += f"\n{_entry(name, text)}"
+    if "Returns" not in found:
+        text = _RETURNS.format(first=of.first)
+        found["Returns"] = _section("Returns", _entry("torch.Tensor", text))
+    if "Raises" not in found:
+        found["Raises"] = _raises(of)
+    if of.name in contract.operators():
+        notes = found.get("Notes")
+        found["Notes"] = f"{notes}\n\n{_SECOND}" if notes else _section("Notes", _SECOND)
     order = ("Parameters", "Returns", "Raises", "Notes", "Examples")
-    return "\n\n".join([sections[0], *(found[title] for title in order if title in found)]) + "\n"
+    return "\n\n".join([summary, *(found[title] for title in order if title in found)]) + "\n"
 
 
 # ---- functions ----
@@ -97,21 +106,17 @@ def documented(definition: Callable[..., Any], of: Contract) -> str:
 
 def _head(signature: inspect.Signature) -> str:
     """The text of the parameters, without their types."""
-    found: list[str] = []
-    stars = False
-    for name, x in signature.parameters.items():
-        if x.kind is inspect.Parameter.KEYWORD_ONLY and not stars:
-            found.append("*")
-            stars = True
-        many = x.kind is inspect.Parameter.VAR_POSITIONAL
-        stars = stars or many
-        default = "" if x.default is inspect.Parameter.empty else f"={x.default!r}"
-        found.append(f"{'*' * many}{name}{default}")
-    return ", ".join(found)
+    parameters = [x.replace(annotation=x.empty) for x in signature.parameters.values()]
+    plain = signature.replace(parameters=parameters, return_annotation=signature.empty)
+    return str(plain)[1:-1]
 
 
 def _both(
-    definition: Callable[_P, _R], body: str, formula: Callable[..., Any] | None, **kept: Any
+    definition: Callable[_P, _R],
+    of: Contract,
+    body: str,
+    formula: Callable[..., Any] | None,
+    **kept: Any,
 ) -> Callable[_P, _R]:
     """The public function, whose text is `body`, and as its attribute the reference.
 
@@ -119,14 +124,14 @@ def _both(
     """
     op, signature = definition.__name__, inspect.signature(definition)
     space, head = definition.__globals__, _head(signature)
-    public = operators.generate(op, head, body, space, **kept)
+    public = kernels.generate(op, head, body, space, **kept)
     learns: Callable[..., Any] = definition
     if formula is not None:
         named = ", ".join(f"{name!r}: {name}" for name in signature.parameters)
-        learns = operators.generate(op, head, f"return _run({{{named}}})", space, _run=formula)
+        learns = kernels.generate(op, head, f"return _run({{{named}}})", space, _run=formula)
+        functools.update_wrapper(learns, definition)
     public = arguments.public(op)(functools.update_wrapper(public, definition))
-    reference = arguments.public(op, learns=True)(functools.wraps(definition)(learns))
-    of = contract.contract(op)
+    reference = arguments.public(op, learns=True)(learns)
     public.__doc__ = documented(definition, of)
     reference.__name__ = reference.__qualname__ = "reference"
     reference.__doc__ = (
@@ -149,15 +154,18 @@ def operator(function: Callable[..., torch.Tensor]) -> operators.Operator:
     return found
 
 
-def fused(run: Callable[..., _R]) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+def fused(
+    run: Callable[..., _R], of: Contract | None = None
+) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Decorator: the public function is `run`, which takes the same arguments by position.
 
     The body of the definition is the reference.
     """
 
     def decorate(definition: Callable[_P, _R]) -> Callable[_P, _R]:
-        names = ", ".join(inspect.signature(definition).parameters)
-        return _both(definition, f"return _run({names})", None, _run=run)
+        given = ", ".join(inspect.signature(definition).parameters)
+        body, own = f"return _run({given})", of or contract.contract(definition.__name__)
+        return _both(definition, own, body, None, _run=run)
 
     return decorate
 
@@ -182,7 +190,7 @@ def row_loss(
         call = operators.register(loss.op, lambda **named: loss.reference({**named, "dim": 1}))
         codes = {f"_code_of_{name}": choice for name, choice in loss.choices.items()}
         kept = {"_arguments": arguments, "_call": call, **codes}
-        public = _both(definition, loss.text(), loss.reference, **kept)
+        public = _both(definition, loss.of, loss.text(), loss.reference, **kept)
         vars(public)["operator"] = call
         return public
 
@@ -196,6 +204,11 @@ class _RowLoss:
         self.op, self.formula, self.check = definition.__name__, definition, check
         self.of = contract.contract(self.op)
         names = inspect.signature(definition).parameters
+        wanted = {item.name for item in self.of.items if item.is_input or item.is_number} | {"dim"}
+        if missing := sorted(wanted - set(names)):
+            raise TypeError(
+                f"{self.op}: the definition has no {missing[0]}, expected dim and what its contract names"
+            )
         self.checked = [name for name in names if name not in _OF_ROWS]
         inputs = [item for item in self.of.items if item.is_input]
         self.wide = [item.name for item in inputs if item.shape == "NC*"]
@@ -226,7 +239,7 @@ class _RowLoss:
         lines.append("if divisor is not None:")
         lines.append(f"  divisor = _arguments.divisor_tensor({op}, divisor, reduction, {first})")
         codes = {name: f"code_of_{name}" for name in self.choices}
-        lines.append(f"return _call({operators.schema_values(self.of, codes)})")
+        lines.append(f"return _call({kernels.schema_values(self.of, codes)})")
         return "\n".join(lines)
 
     def reference(self, given: dict[str, Any]) -> torch.Tensor:
@@ -234,7 +247,7 @@ class _RowLoss:
         for name, choice in self.choices.items():
             choice(given[name])
         first, weight = self.wide[0], given["weight"]
-        acc = torch.float64 if given[first].dtype == torch.float64 else torch.float32
+        acc = arguments.accumulator(given[first])
         for name in self.wide:
             x = arguments.classes_first(self.op, name, given[name], given["dim"])
             given[name] = x.to(acc)

@@ -7,8 +7,6 @@ an output of the forward operator is that tensor, GRAD is the gradient of the re
 
 from __future__ import annotations
 
-import itertools
-import linecache
 import re
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
@@ -20,54 +18,6 @@ from . import arguments, kernels, library
 from . import contract as contracts
 from .contract import Contract, contract
 from .kernels import any_requires_grad, as_tuple, below_autograd, by_name, kernel, refuse_transforms
-
-
-_count = itertools.count()  # of what is generated
-
-
-def generate(
-    name: str, head: str, body: str, space: dict[str, Any] | None = None, **kept: Any
-) -> Callable[..., Any]:
-    """The function ``def name(head): body``, in which the names of `kept` are these values.
-
-    So Python itself binds the arguments of a call, half a microsecond faster than any code with
-    ``*args``, and its compiler reads straight lines. Other names are those of the module `space`.
-    """
-    text = [f"def make({', '.join(kept)}):", f" def {name}({head}):"]
-    text += [f"  {line}" for line in body.splitlines()] + [f" return {name}"]
-    file, made = f"<{name} {next(_count)}>", dict[str, Any]()
-    linecache.cache[file] = (0, None, [f"{line}\n" for line in text], file)  # for tracebacks
-    exec(compile("\n".join(text), file, "exec"), {} if space is None else space, made)
-    return made["make"](**kept)  # type: ignore[no-any-return]
-
-
-def schema_values(of: Contract, codes: Mapping[str, str] | None = None) -> str:
-    """The text of a call's arguments in the schema's order, from names that are those of the contract.
-
-    An OPT tensor is followed by its flag, and the first tensor stands for it where it is None. `codes` are
-    other names for some.
-    """
-    found = []
-    for item in of.items:
-        if item.kind == "OPT":
-            found += [f"{of.first} if {item.name} is None else {item.name}"]
-            found += [f"{item.name} is not None"]
-        elif item.is_number or item.kind in ("IN", "INOUT"):
-            found.append((codes or {}).get(item.name, item.name))
-    return ", ".join(found)
-
-
-def in_order(of: Contract) -> Callable[..., tuple[Any, ...]]:
-    """The inverse of :func:`by_name`: arguments by name in the schema's order.
-
-    Numbers not given have their default; a GRAD is left out.
-    """
-    given = [
-        item.name if item.kind in ("IN", "INOUT") else f"{item.name}={item.default!r}"
-        for item in of.items
-        if item.kind in ("IN", "INOUT", "OPT") or item.is_number
-    ]
-    return generate(of.name, f"*, {', '.join(given)}", f"return {schema_values(of)},")
 
 
 def _tuple_getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
@@ -256,7 +206,7 @@ class Numbers:
 
     def __call__(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
         """The values with such numbers; the same tuple where they are so already."""
-        if torch.compiler.is_compiling():  # and every value is looked at
+        if torch.compiler.is_compiling():  # here every value is looked at
             return self.made(values)
         types = tuple(map(type, self.get(values)))
         if types in self.plain:
@@ -297,14 +247,12 @@ def _hint(of: Contract, named: Mapping[str, Any], sentence: str) -> str:
         if rule == "INDEX":
             return f"{name}.long()"
         if rule == "WEIGHT":
-            return f"{name}.bool() for a mask, {name}.to({_accumulator(first)}) for weights"
+            return (
+                f"{name}.bool() for a mask, {name}.to({arguments.accumulator(first)}) for weights"
+            )
         if rule == "SAME":
             return f"{name}.to({first.dtype})"
     return ""
-
-
-def _accumulator(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def register(

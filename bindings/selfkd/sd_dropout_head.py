@@ -7,42 +7,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import arguments, contract, kernels, operators
+from . import arguments, contract, functions, head_gradient, kernels, operators
+from . import head_checks as checks
 from .dropout_views import reference as reference_views
 from .sd_dropout_kl import reference as reference_kl
 
-_OP = "sd_dropout_head"
-_ROWS = f"{_OP}_rows"
-_CONTRACT = contract.parse(
-    _OP,
-    """
-    IN,     features,        NK, FLOATING
-    IN,     weight,          CK, SAME
-    OPT,    bias,            C,  SAME
-    IN,     target,          N,  INDEX
-    OPT,    row_weight,      N,  WEIGHT
-    OPT,    divisor,         ,   ACC
-    IN,     seed,            ,   SEED
-    REAL,   p,               BELOW_ONE, 0.5
-    REAL,   temperature,     POSITIVE, 3.0
-    REAL,   kl_weight,       NONNEGATIVE, 1.0
-    REAL,   forward_weight,  NONNEGATIVE, 1.0
-    REAL,   reverse_weight,  NONNEGATIVE, 1.0
-    BOOL,   detach_target,   ANY, 0
-    REAL,   label_smoothing, FRACTION, 0.0
-    INT,    ignore_index,    ANY, -100
-    CHOICE, reduction,       none|mean|sum, 1
-    INT,    chunk_bytes,     NONNEGATIVE, 67108864
-    BOOL,   return_logits,   ANY, 0
-    INT,    wanted,          NONNEGATIVE, 0
-    """,
-)
-_NAMES = [item.name for item in _CONTRACT.items]
-_REDUCTION, _NONE, _MEAN = _NAMES.index("reduction"), 0, 1
-_BITS = _FEATURES, _WEIGHT, _BIAS = 1, 2, 4  # gradients that are `wanted`
-_LIVE = len(_BITS)  # the first arguments
-
-_rows = kernels.register_private(_ROWS)
+_CONTRACT = checks.CONTRACT
+_rows = kernels.register_private(f"{checks.OP}_rows")
 _views = kernels.kernel("dropout_views")
 _views_backward = kernels.kernel("dropout_views_backward")
 
@@ -52,72 +23,6 @@ def _seed(features: torch.Tensor, generator: torch.Generator | None) -> torch.Te
     return torch.randint(
         -(2**63), 2**63 - 1, (), dtype=torch.int64, device=features.device, generator=generator
     )
-
-
-def _accumulator(features: torch.Tensor) -> torch.dtype:
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
-
-
-def _kept(target: torch.Tensor, row_weight: torch.Tensor | None, ignore_index: int) -> torch.Tensor:
-    """Weight of each row, 0 (False) where its target is ignored."""
-    counted = target != ignore_index
-    return counted if row_weight is None else torch.where(counted, row_weight, 0)
-
-
-@arguments.public(_OP, learns=True)
-def reference(
-    features: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    *,
-    p: float = 0.5,
-    temperature: float = 3.0,
-    kl_weight: float = 1.0,
-    forward_weight: float = 1.0,
-    reverse_weight: float = 1.0,
-    detach_target: bool = False,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    row_weight: torch.Tensor | None = None,
-    reduction: str = "mean",
-    divisor: float | torch.Tensor | None = None,
-    generator: torch.Generator | None = None,
-    chunk_bytes: int = 64 << 20,
-    return_logits: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """:func:`selfkd.sd_dropout_head` in plain PyTorch, differentiable any number of times.
-
-    Same arguments, seeds and masks; all logits are stored, whatever `chunk_bytes` is.
-    """
-    _reduction(reduction)
-    contract.number_rule(_OP, "p", p, "BELOW_ONE")
-    for name, x in (("target", target), ("row_weight", row_weight)):
-        arguments.expect_shape(_OP, name, x, features.shape[:1])
-    acc = _accumulator(features)
-    wide, weight = features.to(acc), weight.to(acc)
-    bias = None if bias is None else bias.to(acc)
-    w = _kept(target, row_weight, ignore_index)
-    live = w != 0  # what is skipped must not reach the gradients either
-    views = reference_views(wide.masked_fill(~live[:, None], 0), _seed(features, generator), p=p)
-    logits, u, v = F.linear(views, weight, bias)
-    rows = arguments.cross_entropy(logits, target.masked_fill(~live, 0), label_smoothing)
-    if not arguments.is_zero(kl_weight):
-        rows = rows + kl_weight * reference_kl(
-            u,
-            v,
-            temperature=temperature,
-            forward_weight=forward_weight,
-            reverse_weight=reverse_weight,
-            detach_target=detach_target,
-            weight=live,
-            reduction="none",
-        )
-    rows = torch.where(live, w.to(acc) * rows, 0)
-    loss = arguments.reduce_rows(rows, w, reduction, divisor)
-    if not return_logits:
-        return loss
-    return loss, F.linear(wide, weight, bias).detach().to(features.dtype)
 
 
 # ---- the operator ----
@@ -143,7 +48,7 @@ class _Head:
         size: int,
         kept: torch.Tensor,
     ) -> None:
-        self.acc = _accumulator(features)
+        self.acc = arguments.accumulator(features)
         self.mixed = _has_mixed_products(features)
         self.weight = weight if self.mixed else weight.to(self.acc)
         self.bias = None if bias is None else bias.to(self.acc)
@@ -186,53 +91,6 @@ class _Head:
         return found if self.scale is None else found.div_(self.scale)
 
 
-_passed: set[tuple[Any, ...]] = set()  # by what checks see of the arguments; sizes seldom change
-
-
-def _check_once(values: tuple[Any, ...]) -> None:
-    """:func:`_check`, but not of what has passed before: it takes longer than a small head."""
-    seen = tuple((x.dtype, x.device, x.shape) if isinstance(x, torch.Tensor) else x for x in values)
-    if seen not in _passed:
-        _check(values)
-        if len(_passed) >= 256:
-            _passed.clear()
-        _passed.add(seen)
-
-
-def _check(values: tuple[Any, ...]) -> None:
-    """The contract, and room for one row."""
-    named = dict(zip(_NAMES, values, strict=True))
-    contract.check(_CONTRACT, named)
-    if named["features"].shape[1] == 0:
-        raise ValueError(f"{_OP}: features has size 0 in dimension K, expected at least 1")
-    row = 3 * named["weight"].shape[0] * _accumulator(named["features"]).itemsize
-    if named["chunk_bytes"] < row:
-        raise ValueError(
-            f"{_OP}: chunk_bytes is {named['chunk_bytes']}, expected at least {row}, the logits of one row"
-        )
-
-
-def _explain_target(target: torch.Tensor, classes: int, ignore_index: int) -> None:
-    """Raise ValueError if a target is out of range, with its position in the batch."""
-    bad = (target != ignore_index) & ((target < 0) | (target >= classes))
-    if bad.any():
-        at = int(bad.nonzero()[0])
-        raise ValueError(
-            f"{_OP}: target is {int(target[at])} at position [{at}], expected 0 to {classes - 1}, or "
-            f"ignore_index, {ignore_index}"
-        )
-
-
-def _check_weights(kept: torch.Tensor) -> None:
-    """Raise ValueError if the weight of a row that counts is negative or NaN. (Those of the operator of
-    rows may be: in backward they come times an incoming gradient.)"""
-    if not (kept >= 0).all():
-        at = int((~(kept >= 0)).nonzero()[0])
-        raise ValueError(
-            f"{_OP}: row_weight is {float(kept[at]):g} at position [{at}], expected a number >= 0"
-        )
-
-
 def _fill(to: torch.Tensor, part: slice, found: torch.Tensor) -> torch.Tensor:
     """What was found of a part; nothing is copied where that is all."""
     if len(found) == len(to):
@@ -264,18 +122,18 @@ def _forward(
 ) -> tuple[torch.Tensor, ...]:
     """Loss, rows, denominator, logits, and the gradients of the sum of rows that are wanted; the
     others are empty."""
-    (N, K), C, acc = features.shape, weight.shape[0], _accumulator(features)
-    in_backward = reduction == _NONE and wanted != 0
+    (N, K), C, acc = features.shape, weight.shape[0], arguments.accumulator(features)
+    in_backward = reduction == checks.NONE and wanted != 0
     size = min(max(N, 1), chunk_bytes // (3 * C * acc.itemsize))
-    kept = _kept(target, row_weight, ignore_index)
+    kept = checks.weights_that_count(target, row_weight, ignore_index)
     if row_weight is not None and not row_weight.is_cuda and not in_backward:
-        _check_weights(kept)
+        checks.check_weights(kept)
     skipped = kept == 0
     has_skipped = skipped.is_cuda or bool(skipped.any())  # nothing waits for a GPU
     head = _Head(features, weight, bias, size, kept)
     rows = features.new_empty(N, dtype=acc)
     logits = features.new_empty((N, C) if return_logits else 0)
-    grad_features = features.new_empty((N, K) if wanted & _FEATURES else 0, dtype=acc)
+    grad_features = features.new_empty((N, K) if wanted & checks.FEATURES else 0, dtype=acc)
     grad_weight, grad_bias = (features.new_empty(0, dtype=acc) for _ in range(2))
     numbers = [temperature, kl_weight, forward_weight, reverse_weight, detach_target]
     numbers += [label_smoothing, ignore_index, wanted != 0]
@@ -292,18 +150,18 @@ def _forward(
             found = _rows(z, u, v, target[part], w, row_weight is not None, *numbers)
         except RuntimeError:
             if not target.is_cuda:  # where no kernel raises for a target
-                _explain_target(target, C, ignore_index)
+                checks.explain_target(target, C, ignore_index)
             raise
         rows = _fill(rows, part, found)
-        if wanted & _BIAS:
+        if wanted & checks.BIAS:
             found = stacked.sum(0)
             grad_bias = found if first == 0 else grad_bias.add_(found)
-        grad = head.narrow(stacked) if wanted & (_FEATURES | _WEIGHT) else stacked
-        if wanted & _FEATURES:
+        grad = head.narrow(stacked) if wanted & (checks.FEATURES | checks.WEIGHT) else stacked
+        if wanted & checks.FEATURES:
             back = head.product(grad, head.weight).view(3, n, K)
             found = _views_backward(back, grad_features[part], seed, p, first)
             grad_features = _fill(grad_features, part, found)
-        if wanted & _WEIGHT:
+        if wanted & checks.WEIGHT:
             if has_skipped:  # 0 times what may be NaN
                 views.view(3, n, K).masked_fill_(skipped[part][None, :, None], 0)
             if first == 0:
@@ -312,7 +170,7 @@ def _forward(
                 grad_weight += head.product(grad.t(), views)
             else:
                 grad_weight.addmm_(grad.t(), views)
-    if reduction != _MEAN:
+    if reduction != checks.MEAN:
         denominator = rows.new_ones(())
     else:
         denominator = kept.sum(dtype=acc) if divisor is None else divisor.clone()
@@ -321,7 +179,7 @@ def _forward(
 
 
 def _run(*values: Any) -> tuple[torch.Tensor, ...]:
-    _check_once(values)
+    checks.check_once(values)
     device = values[0].device.type
     if not torch.is_autocast_enabled(device):
         return _forward(*values)
@@ -329,100 +187,40 @@ def _run(*values: Any) -> tuple[torch.Tensor, ...]:
         return _forward(*values)
 
 
-def _fake(*values: Any) -> tuple[torch.Tensor, ...]:
-    _check(values)
-    features, weight, *_, return_logits, wanted = values
-    (N, K), C, acc = features.shape, weight.shape[0], _accumulator(features)
-    logits = features.new_empty((N, C) if return_logits else (0,))
-    shapes = [(N, K) if wanted & _FEATURES else (0,), (C, K) if wanted & _WEIGHT else (0,)]
-    shapes += [(C,) if wanted & _BIAS else (0,)]
-    loss, rows, denominator, *grads = (
-        features.new_empty(shape, dtype=acc) for shape in [(), (N,), (), *shapes]
-    )
-    return loss, rows, denominator, logits, *grads
+_head, _autograd = head_gradient.define(_run)
+_reduction = contract.Choice(checks.OP, "reduction", _CONTRACT)
+_numbers = operators.Numbers(_CONTRACT, checks.NAMES, {})
 
 
-class _Gradient(torch.autograd.Function):
-    """Forward makes the gradients of the sum of rows, where the logits are; backward scales them.
-
-    With reduction "none" each row is scaled by a number of its own: then backward makes them.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, values: tuple[Any, ...], *live: torch.Tensor | None
-    ) -> tuple[torch.Tensor, ...]:
-        wanted = sum(
-            bit for bit, needed in zip(_BITS, ctx.needs_input_grad[1:], strict=True) if needed
-        )
-        ctx.by_row = values[_REDUCTION] == _NONE
-        ctx.values = tuple(
-            None if isinstance(x, torch.Tensor) else x for x in (*values[:-1], wanted)
-        )
-        ctx.dtypes = [None if x is None else x.dtype for x in live]
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs: tuple[torch.Tensor, ...] = _head(*values[:-1], 0 if ctx.by_row else wanted)
-        _, _, denominator, _, *grads = outputs
-        if ctx.by_row:
-            tensors = [x for x in values if isinstance(x, torch.Tensor)]
-            found = iter(operators.savable(tuple(tensors)))
-            ctx.save_for_backward(
-                *(next(found) if isinstance(x, torch.Tensor) else None for x in values)
-            )
-        else:
-            ctx.save_for_backward(denominator, *grads)
-        result = int(ctx.by_row)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*outputs[:result], *outputs[result + 1 :])
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *incoming: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        grad = incoming[int(ctx.by_row)]
-        if grad is None:
-            return (None,) * 4
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{_OP} has no double backward; for create_graph=True compose it of "
-                "u, v and logits = F.linear(selfkd.dropout_views(features, seed), weight, bias), "
-                "F.cross_entropy and selfkd.sd_dropout_kl"
-            )
-        if ctx.by_row:
-            tensors = zip(ctx.saved_tensors, ctx.values, strict=True)
-            named = dict(
-                zip(_NAMES, (number if x is None else x for x, number in tensors), strict=True)
-            )
-            w = named["row_weight"]
-            named["row_weight"] = grad if w is None else torch.where(w == 0, 0, grad * w)
-            named["return_logits"] = False
-            _, _, _, _, *grads = _head(*named.values())
-            scale = None
-        else:
-            denominator, *grads = ctx.saved_tensors
-            scale = torch.where(denominator == 0, 0, grad / denominator)
-        found = [
-            (x if scale is None else x * scale).to(dtype) if ctx.values[-1] & bit else None
-            for bit, x, dtype in zip(_BITS, grads, ctx.dtypes, strict=True)
-        ]
-        return None, *found
+# ---- the function ----
 
 
-def _autograd(*values: Any) -> tuple[torch.Tensor, ...]:
-    kernels.refuse_transforms(_OP, values)
-    live = values[:_LIVE]
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in live):
-        return _Gradient.apply(values, *live)  # type: ignore[no-any-return, no-untyped-call]
-    with torch._C._AutoDispatchBelowAutograd():
-        return _head(*values)  # type: ignore[no-any-return]
+def _fused(
+    features: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    *others: Any,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    *numbers, row_weight, reduction, divisor, generator, chunk_bytes, return_logits = others
+    code = _reduction(reduction)
+    if row_weight is not None:
+        arguments.without_gradient(checks.OP, "row_weight", row_weight)
+    if arguments.under_autocast(features) and features.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(features.device.type)
+        features, weight = features.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if divisor is not None:
+        divisor = arguments.divisor_tensor(checks.OP, divisor, reduction, features)
+    call = _head if torch.compiler.is_compiling() else _autograd
+    given = (features, weight, bias, target, row_weight, divisor, _seed(features, generator))
+    values = (*given, *numbers, code, chunk_bytes, return_logits, 0)
+    loss, rows, _, logits, *_ = call(*_numbers(values))
+    result = rows if reduction == "none" else loss
+    return (result, logits) if return_logits else result
 
 
-_OUTPUTS = "loss, rows, denominator, logits, grad_features, grad_weight, grad_bias"
-_head = kernels.define(_CONTRACT, _OUTPUTS.split(", "), run=_run, fake=_fake, autograd=_autograd)
-_reduction = contract.Choice(_OP, "reduction", _CONTRACT)
-_numbers = operators.Numbers(_CONTRACT, _NAMES, {})
-
-
-@arguments.public(_OP)
+@functions.fused(_fused, _CONTRACT)
 def sd_dropout_head(
     features: torch.Tensor,
     weight: torch.Tensor,
@@ -523,37 +321,34 @@ def sd_dropout_head(
     --------
     >>> loss = selfkd.sd_dropout_head(features, fc.weight, fc.bias, target, p=0.5, temperature=3.0)
     """
-    code = _reduction(reduction)
-    if row_weight is not None:
-        arguments.without_gradient(_OP, "row_weight", row_weight)
-    if arguments.under_autocast(features) and features.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(features.device.type)
-        features, weight = features.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    if divisor is not None:
-        divisor = arguments.divisor_tensor(_OP, divisor, reduction, features)
-    call = _head if torch.compiler.is_compiling() else _autograd
-    values = (
-        features,
-        weight,
-        bias,
-        target,
-        row_weight,
-        divisor,
-        _seed(features, generator),
-        p,
-        temperature,
-        kl_weight,
-        forward_weight,
-        reverse_weight,
-        detach_target,
-        label_smoothing,
-        ignore_index,
-        code,
-        chunk_bytes,
-        return_logits,
-        0,
-    )
-    loss, rows, _, logits, *_ = call(*_numbers(values))
-    result = rows if reduction == "none" else loss
-    return (result, logits) if return_logits else result
+    _reduction(reduction)
+    arguments.number_rule(checks.OP, "p", p, "BELOW_ONE")
+    for name, x in (("target", target), ("row_weight", row_weight)):
+        arguments.expect_shape(checks.OP, name, x, features.shape[:1])
+    acc = arguments.accumulator(features)
+    wide, weight = features.to(acc), weight.to(acc)
+    bias = None if bias is None else bias.to(acc)
+    w = checks.weights_that_count(target, row_weight, ignore_index)
+    live = w != 0  # what is skipped must not reach the gradients either
+    views = reference_views(wide.masked_fill(~live[:, None], 0), _seed(features, generator), p=p)
+    logits, u, v = F.linear(views, weight, bias)
+    rows = arguments.cross_entropy(logits, target.masked_fill(~live, 0), label_smoothing)
+    if not arguments.is_zero(kl_weight):
+        rows = rows + kl_weight * reference_kl(
+            u,
+            v,
+            temperature=temperature,
+            forward_weight=forward_weight,
+            reverse_weight=reverse_weight,
+            detach_target=detach_target,
+            weight=live,
+            reduction="none",
+        )
+    rows = torch.where(live, w.to(acc) * rows, 0)
+    loss = arguments.reduce_rows(rows, w, reduction, divisor)
+    if not return_logits:
+        return loss
+    return loss, F.linear(wide, weight, bias).detach().to(features.dtype)
+
+
+reference = functions.reference(sd_dropout_head)

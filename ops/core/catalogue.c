@@ -22,6 +22,11 @@ static const sk_item *item_of(const sk_op *op, const char *name) {
     return i < 0 ? NULL : &op->items[i];
 }
 
+/* The shape of an input or output; of a LIKE, that of its input. */
+static const char *shape_of(const sk_op *op, const sk_item *it) {
+    return it->kind == SK_LIKE ? item_of(op, it->shape)->shape : it->shape;
+}
+
 static bool has_shape(const sk_item *it) { return it->kind >= SK_IN && it->kind <= SK_OUT; }
 static bool is_required(const sk_item *it) { return it->kind == SK_IN || it->kind == SK_INOUT; }
 
@@ -167,7 +172,8 @@ int sk_check_contract(const sk_op *op) {
         const sk_item *const it = &op->items[i];
         const int status = check_item(op, it);
         if (status) return status;
-        count[it->kind]++;
+        if (++count[it->kind] > 1 && (it->kind == SK_GRAD || it->kind == SK_SCRATCH))
+            return FAIL(op, it, "one GRAD and one SCRATCH at most");
         floating = floating || (is_required(it) && it->rule == SK_FLOATING);
         index = index || (has_shape(it) && it->rule == SK_INDEX);
         if (it->kind == SK_LIKE || it->kind >= SK_REAL || it->rule != SK_SAME) continue;
@@ -175,31 +181,48 @@ int sk_check_contract(const sk_op *op) {
             return FAIL(op, it, "the first FLOATING tensor before it");
     }
     if (!floating) return fail_item(op, "its tensors", "an IN or INOUT that is FLOATING");
-    if (count[SK_GRAD] > 1 || count[SK_SCRATCH] > 1)
-        return fail_item(op, "its tensors", "one GRAD and one SCRATCH at most");
     if (count[SK_OUT] + count[SK_LIKE] + count[SK_INOUT] == 0)
         return fail_item(op, "its tensors", "an OUT, LIKE or INOUT");
+    const sk_item *const reduction = item_of(op, "reduction"), *const rows = item_of(op, "rows");
+    if (reduction && count[SK_GRAD] == 0 && !(rows && rows->kind == SK_OUT))
+        return FAIL(op, reduction, "an OUT rows beside it");
     const sk_item *const ignored = item_of(op, "ignore_index");
     if (index && !(ignored && ignored->kind == SK_INT))
         return fail_item(op, "its tensors", "an INT ignore_index beside an INDEX");
     return SELFKD_OK;
 }
 
-/* A gradient's operator gets inputs and outputs of the forward one, under their names. */
-static int check_backward(const sk_op *op) {
-    const size_t stem = strlen(op->name) - strlen("_backward");
-    const sk_op *forward = NULL;
-    for (int i = 0; sk_ops[i]; i++)
-        if (strlen(sk_ops[i]->name) == stem && strncmp(sk_ops[i]->name, op->name, stem) == 0)
-            forward = sk_ops[i];
-    if (!forward) return fail_item(op, "the operator", "a forward operator");
+/* The shape of the result: of `rows`, one for each row, where there is a reduction, else of the
+ * first output. */
+static const char *result_shape(const sk_op *op) {
+    const int rows = item_of(op, "reduction") ? sk_find_item(op, "rows") : -1;
+    for (int i = 0; i < op->count && rows < 0; i++)
+        if (sk_is_output(&op->items[i])) return shape_of(op, &op->items[i]);
+    return rows < 0 ? "" : op->items[rows].shape;
+}
+
+int sk_check_gradient(const sk_op *op, const sk_op *forward) {
+    char grad[128];
     for (int i = 0; i < op->count; i++) {
-        const sk_item *const it = &op->items[i], *const other = item_of(forward, it->name);
-        if (!(is_required(it) || it->kind == SK_OPT)) continue;
-        if (!other || other->kind > SK_LIKE)
-            return FAIL(op, it, "the name of an input or output of the forward operator");
-        if (other->kind != SK_LIKE && strcmp(it->shape, other->shape) != 0)
-            return FAIL(op, it, "the shape that it has in the forward operator");
+        const sk_item *const it = &op->items[i], *other = item_of(forward, it->name);
+        if (it->kind == SK_GRAD) {
+            if (strcmp(it->shape, result_shape(forward)) != 0)
+                return FAIL(op, it, "the shape of the forward operator's result");
+        } else if (it->kind == SK_LIKE) {
+            snprintf(grad, sizeof grad, "grad_%s", it->shape);
+            other = item_of(forward, it->shape);
+            if (strcmp(it->name, grad) != 0 || !other || !sk_is_input(other))
+                return FAIL(op, it,
+                            "the name grad_<input>, LIKE that input of the forward operator");
+        } else if (it->kind >= SK_REAL) { /* one that is its own has a default */
+            if (other && (other->kind != it->kind || other->rule != it->rule))
+                return FAIL(op, it, "the kind and range that it has in the forward operator");
+        } else if (sk_is_input(it)) {
+            if (!other || other->kind > SK_LIKE)
+                return FAIL(op, it, "the name of an input or output of the forward operator");
+            if (strcmp(it->shape, shape_of(forward, other)) != 0)
+                return FAIL(op, it, "the shape that it has in the forward operator");
+        }
     }
     return SELFKD_OK;
 }
@@ -207,10 +230,14 @@ static int check_backward(const sk_op *op) {
 int sk_check_catalogue(void) {
     int status = SELFKD_OK;
     for (int i = 0; sk_ops[i] && !status; i++) {
-        const size_t n = strlen(sk_ops[i]->name);
+        char name[128];
+        const char *const end = strstr(sk_ops[i]->name, "_backward");
         status = sk_check_contract(sk_ops[i]);
-        if (!status && n > 9 && strcmp(sk_ops[i]->name + n - 9, "_backward") == 0)
-            status = check_backward(sk_ops[i]);
+        if (status || !end || strcmp(end, "_backward") != 0) continue;
+        snprintf(name, sizeof name, "%.*s", (int)(end - sk_ops[i]->name), sk_ops[i]->name);
+        const sk_op *const forward = sk_find(name);
+        status = forward ? sk_check_gradient(sk_ops[i], forward)
+                         : fail_item(sk_ops[i], "the operator", "a forward operator");
     }
     return status;
 }

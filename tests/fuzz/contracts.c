@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "core/catalogue.h"
+#include "core/library.h"
 #include "core/memory.h"
 #include "core/run.h"
 
@@ -230,6 +231,41 @@ static int every_fault(void) {
     return missed;
 }
 
+/* Every item of every gradient's contract as the forward operator does not have it: a tensor under
+ * another name or of another shape, a number of another kind. */
+static int every_stranger(void) {
+    int tried = 0, missed = 0;
+    for (int k = 0; sk_ops[k]; k++) {
+        const sk_op *const of = sk_ops[k];
+        sk_item copy[SK_MAX_ITEMS];
+        char name[128], item[64];
+        snprintf(name, sizeof name, "%.*s", (int)(strlen(of->name) - strlen("_backward")),
+                 of->name);
+        const sk_op *const forward = strstr(of->name, "_backward") ? sk_find(name) : NULL;
+        memcpy(copy, of->items, (size_t)of->count * sizeof *copy);
+        const sk_op broken = {.name = of->name, .items = copy, .count = of->count};
+        for (int i = 0; forward && i < of->count; i++) {
+            sk_item faults[2] = {copy[i], copy[i]};
+            int n = 0;
+            if (copy[i].kind != SK_GRAD && copy[i].kind < SK_OUT) faults[n++].name = "stranger";
+            if (copy[i].kind == SK_LIKE) faults[n++].name = "grad_stranger";
+            if (copy[i].kind < SK_OUT) faults[n++].shape = "9";
+            if (copy[i].kind >= SK_REAL && sk_find_item(forward, copy[i].name) >= 0)
+                faults[n++].kind = copy[i].kind == SK_REAL ? SK_INT : SK_REAL;
+            for (int f = 0; f < n; f++, tried++) {
+                copy[i] = faults[f];
+                snprintf(item, sizeof item, "contract of %s is wrong", copy[i].name);
+                if (sk_check_gradient(&broken, forward) == SELFKD_OK ||
+                    !strstr(selfkd_message(), item))
+                    missed += fprintf(stderr, "%s, item %d: fault %d\n", of->name, i, f) > 0;
+                copy[i] = of->items[i];
+            }
+        }
+    }
+    printf("gradients: %d faults tried, %d missed\n", tried, missed);
+    return missed;
+}
+
 /* contracts COUNT FILE: how many are drawn, and where each is written before it is called, so that
  * the one that failed is there */
 int main(int n, char **given) {
@@ -255,7 +291,7 @@ int main(int n, char **given) {
         write_contract(last);
         for (int call = 0; call < 20; call++) random_call();
     }
-    if (sk_check_catalogue() != SELFKD_OK || every_fault()) return 1;
+    if (sk_check_catalogue() != SELFKD_OK || every_fault() || every_stranger()) return 1;
     printf("contracts: %ld drawn, %ld accepted, %ld calls ran\n", drawn, accepted, (long)calls);
     fclose(last);
     return 0;

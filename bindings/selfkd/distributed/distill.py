@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from .. import arguments, contract, operators
+from .. import arguments, contract, kernels
 from ..distill import (
     DistillParts,
     _call,
     _check,
-    _kind,
     _reduction,
     _Teacher,
     _teachers,
+    of_contract,
 )
 from ..distill import given as _given
 from .shards import (
@@ -31,7 +31,7 @@ from .shards import (
 )
 
 _IGNORED = -100
-_values = operators.in_order(contract.contract("distill"))
+_values = kernels.in_order(contract.contract("distill"))
 _gradient = gradient("distill_backward")
 
 
@@ -43,7 +43,7 @@ class _Shards(NamedTuple):
     above: torch.Tensor  # the mean of top - z
     of_target: torch.Tensor  # the logit of the target, 0 elsewhere
     found: torch.Tensor  # whether the target is here
-    pairs: list[Pair]  # of each teacher: student and teacher at its temperatures
+    pairs: list[Pair]  # student and teacher at the temperatures of each teacher
 
 
 def _as_logits(teacher: _Teacher) -> torch.Tensor:
@@ -153,15 +153,13 @@ def _local_target(
     return local.masked_fill(ignored, _IGNORED)
 
 
-def _of_teachers(teachers: Sequence[_Teacher], logits: Sequence[torch.Tensor]) -> dict[str, Any]:
+def _of_teachers(teachers: Sequence[_Teacher]) -> dict[str, Any]:
     """The contract's arguments of each teacher."""
     named: dict[str, Any] = {}
-    prefixes = ("", "second_")[: len(teachers)]
-    for prefix, teacher, x in zip(prefixes, teachers, logits, strict=True):
-        named |= {f"{prefix}teacher": x, f"{prefix}teacher_weight": teacher.weight}
-        named |= {f"{prefix}temperature": teacher.temperature}
-        named |= {f"{prefix}teacher_temperature": teacher.own_temperature}
-        named |= {f"{prefix}teacher_kind": _kind(teacher.kind)}
+    names = ("teacher_weight", "temperature", "teacher_temperature", "teacher_kind")
+    for prefix, teacher in zip(("", "second_"), teachers, strict=False):
+        values = (teacher.logits, *of_contract(teacher))
+        named |= {prefix + name: x for name, x in zip(("teacher", *names), values, strict=True)}
     return named
 
 
@@ -170,8 +168,7 @@ def _prepared(op: str, k: int, teacher: _Teacher, dim: int) -> _Teacher:
     x, weight, temperature, own, kind = teacher
     way = "call selfkd.reference.distill on all classes, which gives it one"
     arguments.without_gradient(op, f"teachers[{k}]", x, way)
-    weight = arguments.number(op, "teacher_weights", weight)
-    contract.number_rule(op, "teacher_weights", weight, "NONNEGATIVE")
+    weight = arguments.in_range(op, "teacher_weights", weight, "NONNEGATIVE")
     return _Teacher(
         arguments.logits_view(op, f"teachers[{k}]", x, dim),
         weight,
@@ -243,10 +240,8 @@ def vocab_parallel_distill(
     )
     _check(logits, target, len(given), mask_teachers)
     _reduction(reduction)
-    ce_weight = arguments.number(op, "ce_weight", ce_weight)
-    label_smoothing = arguments.number(op, "label_smoothing", label_smoothing)
-    contract.number_rule(op, "ce_weight", ce_weight, "NONNEGATIVE")
-    contract.number_rule(op, "label_smoothing", label_smoothing, "FRACTION")
+    ce_weight = arguments.in_range(op, "ce_weight", ce_weight, "NONNEGATIVE")
+    label_smoothing = arguments.in_range(op, "label_smoothing", label_smoothing, "FRACTION")
     z = arguments.logits_view(op, "logits", logits, dim)
     found = [_prepared(op, k, x, dim) for k, x in enumerate(given)]
     found = [x for x in found if x.weight != 0]
@@ -254,7 +249,7 @@ def vocab_parallel_distill(
     has_ce = target is not None and ce_weight != 0
     w = weights_of(op, z, weight)
     divided = None if divisor is None else arguments.divisor_tensor(op, divisor, reduction, z)
-    acc = torch.float64 if z.dtype == torch.float64 else torch.float32
+    acc = arguments.accumulator(z)
     with torch.no_grad():
         local, valid = None, w != 0
         if target is not None:
@@ -295,6 +290,6 @@ def vocab_parallel_distill(
         ignore_index=_IGNORED,
         mask_teachers=mask_teachers,
         classes=sum(sizes),
-        **_of_teachers(found, [x.logits for x in found]),
+        **_of_teachers(found),
     )
     return DistillParts(loss, ce.to(acc), kl.to(acc)) if return_parts else loss

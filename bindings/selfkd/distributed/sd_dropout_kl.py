@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from .. import arguments, contract, functions, operators
+from .. import arguments, contract, functions, kernels
 from ..sd_dropout_kl import sd_dropout_kl
 from .shards import (
     Pair,
@@ -22,7 +22,7 @@ from .shards import (
 
 _call = functions.operator(sd_dropout_kl)
 _reduction = contract.Choice("sd_dropout_kl", "reduction")
-_values = operators.in_order(contract.contract("sd_dropout_kl"))
+_values = kernels.in_order(contract.contract("sd_dropout_kl"))
 _gradient = gradient("sd_dropout_kl_backward")
 
 
@@ -82,21 +82,19 @@ def vocab_parallel_sd_dropout_kl(
     w = weights_of(op, u, weight)
     mask = None if weight is None else w != 0
     divided = None if divisor is None else arguments.divisor_tensor(op, divisor, reduction, u)
-    temperature = arguments.number(op, "temperature", temperature)
-    forward_weight = arguments.number(op, "forward_weight", forward_weight)
-    reverse_weight = arguments.number(op, "reverse_weight", reverse_weight)
     numbers = {"temperature": temperature, "forward_weight": forward_weight}
     numbers |= {"reverse_weight": reverse_weight}
-    numbers |= {"detach_target": arguments.flag(op, "detach_target", detach_target)}
+    numbers = {name: arguments.number(op, name, x) for name, x in numbers.items()}
+    numbers["detach_target"] = arguments.flag(op, "detach_target", detach_target)
     with torch.no_grad():
         values = _values(u=u, v=v, weight=mask, reduction=0, **numbers)
         _, rows, saved, _ = _call.outputs(*values)
         whole = whole_of(Pair(*gather(saved, group).unbind(1)))
         l = torch.zeros_like(w)
-        for factor, kl in ((forward_weight, whole.forward), (reverse_weight, whole.reverse)):
-            if factor != 0:
-                l = l + factor * kl
-        l = torch.where(w != 0, temperature**2 * w * l, 0)
+        for name, kl in (("forward_weight", whole.forward), ("reverse_weight", whole.reverse)):
+            if numbers[name] != 0:
+                l = l + numbers[name] * kl
+        l = torch.where(w != 0, numbers["temperature"] ** 2 * w * l, 0)
         denominator = denominator_of(w, reduction, divided)
         result = (l if reduction == "none" else l.sum() / denominator).to(rows.dtype)
     return attach(

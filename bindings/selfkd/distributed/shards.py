@@ -14,7 +14,7 @@ from ..sd_dropout_kl import sd_dropout_kl
 _FORM = 2 + contract.MAX_RANK  # numbers that describe a shard: classes, dtype, shape of the rows
 
 _call = functions.operator(sd_dropout_kl)
-_values = operators.in_order(contract.contract("sd_dropout_kl"))
+_values = kernels.in_order(contract.contract("sd_dropout_kl"))
 
 
 # ---- what the ranks exchange ----
@@ -114,7 +114,7 @@ def whole_of(shards: Pair) -> Pair:
 def gradient(op: str) -> type[torch.autograd.Function]:
     """The autograd.Function of a result found without autograd, which the operator differentiates."""
     run = kernels.kernel(op)
-    values = operators.in_order(contract.contract(op))
+    values = kernels.in_order(contract.contract(op))
     live = len(contract.contract(op).outputs)
 
     class Gradient(torch.autograd.Function):
@@ -128,9 +128,7 @@ def gradient(op: str) -> type[torch.autograd.Function]:
         ) -> torch.Tensor:
             """The tensors' names and the numbers are those of the operator; the first `live` learn."""
             ctx.numbers, ctx.names, ctx.others = numbers, names, ()
-            if (
-                torch.compiler.is_dynamo_compiling()
-            ):  # of what a context holds it counts no versions
+            if torch.compiler.is_dynamo_compiling():  # versions of `ctx.others` are not counted
                 tensors, ctx.others = tensors[:live], tensors[live:]
                 ctx.save_for_backward(*tensors)
             else:
@@ -173,8 +171,5 @@ def weights_of(op: str, like: torch.Tensor, weight: torch.Tensor | None) -> torc
     if weight is None:
         return torch.ones_like(like[:, 0], dtype=torch.float64)
     arguments.without_gradient(op, "weight", weight)
-    accumulator = torch.float64 if like.dtype == torch.float64 else torch.float32
-    if weight.dtype not in (accumulator, torch.bool):
-        found, expected = (str(x).removeprefix("torch.") for x in (weight.dtype, accumulator))
-        raise TypeError(f"{op}: weight has dtype {found}, expected {expected} or bool")
+    arguments.expect_weight(op, "weight", weight, like)
     return weight.double()

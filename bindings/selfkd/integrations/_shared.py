@@ -12,6 +12,7 @@ what is wrong: there the checks come first.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -22,16 +23,20 @@ import torch.nn.functional as F
 from .. import arguments
 from ..attention import attention
 from ..attention import reference as attention_reference
-from ..contract import number_rule
 from ..distill import distill
 from ..sd_dropout_kl import reference as kl_reference
 from ..sd_dropout_kl import sd_dropout_kl
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-Names = tuple[str, str]  # of the student's and the teacher's tensor, for sentences
+Names = tuple[str, str]  # what sentences call the student's and the teacher's tensor
 
-REDUCTIONS = ("batchmean", "sum", "mean", "none")  # of F.kl_div
+_RAISES = """Raises
+------
+TypeError, ValueError
+    An argument is not what it must be: it is no tensor, holds none, or does not go with the others.
+"""
+REDUCTIONS = ("batchmean", "sum", "mean", "none")  # those of F.kl_div
 
 
 def check_reduction(op: str, reduction: Any) -> None:
@@ -75,10 +80,9 @@ def number(op: str, name: str, value: Any, rule: str = "", *, optional: bool = F
         if value.numel() != 1:
             raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}, expected a number")
         return value
-    value = arguments.number(op, name, value)
     if rule:
-        number_rule(op, name, value, rule)
-    return value
+        return arguments.in_range(op, name, value, rule)
+    return arguments.number(op, name, value)
 
 
 def check_tensor(op: str, name: str, x: Any, least: int) -> None:
@@ -133,7 +137,10 @@ def standardized(logits: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def explained(check: Callable[_P, Any]) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Decorator: where the function fails, `check` of its arguments raises the sentence, if it has one."""
+    """Decorator: where the function fails, `check` of its arguments raises the sentence, if it has one.
+
+    A docstring that says nothing of errors gets a section about them.
+    """
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
         @functools.wraps(function)
@@ -147,6 +154,8 @@ def explained(check: Callable[_P, Any]) -> Callable[[Callable[_P, _R]], Callable
                     raise mistake from None
                 raise
 
+        if "Raises\n" not in (doc := inspect.getdoc(function) or ""):
+            call.__doc__ = f"{doc}\n\n{_RAISES}"
         return call
 
     return decorate
@@ -217,3 +226,10 @@ def at(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         check_maps("at", ("student", "teacher"), student, teacher)
         return attention_reference(student, teacher)
     return attention(student, teacher)
+
+
+def distances(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """The sum over the batch of the distance of two maps (arXiv 1612.03928, equation 2)."""
+    q, p = (F.normalize(x.pow(2).sum(1).flatten(1)) for x in (student, teacher))
+    distances: torch.Tensor = torch.linalg.vector_norm(q - p, dim=1).sum()
+    return distances

@@ -55,13 +55,7 @@ class KLDivergence(nn.Module):
 
     @_shared.explained(_check)
     def forward(self, preds_S: torch.Tensor, preds_T: torch.Tensor) -> torch.Tensor:
-        """The loss of logits (N, C) or (N, C, H, W) of student and teacher; 0-d, or of their shape.
-
-        Raises
-        ------
-        TypeError, ValueError
-            An argument is not what it must be.
-        """
+        """The loss of logits (N, C) or (N, C, H, W) of student and teacher; 0-d, or of their shape."""
         if self.teacher_detach:
             preds_T = preds_T.detach()
         if self.reduction == "none":
@@ -104,13 +98,7 @@ class ChannelWiseDivergence(nn.Module):
 
     @_shared.explained(_check)
     def forward(self, preds_S: torch.Tensor, preds_T: torch.Tensor) -> torch.Tensor:
-        """The loss of predictions (N, C, H, W) of student and teacher; 0-d.
-
-        Raises
-        ------
-        TypeError, ValueError
-            An argument is not what it must be.
-        """
+        """The loss of predictions (N, C, H, W) of student and teacher; 0-d."""
         return _shared.kl(
             preds_S.flatten(2),
             preds_T.flatten(2),
@@ -143,11 +131,5 @@ class ATLoss(nn.Module):
 
     @_shared.explained(_check)
     def forward(self, s_feature: torch.Tensor, t_feature: torch.Tensor) -> torch.Tensor:
-        """The loss of features (N, C, ...) of as many positions; channels may differ. 0-d.
-
-        Raises
-        ------
-        TypeError, ValueError
-            An argument is not what it must be.
-        """
+        """The loss of features (N, C, ...) of as many positions; channels may differ. 0-d."""
         return self.loss_weight * _shared.at(s_feature, t_feature)

@@ -34,12 +34,6 @@ class DistillKL(nn.Module):
 
     @_shared.explained(_check)
     def forward(self, y_s: torch.Tensor, y_t: torch.Tensor) -> torch.Tensor:
-        """The loss of logits (N, C) or (N, C, ...) of student and target; 0-d.
-
-        Raises
-        ------
-        TypeError, ValueError
-            An argument is not what it must be.
-        """
+        """The loss of logits (N, C) or (N, C, ...) of student and target; 0-d."""
         reduction, factor = _shared.from_kl_div("batchmean", y_s)
         return _shared.kl(y_s, y_t, temperature=self.T, weight=factor, reduction=reduction)

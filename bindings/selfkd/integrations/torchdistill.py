@@ -12,19 +12,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .. import arguments
-from ..contract import number_rule
 from ..distill import distill
 from ..sd_dropout_kl import sd_dropout_kl
 from ..simreg import simreg
 from . import _shared
+from ._places import IO, Place, found, places
 
 __all__ = ["ATLoss", "KDLoss", "LogitStdKDLoss", "SDDropoutLoss", "SimRegLoss", "register"]
-
-_IO = Mapping[str, Mapping[str, Any]]  # module path -> "input" or "output" -> what the module saw
 
 
 class KDLoss(nn.Module):
@@ -78,14 +75,16 @@ class KDLoss(nn.Module):
         arguments.tensor(op, "weight", weight, optional=True)
         self.student_module_path, self.student_module_io = student_module_path, student_module_io
         self.teacher_module_path, self.teacher_module_io = teacher_module_path, teacher_module_io
+        self._places = places(
+            student_module_path, student_module_io, teacher_module_path, teacher_module_io
+        )
         self.temperature = _shared.number(op, "temperature", temperature, "POSITIVE")
         self.alpha = _shared.number(op, "alpha", alpha, optional=True)
         self.beta = _shared.number(op, "beta", beta, optional=True)
         if beta is None and alpha is not None:
             self.beta = 1 - self.alpha
         self.reduction = reduction
-        self._smoothing = arguments.number(op, "label_smoothing", label_smoothing)
-        number_rule(op, "label_smoothing", self._smoothing, "FRACTION")
+        self._smoothing = arguments.in_range(op, "label_smoothing", label_smoothing, "FRACTION")
         self._ignored = arguments.integer(op, "ignore_index", ignore_index)
         hard_reduction = reduction.removeprefix("batch")
         self.cross_entropy_loss = nn.CrossEntropyLoss(
@@ -101,11 +100,7 @@ class KDLoss(nn.Module):
         self, student_io_dict: Any, teacher_io_dict: Any, targets: Any = None, *_: Any, **__: Any
     ) -> None:
         op = self._op
-        student_at = self.student_module_path, self.student_module_io
-        teacher_at = self.teacher_module_path, self.teacher_module_io
-        logits = _found(op, "student", student_io_dict, *student_at)
-        teacher = _found(op, "teacher", teacher_io_dict, *teacher_at)
-        names = _name("student", *student_at), _name("teacher", *teacher_at)
+        logits, teacher, names = found(op, self._places, student_io_dict, teacher_io_dict)
         _shared.check_logits(op, names, logits, teacher)
         if self.alpha is None or self.alpha == 0 or targets is None:
             return
@@ -126,21 +121,15 @@ class KDLoss(nn.Module):
     @_shared.explained(_check)
     def forward(
         self,
-        student_io_dict: _IO,
-        teacher_io_dict: _IO,
+        student_io_dict: IO,
+        teacher_io_dict: IO,
         targets: torch.Tensor | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """The loss: 0-d, or of the logits' shape for ``"none"``.
-
-        Raises
-        ------
-        TypeError, ValueError
-            A module was not seen, or gave no logits; an argument is not what it must be.
-        """
-        logits = student_io_dict[self.student_module_path][self.student_module_io]
-        teacher = teacher_io_dict[self.teacher_module_path][self.teacher_module_io]
+        """The loss: 0-d, or of the logits' shape for ``"none"``."""
+        student_at, teacher_at = self._places
+        logits, teacher = student_at.of(student_io_dict), teacher_at.of(teacher_io_dict)
         hard = None if self.alpha is None or self.alpha == 0 else targets
         if self.reduction == "none":
             return self._of_each_logit(logits, teacher, hard)
@@ -279,51 +268,31 @@ class ATLoss(nn.Module):
                     )
             _shared.number("ATLoss", f'at_pairs["{name}"]["weight"]', pair.get("weight", 1))
         self.at_pairs, self.mode = at_pairs, mode
+        self._places = [
+            places(*(pair[side][key] for side in ("student", "teacher") for key in ("path", "io")))
+            for pair in at_pairs.values()
+        ]
 
     def _check(self, student_io_dict: Any, teacher_io_dict: Any, *_: Any, **__: Any) -> None:
-        for pair in self.at_pairs.values():
-            where = [(pair[side]["path"], pair[side]["io"]) for side in ("student", "teacher")]
-            student = _found("ATLoss", "student", student_io_dict, *where[0])
-            teacher = _found("ATLoss", "teacher", teacher_io_dict, *where[1])
-            names = _name("student", *where[0]), _name("teacher", *where[1])
+        for pair in self._places:
+            student, teacher, names = found("ATLoss", pair, student_io_dict, teacher_io_dict)
             _shared.check_maps("ATLoss", names, student, teacher)
 
     @_shared.explained(_check)
     def forward(
-        self, student_io_dict: _IO, teacher_io_dict: _IO, *args: Any, **kwargs: Any
+        self, student_io_dict: IO, teacher_io_dict: IO, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """The weighted sum over the pairs; 0-d.
-
-        Raises
-        ------
-        TypeError, ValueError
-            A module was not seen, or gave no features, or they have other positions.
-        """
+        """The weighted sum over the pairs; 0-d."""
+        weights = [pair.get("weight", 1) for pair in self.at_pairs.values()]
         pairs = [
-            (*_pair(pair, student_io_dict, teacher_io_dict), pair.get("weight", 1))
-            for pair in self.at_pairs.values()
+            (student.of(student_io_dict), teacher.of(teacher_io_dict), weight)
+            for (student, teacher), weight in zip(self._places, weights, strict=True)
         ]
         if self.mode == "code":
             return torch.stack([weight * _shared.at(x, t) for x, t, weight in pairs]).sum()
         self._check(student_io_dict, teacher_io_dict)
-        losses = torch.stack([weight * _distances(x, t) for x, t, weight in pairs])
+        losses = torch.stack([weight * _shared.distances(x, t) for x, t, weight in pairs])
         return losses.sum() / len(pairs[0][0])
-
-
-def _pair(
-    pair: Mapping[str, Any], student_io_dict: _IO, teacher_io_dict: _IO
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The features of a pair."""
-    student, teacher = pair["student"], pair["teacher"]
-    student_features = student_io_dict[student["path"]][student["io"]]
-    return student_features, teacher_io_dict[teacher["path"]][teacher["io"]]
-
-
-def _distances(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """The sum over the batch of the distance of two maps (arXiv 1612.03928, equation 2)."""
-    q, p = (F.normalize(x.pow(2).sum(1).flatten(1)) for x in (student, teacher))
-    distances: torch.Tensor = torch.linalg.vector_norm(q - p, dim=1).sum()
-    return distances
 
 
 class SDDropoutLoss(nn.Module):
@@ -343,11 +312,12 @@ class SDDropoutLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check_options("SDDropoutLoss", sd_dropout_kl, options)
-        self.student, self.options = (student_module_path, student_module_io), options
+        self.student = Place("student", student_module_path, student_module_io)
+        self.options = options
 
     def _check(self, student_io_dict: Any, *_: Any, **__: Any) -> None:
-        op, name = "SDDropoutLoss", _name("student", *self.student)
-        pair = _found(op, "student", student_io_dict, *self.student)
+        op, name = "SDDropoutLoss", self.student.name
+        pair = self.student.found(op, student_io_dict)
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise TypeError(
                 f"{op}: {name} is {arguments.described(pair)}, expected a pair (u, v) of logits"
@@ -355,16 +325,9 @@ class SDDropoutLoss(nn.Module):
         _shared.check_logits(op, (f"{name}[0]", f"{name}[1]"), *pair)
 
     @_shared.explained(_check)
-    def forward(self, student_io_dict: _IO, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The mean over the batch.
-
-        Raises
-        ------
-        TypeError, ValueError
-            The module was not seen, or gave no pair of logits.
-        """
-        path, io = self.student
-        u, v = student_io_dict[path][io]
+    def forward(self, student_io_dict: IO, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The mean over the batch."""
+        u, v = self.student.of(student_io_dict)
         return sd_dropout_kl(u, v, **self.options)
 
 
@@ -391,50 +354,23 @@ class SimRegLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check_options("SimRegLoss", simreg, options)
-        self.student = student_module_path, student_module_io
-        self.teacher = teacher_module_path, teacher_module_io
+        self.student, self.teacher = places(
+            student_module_path, student_module_io, teacher_module_path, teacher_module_io
+        )
         self.options = options
 
     def _check(self, student_io_dict: Any, teacher_io_dict: Any, *_: Any, **__: Any) -> None:
-        op = "SimRegLoss"
-        student = _found(op, "student", student_io_dict, *self.student)
-        teacher = _found(op, "teacher", teacher_io_dict, *self.teacher)
-        names = _name("student", *self.student), _name("teacher", *self.teacher)
-        _shared.check_logits(op, names, student, teacher)
+        both = self.student, self.teacher
+        student, teacher, names = found("SimRegLoss", both, student_io_dict, teacher_io_dict)
+        _shared.check_logits("SimRegLoss", names, student, teacher)
 
     @_shared.explained(_check)
     def forward(
-        self, student_io_dict: _IO, teacher_io_dict: _IO, *args: Any, **kwargs: Any
+        self, student_io_dict: IO, teacher_io_dict: IO, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """The mean over the batch.
-
-        Raises
-        ------
-        TypeError, ValueError
-            A module was not seen, or gave no features, or they have other shapes.
-        """
-        (path, io), (teacher_path, teacher_io) = self.student, self.teacher
-        target = teacher_io_dict[teacher_path][teacher_io].detach()
-        return simreg(student_io_dict[path][io], target, **self.options)
-
-
-def _name(side: str, path: str, io: str) -> str:
-    return f'{side}_io_dict["{path}"]["{io}"]'
-
-
-def _found(op: str, side: str, io_dict: Any, path: str, io: str) -> Any:
-    """What torchdistill saw of a module, or the sentence that says why it saw nothing."""
-    if not isinstance(io_dict, Mapping):
-        found = arguments.described(io_dict)
-        raise TypeError(f"{op}: {side}_io_dict is {found}, expected a dict of modules")
-    of_module = io_dict.get(path)
-    if not isinstance(of_module, Mapping) or io not in of_module:
-        seen = ", ".join(f'"{module}"' for module in io_dict) or "none"
-        raise ValueError(
-            f'{op}: {side}_io_dict has no {io} of module "{path}", expected one of what was seen ({seen});'
-            f" the {side}'s forward_hook in the configuration says of which modules"
-        )
-    return of_module[io]
+        """The mean over the batch."""
+        target = self.teacher.of(teacher_io_dict).detach()
+        return simreg(self.student.of(student_io_dict), target, **self.options)
 
 
 def _check_options(op: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:

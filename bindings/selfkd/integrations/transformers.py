@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from .. import arguments
-from ..contract import number_rule
 from ..distill import distill
 from . import _shared
 
@@ -42,12 +41,6 @@ def _logits(whose: str, outputs: Any) -> torch.Tensor:
             f"{_OP}: the {whose}'s output is {found}, expected one with a tensor of logits"
         )
     return logits
-
-
-def _number(name: str, value: Any, rule: str) -> Any:
-    value = arguments.number(_OP, name, value, way=_WAY)
-    number_rule(_OP, name, value, rule)
-    return value
 
 
 class DistillMixin:
@@ -85,6 +78,10 @@ class DistillMixin:
     >>> DistillTrainer(student, arguments, train_dataset=data, teacher=teacher, temperature=2.0).train()
     """
 
+    teacher_weight: float
+    temperature: float
+    ce_weight: float
+
     def __init__(
         self,
         *args: Any,
@@ -97,9 +94,14 @@ class DistillMixin:
     ) -> None:
         if not isinstance(teacher, torch.nn.Module):
             raise TypeError(f"{_OP}: teacher is {arguments.described(teacher)}, expected a module")
-        self.teacher_weight = _number("teacher_weight", teacher_weight, "NONNEGATIVE")
-        self.temperature = _number("temperature", temperature, "POSITIVE")
-        self.ce_weight = _number("ce_weight", ce_weight, "NONNEGATIVE")
+        given = {
+            "teacher_weight": teacher_weight,
+            "temperature": temperature,
+            "ce_weight": ce_weight,
+        }
+        for name, value in given.items():
+            rule = "POSITIVE" if name == "temperature" else "NONNEGATIVE"
+            setattr(self, name, arguments.in_range(_OP, name, value, rule, _WAY))
         super().__init__(*args, compute_loss_func=self._distill, **kwargs)  # type: ignore[call-arg]
         self.teacher = teacher.to(self.args.device).eval()  # type: ignore[attr-defined]
         if shift_labels is None:
@@ -134,7 +136,7 @@ class DistillMixin:
             raise ValueError(
                 f"{_OP}: labels is None, expected a tensor, or ce_weight=0 to train without labels"
             )
-        if labels is not None and self.shift_labels:  # and not the logits, which are read in place
+        if labels is not None and self.shift_labels:  # the logits are read in place
             labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED)
         loss: torch.Tensor = distill(  # type: ignore[assignment]
             outputs.logits,

@@ -2,10 +2,12 @@
 
 from typing import Any
 
-from .aikd import AIKDLoss, AIKDParts, Discriminator, PreviousEpoch
+from .aikd import AIKDLoss, AIKDParts
 from .bifpn import BiFPN
 from .bifpn_seg import BiFPNSeg
+from .discriminator import Discriminator
 from .frskd import FRSKDLoss, FRSKDParts
+from .previous_epoch import PreviousEpoch
 from .schedules import frskd_rampup, sigmoid_rampup
 from .sd_dropout import SDDropout
 from .simreg import SimRegHead, SimRegLoss

@@ -11,29 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import arguments, contract
+from .. import arguments
 from ..bifpn_fuse import bifpn_fuse
+from .checkpoints import SEPARABLE, converted, key_of_bifpn
 
 Fusion = Callable[..., torch.Tensor]
 
 _OP = "BiFPN"
-
-# Members of a separable block and of a pointwise one; and the authors' names of what a layer has.
-_SEPARABLE = ("depthwise", "pointwise", "norm")
-_CONV_NORM = ("conv", "norm")
-_POINTWISE = {
-    "lat_conv": "lateral",
-    "lat_conv2": "skip",
-    "up_sample": "up",
-    "down_sample": "down",
-}
-_NODES = {
-    "up_conv": "top_down",
-    "up_weight": "top_down",
-    "down_conv": "bottom_up",
-    "down_weight": "bottom_up",
-}
-NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 class _NormOfRepeated(nn.BatchNorm2d):
@@ -76,7 +60,7 @@ def _separable(channels: int) -> nn.Sequential:
     """3x3 convolution of each channel, 1x1 convolution, batch norm."""
     depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
     pointwise = nn.Conv2d(channels, channels, 1, bias=False)
-    members = zip(_SEPARABLE, (depthwise, pointwise, nn.BatchNorm2d(channels)), strict=True)
+    members = zip(SEPARABLE, (depthwise, pointwise, nn.BatchNorm2d(channels)), strict=True)
     return nn.Sequential(OrderedDict(members))
 
 
@@ -215,12 +199,12 @@ class BiFPN(nn.Module):
             raise ValueError(
                 f"{_OP}: channels has length {len(self.channels)}, expected 2 levels or more"
             )
-        num_classes = at_least(_OP, "num_classes", num_classes, 1)
-        width = at_least(_OP, "width", width, 1)
-        repeat = at_least(_OP, "repeat", repeat, 1)
+        num_classes = arguments.at_least(_OP, "num_classes", num_classes, 1)
+        width = arguments.at_least(_OP, "width", width, 1)
+        repeat = arguments.at_least(_OP, "repeat", repeat, 1)
         scaled = uniform_channels is None
         if uniform_channels is not None:
-            uniform_channels = at_least(_OP, "uniform_channels", uniform_channels, 1)
+            uniform_channels = arguments.at_least(_OP, "uniform_channels", uniform_channels, 1)
         if repeat > 1 and scaled and width != 1:
             raise ValueError(
                 f"{_OP}: repeat is {repeat}, expected 1 (or uniform_channels, or width 1)"
@@ -316,15 +300,7 @@ class BiFPN(nn.Module):
         ValueError
             A key that their modules do not have, or two of one entry; a `part` that is not there.
         """
-        return converted(_OP, "BiFPNc or BiFPN", state_dict, part, _our_key)
-
-
-def at_least(op: str, name: str, value: Any, least: int) -> int:
-    """`value` as an int."""
-    found: int = arguments.integer(op, name, value)
-    if found < least:
-        raise ValueError(f"{op}: {name} is {found}, expected {least} or more")
-    return found
+        return converted(_OP, "BiFPNc or BiFPN", state_dict, part, key_of_bifpn)
 
 
 def check_maps(op: str, name: str, maps: Sequence[torch.Tensor], levels: int) -> None:
@@ -342,74 +318,3 @@ def check_maps(op: str, name: str, maps: Sequence[torch.Tensor], levels: int) ->
         if not x.is_floating_point():
             found = str(x.dtype).removeprefix("torch.")
             raise TypeError(f"{op}: {name}[{i}] has dtype {found}, expected a floating dtype")
-
-
-def converted(
-    op: str,
-    theirs: str,
-    state_dict: Mapping[str, Any],
-    part: str | None,
-    rename: Callable[[str], str | None],
-) -> dict[str, Any]:
-    """The entries of a module of the authors, or of `part` of a larger one, under our names."""
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(
-            f"{op}: state_dict is {contract.described(state_dict)}, expected a dict of tensors"
-            " (module.state_dict())"
-        )
-    found: dict[str, Any] = {}
-    for key, value in state_dict.items():
-        name = _unwrapped(str(key))
-        if part is not None:
-            if not name.startswith(f"{part}."):
-                continue
-            name = _unwrapped(name.removeprefix(f"{part}."))
-        ours = rename(name)
-        if ours is None:
-            raise ValueError(
-                f"{op}: state_dict has the key {key!r}, expected those of FRSKD's {theirs}"
-                " (part=... picks one module's from a larger checkpoint)"
-            )
-        if ours in found:
-            raise ValueError(f"{op}: state_dict has {key!r} twice, expected one prefix for all")
-        found[ours] = value
-    if part is not None and not found:
-        names = sorted({_unwrapped(str(key)).split(".")[0] for key in state_dict})
-        raise ValueError(f'{op}: part is "{part}", expected one of {", ".join(names)}')
-    return found
-
-
-def _unwrapped(key: str) -> str:
-    """The name without what DataParallel puts before it."""
-    return key.removeprefix("module.")
-
-
-def _our_key(key: str) -> str | None:
-    """The name here of an entry of the authors' state dict; None: they have no such entry."""
-    match key.split("."):
-        case ["fc" | "linear", name]:
-            return f"head.{name}" if name in ("weight", "bias") else None
-        case ["layers", r, stem, i, *rest] if r.isdigit() and i.isdigit():
-            part = {**_NODES, **_POINTWISE}.get(stem)
-        case _:
-            return None
-    entry = None
-    match stem, rest:
-        case "up_weight" | "down_weight", []:
-            entry = "weight"
-        case "lat_conv" | "lat_conv2", ["conv", "0", k, name]:
-            entry = _entry(_CONV_NORM, k, name)
-        case "up_sample" | "down_sample", ["1", "conv", "0", k, name]:
-            entry = _entry(_CONV_NORM, k, name)
-        case "up_conv" | "down_conv", ["conv", j, k, name] if j.isdigit():
-            relu = [] if j == "0" else [""]  # begins all but the first
-            entry = _entry([*relu, *_SEPARABLE], k, name)
-            entry = entry and f"conv.{j}.{entry}"
-    return entry and f"layers.{r}.{part}.{i}.{entry}"
-
-
-def _entry(members: Sequence[str], k: str, name: str) -> str | None:
-    """Entry `name` of the k-th member of a block, of which only the norm has more than a weight."""
-    member = members[int(k)] if k.isdigit() and int(k) < len(members) else ""
-    known = name in NORM if member == "norm" else member and name == "weight"
-    return f"{member}.{name}" if known else None

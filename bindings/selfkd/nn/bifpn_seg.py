@@ -11,7 +11,8 @@ from torch import nn
 
 from .. import arguments
 from ..bifpn_fuse import bifpn_fuse
-from .bifpn import NORM, Fusion, at_least, check_maps, converted
+from .bifpn import Fusion, check_maps
+from .checkpoints import NORM, converted
 
 _OP = "BiFPNSeg"
 # By the authors' names, which count the levels from 2.
@@ -113,9 +114,9 @@ class BiFPNSeg(nn.Module):
         fuse: Fusion = bifpn_fuse,
     ) -> None:
         super().__init__()
-        self.channels = at_least(_OP, "channels", channels, 1)
-        self.levels = at_least(_OP, "levels", levels, 2)
-        repeat = at_least(_OP, "repeat", repeat, 1)
+        self.channels = arguments.at_least(_OP, "channels", channels, 1)
+        self.levels = arguments.at_least(_OP, "levels", levels, 2)
+        repeat = arguments.at_least(_OP, "repeat", repeat, 1)
         bottom_up = arguments.flag(_OP, "bottom_up", bottom_up)
         self.layers = nn.Sequential(
             *(

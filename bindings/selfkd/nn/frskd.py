@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import arguments, contract
+from .. import arguments
 from ..attention import attention
 from ..distill import distill
 
@@ -24,10 +23,7 @@ _Target = torch.Tensor | tuple[torch.Tensor, torch.Tensor, float]
 
 def _number(name: str, value: Any, rule: str = "NONNEGATIVE") -> Any:
     """`value` as a Python number within the range of a rule of the contracts."""
-    found = arguments.number(_OP, name, value, _REFERENCES)
-    if rule != "NONNEGATIVE" or not 0 <= found < math.inf:
-        contract.number_rule(_OP, name, found, rule)
-    return found
+    return arguments.in_range(_OP, name, value, rule, _REFERENCES)
 
 
 class FRSKDParts(NamedTuple):
@@ -183,7 +179,7 @@ def _labels(target: Any) -> list[tuple[float, torch.Tensor]]:
         arguments.tensor(_OP, name, y)
     lam = target[2]
     if torch.compiler.is_compiling() and type(lam) is float:  # no constant: every step has another
-        contract.number_rule(_OP, "lam", lam, "FRACTION")
+        arguments.number_rule(_OP, "lam", lam, "FRACTION")
     else:
         lam = _number("lam", lam, "FRACTION")
     return [(lam, target[0]), (1 - lam, target[1])]
@@ -201,7 +197,7 @@ def _cross_entropy(
         raise ValueError(
             f"{_OP}: ignore_index is {options['ignore_index']}, expected -100 with a target of probabilities"
         )
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = arguments.accumulator(logits)
     smoothing = _number("label_smoothing", options["label_smoothing"], "FRACTION")
     return share * F.cross_entropy(logits.to(dtype), y.to(dtype), label_smoothing=smoothing)
 

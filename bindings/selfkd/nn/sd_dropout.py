@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from .. import arguments
-from ..contract import accumulator, described, number_rule
 from ..distill import distill
 from ..dropout_views import dropout_views
 from ..sd_dropout_head import _seed, sd_dropout_head
@@ -17,6 +16,16 @@ from ..sd_dropout_kl import sd_dropout_kl
 
 _OP = "SDDropout"
 _LEARNS = "call selfkd.reference.sd_dropout_head, which gives it one"
+_OF_KL = ("temperature", "forward_weight", "reverse_weight", "detach_target")
+_OPTIONS = (
+    "p",
+    "kl_weight",
+    *_OF_KL,
+    "label_smoothing",
+    "ignore_index",
+    "reduction",
+    "chunk_bytes",
+)
 _has_global_hook: Callable[[], Any] = getattr(
     nn.modules.module, "_has_any_global_hook", lambda: False
 )
@@ -46,16 +55,15 @@ def _check_rows(
         return
     arguments.without_gradient(_OP, "row_weight", row_weight, _LEARNS)
     arguments.expect_shape(_OP, "row_weight", row_weight, features.shape[:1])
-    wide = accumulator(str(features.dtype).removeprefix("torch."))
-    if row_weight.dtype not in (getattr(torch, wide), torch.bool):
-        dtype = str(row_weight.dtype).removeprefix("torch.")
-        raise TypeError(f"{_OP}: row_weight has dtype {dtype}, expected {wide} or bool")
+    arguments.expect_weight(_OP, "row_weight", row_weight, features)
 
 
 def _logits(found: Any, rows: int) -> torch.Tensor:
     """What the head returned, if it is logits."""
     if not isinstance(found, torch.Tensor):
-        raise TypeError(f"{_OP}: head returned {described(found)}, expected logits ({rows}, C)")
+        raise TypeError(
+            f"{_OP}: head returned {arguments.described(found)}, expected logits ({rows}, C)"
+        )
     if found.ndim != 2 or len(found) != rows:
         raise ValueError(
             f"{_OP}: head returned shape {tuple(found.shape)}, expected logits ({rows}, C)"
@@ -127,7 +135,11 @@ class SDDropout(nn.Module):
     ) -> None:
         super().__init__()
         if not callable(head) or isinstance(head, type):
-            found = f"the class {head.__name__}" if isinstance(head, type) else described(head)
+            found = (
+                f"the class {head.__name__}"
+                if isinstance(head, type)
+                else arguments.described(head)
+            )
             raise TypeError(
                 f"{_OP}: head is {found}, expected a module or function of features, "
                 "such as nn.Linear(32, 10)"
@@ -182,19 +194,10 @@ class SDDropout(nn.Module):
                 head.weight,  # type: ignore[attr-defined]
                 head.bias,  # type: ignore[attr-defined]
                 target,
-                p=self.p,
-                temperature=self.temperature,
-                kl_weight=self.kl_weight,
-                forward_weight=self.forward_weight,
-                reverse_weight=self.reverse_weight,
-                detach_target=self.detach_target,
-                label_smoothing=self.label_smoothing,
-                ignore_index=self.ignore_index,
+                **{name: getattr(self, name) for name in _OPTIONS},
                 row_weight=row_weight,
-                reduction=self.reduction,
                 divisor=divisor,
                 generator=generator,
-                chunk_bytes=self.chunk_bytes,
                 return_logits=return_logits,
             )
             if isinstance(found, torch.Tensor):
@@ -213,8 +216,7 @@ class SDDropout(nn.Module):
         generator: torch.Generator | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and loss of any head: what :func:`selfkd.sd_dropout_head` does of a linear one."""
-        kl_weight = arguments.number(_OP, "kl_weight", self.kl_weight, _LEARNS)
-        number_rule(_OP, "kl_weight", kl_weight, "NONNEGATIVE")
+        kl_weight = arguments.in_range(_OP, "kl_weight", self.kl_weight, "NONNEGATIVE", _LEARNS)
         ignore_index = arguments.integer(_OP, "ignore_index", self.ignore_index)
         _check_rows(features, target, row_weight)
         counted = target != ignore_index
@@ -236,14 +238,8 @@ class SDDropout(nn.Module):
             **rows,
         )
         if samples and kl_weight != 0:  # 0 times an infinite divergence would be NaN
-            kl = sd_dropout_kl(
-                *samples,
-                temperature=self.temperature,
-                forward_weight=self.forward_weight,
-                reverse_weight=self.reverse_weight,
-                detach_target=self.detach_target,
-                **rows,
-            )
+            options = {name: getattr(self, name) for name in _OF_KL}
+            kl = sd_dropout_kl(samples[0], samples[1], **options, **rows)
             loss = loss + kl_weight * kl
         return logits, loss
 

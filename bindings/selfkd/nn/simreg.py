@@ -55,8 +55,7 @@ class SimRegHead(nn.Sequential):
     @arguments.public("SimRegHead")
     def __init__(self, in_features: int, out_features: int, layers: int = 4) -> None:
         for name, value in (("in_features", in_features), ("out_features", out_features)):
-            if arguments.integer("SimRegHead", name, value) < 1:
-                raise ValueError(f"SimRegHead: {name} is {value}, expected 1 or more")
+            arguments.at_least("SimRegHead", name, value, 1)
         if arguments.integer("SimRegHead", "layers", layers) not in (1, 2, 4):
             raise ValueError(f"SimRegHead: layers is {layers}, expected 1, 2 or 4")
         projector = _block(in_features, in_features) if layers == 4 else []
