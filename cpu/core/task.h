@@ -47,9 +47,9 @@ static inline int64_t sk_tasks_in_run(const sk_task *all) {
 
 /* Each task reads `tensors` elements a class. */
 static inline sk_work sk_work_of(const sk_task *all, int tensors) {
-    const int64_t tasks = sk_tasks_in_run(all), samples = all->positions ? all->N : 1;
-    const bool empty = all->N == 0 || all->S == 0;
-    return (sk_work){empty ? 0 : samples * tasks, tensors * all->C * all->width, all->path};
+    const bool empty = all->N == 0 || all->S == 0; /* a width may be 0 then */
+    const int64_t samples = all->positions ? all->N : 1;
+    return (sk_work){empty ? 0 : samples * sk_tasks_in_run(all), tensors * all->C * all->width, all->path};
 }
 
 static inline sk_task sk_task_at(const sk_task *all, int64_t i) {
