@@ -1,10 +1,11 @@
 /* Adversarial losses on the GPU: see ops/adversarial.h and ops/formula/adversarial.h. A thread
  * takes one score of each side at a time.
  *
- * Test: python -m pytest tests/test_simt.py -k adversarial    Machine code: make sass
- * OP=adversarial Time: selfkd bench --device cuda --case adversarial */
+ * Test: python -m pytest tests/test_simt.py -k adversarial
+ * Machine code: make sass OP=adversarial
+ * Time: selfkd bench adversarial --device cuda */
 #include "adversarial.h"
-#include "core/row_loss.cuh"
+#include "core/rows.cuh"
 
 #include "formula/adversarial.h"
 
@@ -77,27 +78,19 @@ __global__ void __launch_bounds__(SK_BLOCK)
 
 /* ---- launches ---- */
 
-/* A thread for each score of the longer side. */
-static unsigned grid_of(const sk_dims &dims) {
+/* A thread takes a score of each side. */
+static int64_t longer_side(const sk_dims &dims) {
     const int64_t N = dims.size['N' - 'A'], M = dims.size['M' - 'A'];
-    return sk_grid(N > M ? N : M, kOneEach);
+    return N > M ? N : M;
 }
 
-extern "C" int sk_cuda_adversarial(const struct adversarial_params *params, void *stream) {
-    const int zeroed = sk_zero_ticket(params->scratch, stream);
-    if (zeroed != cudaSuccess) return zeroed;
-    SK_SWITCH_FLOATING(params->real.dtype, T, {
-        SK_LAUNCH(adversarial_kernel<T>, grid_of(params->dims), sk_block(kOneEach), 0, stream,
-                  *params);
-    })
-    return cudaGetLastError();
+extern "C" int sk_cuda_adversarial(const struct adversarial_params *p, void *stream) {
+    return sk_launch_each(SK_INSTANCES_FOR_EACH(adversarial_kernel), longer_side(p->dims),
+                          p->real.dtype, stream, *p);
 }
 
-extern "C" int sk_cuda_adversarial_backward(const struct adversarial_backward_params *params,
+extern "C" int sk_cuda_adversarial_backward(const struct adversarial_backward_params *p,
                                             void *stream) {
-    SK_SWITCH_FLOATING(params->real.dtype, T, {
-        SK_LAUNCH(adversarial_backward_kernel<T>, grid_of(params->dims), sk_block(kOneEach), 0,
-                  stream, *params);
-    })
-    return cudaGetLastError();
+    return sk_launch_each(SK_INSTANCES_FOR_EACH(adversarial_backward_kernel), longer_side(p->dims),
+                          p->real.dtype, stream, *p);
 }

@@ -5,8 +5,9 @@
  * A block takes a tile: positions of a sample. Features come in two forms. "planes": neighbours in
  * memory are positions. "rows": they are channels, and a warp shares those of a position.
  *
- * Test: python -m pytest tests/test_simt.py -k attention    Machine code: make sass OP=attention
- * Time: selfkd bench --device cuda --case attention */
+ * Test: python -m pytest tests/test_simt.py -k attention
+ * Machine code: make sass OP=attention
+ * Time: selfkd bench attention --device cuda */
 #include "attention.h"
 #include "core/row_loss.cuh"
 
@@ -127,7 +128,7 @@ SK_DEVICE void map_planes(const network &k, unsigned index, double *sums) {
     }
 }
 
-/* Leaves grad_student, whose features lie together. */
+/* Leaves a tile's means of squares, of rows. */
 template <typename T, int kVec>
 SK_DEVICE void map_rows(const network &k, unsigned index) {
     const tiling &t = k.tiles;
@@ -351,7 +352,7 @@ __global__ void __launch_bounds__(SK_BLOCK)
     }
 }
 
-/* Leaves grad_student, whose features lie together. */
+/* Leaves grad_student, of rows. */
 template <typename T, int kVec>
 __global__ void __launch_bounds__(SK_BLOCK)
     attention_backward_rows_kernel(const backward_params p) {
@@ -388,18 +389,17 @@ extern "C" int sk_cuda_attention(const struct attention_params *p, void *stream)
 }
 
 extern "C" int sk_cuda_attention_backward(const struct attention_backward_params *p, void *stream) {
-    const int64_t N = SK_DIM(p, N), count = N * SK_DIM(p, S);
-    if (count == 0) return cudaSuccess;
+    if (SK_ROWS(p) == 0) return cudaSuccess;
     SK_SWITCH_FLOATING(p->student.dtype, T, {
         const form f = form_of(p->dims, SK_DIM(p, C), sizeof(T), {&p->student, &p->grad_student});
         if (f.planes) {
             const auto kernel = f.tiles.vector ? attention_backward_planes_kernel<T, 16 / sizeof(T)>
                                                : attention_backward_planes_kernel<T, 1>;
-            SK_LAUNCH(kernel, blocks_of(N * f.tiles.per_sample), SK_BLOCK, 0, stream, *p, f.tiles);
-        } else {
-            const auto kernel = SK_KERNEL(attention_backward_rows_kernel, T, f.rows);
-            SK_LAUNCH(kernel, sk_grid(count, f.rows), sk_block(f.rows), 0, stream, *p);
+            SK_LAUNCH(kernel, blocks_of(SK_DIM(p, N) * f.tiles.per_sample), SK_BLOCK, 0, stream, *p,
+                      f.tiles);
+            return cudaGetLastError();
         }
     })
-    return cudaGetLastError();
+    return sk_launch_rows(SK_INSTANCES(attention_backward_rows_kernel), SK_ROWS(p),
+                          {&p->student, &p->grad_student}, stream, *p);
 }

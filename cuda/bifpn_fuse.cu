@@ -1,8 +1,9 @@
 /* BiFPN fusion on the GPU: one kernel forward, a thread for each output; one kernel backward, a
  * thread for each pixel of each input, which gathers its gradient. Formulas in ops/bifpn_fuse.h.
  *
- * Test: python -m pytest tests/test_simt.py -k bifpn_fuse    Machine code: make sass OP=bifpn_fuse
- * Time: selfkd bench --device cuda --case bifpn_fuse */
+ * Test: python -m pytest tests/test_simt.py -k bifpn_fuse
+ * Machine code: make sass OP=bifpn_fuse
+ * Time: selfkd bench bifpn_fuse --device cuda */
 #include "bifpn_fuse.h"
 
 #include "core/resize.h"
@@ -192,17 +193,15 @@ SK_DEVICE sk_real<T> fuse(const fusion &f, const factors &k, pixel at) {
 /* Leaves fused. */
 template <typename T>
 __global__ void __launch_bounds__(SK_BLOCK, 3)
-    bifpn_fuse_kernel(const forward_params params, const fusion f) {
-    const forward_params *const p = &params;
+    bifpn_fuse_kernel(const forward_params p, const fusion f) {
     SK_SHARED(factors, k, 1);
     find_factors(f, k);
-    const int64_t H = SK_DIM(p, H), W = SK_DIM(p, W), count = f.N * f.C * H * W;
-    for (int64_t i = sk_first_row(); i < count; i += sk_row_step()) {
-        const pixel at = pixel_of(p->fused, (uint64_t)i, f.C, H, W);
+    const int64_t H = SK_DIM(&p, H), W = SK_DIM(&p, W);
+    sk_each(f.N * f.C * H * W, [&](int64_t i) {
+        const pixel at = pixel_of(p.fused, (uint64_t)i, f.C, H, W);
         const sk_real<T> sum = fuse<T>(f, *k, at);
-        sk_narrow(f.late ? act(f.activation, sum) : sum,
-                  (T *)p->fused.data + address(p->fused, at));
-    }
+        sk_narrow(f.late ? act(f.activation, sum) : sum, (T *)p.fused.data + address(p.fused, at));
+    });
 }
 
 /* ---- backward ---- */
@@ -251,57 +250,49 @@ SK_DEVICE sk_real<T> folded(const sk_arg &grad, const fusion &f, const factors &
  * resizing is linear, once its winners are known, d = sum of operand x gradient, pixel by pixel. */
 template <typename T>
 __global__ void __launch_bounds__(SK_BLOCK, 2)
-    bifpn_fuse_backward_kernel(const backward_params params, const fusion f) {
+    bifpn_fuse_backward_kernel(const backward_params p, const fusion f) {
     typedef sk_real<T> real;
-    const backward_params *const p = &params;
     SK_SHARED(factors, k, 1);
     find_factors(f, k);
     double d[kMaps] = {0, 0, 0};
     SK_ROLLED for (int i = 0; i < f.count; i++) {
         double of_map = 0;
-        const sk_arg &to = i == 0 ? p->grad_a : i == 1 ? p->grad_b : p->grad_c;
-        const int64_t H = f.rows[i].from, W = f.columns[i].from, count = f.N * f.C * H * W;
-        for (int64_t e = sk_first_row(); e < count; e += sk_row_step()) {
+        const sk_arg &to = i == 0 ? p.grad_a : i == 1 ? p.grad_b : p.grad_c;
+        const int64_t H = f.rows[i].from, W = f.columns[i].from;
+        sk_each(f.N * f.C * H * W, [&](int64_t e) {
             const pixel at = pixel_of(to, (uint64_t)e, f.C, H, W);
-            const real x = load<T>(f.x[i], at), g = folded<T>(p->grad, f, *k, i, at);
+            const real x = load<T>(f.x[i], at), g = folded<T>(p.grad, f, *k, i, at);
             const real grad = (real)k->of[i] * g;
             if (g != 0) of_map += (double)g * (f.late ? x : act(f.activation, x));
             sk_narrow(f.late ? grad : slope(f.activation, x, grad), (T *)to.data + address(to, at));
-        }
+        });
         SK_UNROLL for (int j = 0; j < kMaps; j++) d[j] += j == i ? of_map : 0;
     }
     if (!f.weight.data) return;
-    if (sk_grid_sum(d, p->scratch.data) && sk_thread() == 0) finish(f, *k, d, p->grad_weight);
+    if (sk_grid_sum(d, p.scratch.data) && sk_thread() == 0) finish(f, *k, d, p.grad_weight);
 }
 
 /* ---- launches ---- */
 
 /* A thread for each pixel of the largest map. */
-static unsigned grid_of(const fusion &f) {
+static int64_t pixels_of(const fusion &f) {
     int64_t most = 0;
     for (int i = 0; i < f.count; i++) {
         const int64_t pixels = f.rows[i].from * f.columns[i].from;
         if (pixels > most) most = pixels;
     }
-    return sk_grid(f.N * f.C * most, kOneEach);
+    return f.N * f.C * most;
 }
 
-extern "C" int sk_cuda_bifpn_fuse(const struct bifpn_fuse_params *params, void *stream) {
-    const fusion f = fusion_of(*params);
-    SK_SWITCH_FLOATING(params->a.dtype, T, {
-        SK_LAUNCH(bifpn_fuse_kernel<T>, grid_of(f), sk_block(kOneEach), 0, stream, *params, f);
-    })
-    return cudaGetLastError();
+extern "C" int sk_cuda_bifpn_fuse(const struct bifpn_fuse_params *p, void *stream) {
+    const fusion f = fusion_of(*p);
+    return sk_launch_each(SK_INSTANCES_FOR_EACH(bifpn_fuse_kernel), pixels_of(f), p->a.dtype,
+                          stream, *p, f);
 }
 
-extern "C" int sk_cuda_bifpn_fuse_backward(const struct bifpn_fuse_backward_params *params,
+extern "C" int sk_cuda_bifpn_fuse_backward(const struct bifpn_fuse_backward_params *p,
                                            void *stream) {
-    const int zeroed = cudaMemsetAsync(params->scratch.data, 0, 16, (cudaStream_t)stream);
-    if (zeroed != cudaSuccess) return zeroed;
-    const fusion f = fusion_of(*params);
-    SK_SWITCH_FLOATING(params->a.dtype, T, {
-        SK_LAUNCH(bifpn_fuse_backward_kernel<T>, grid_of(f), sk_block(kOneEach), 0, stream, *params,
-                  f);
-    })
-    return cudaGetLastError();
+    const fusion f = fusion_of(*p);
+    return sk_launch_each(SK_INSTANCES_FOR_EACH(bifpn_fuse_backward_kernel), pixels_of(f),
+                          p->a.dtype, stream, *p, f);
 }

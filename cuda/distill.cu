@@ -2,8 +2,9 @@
  * Formulas in ops/distill.h; how a KL keeps its digits in core/kl.cuh. The kernels are large: the
  * backward one has a file of its own, so that both compile side by side.
  *
- * Test: python -m pytest tests/test_simt.py -k distill    Machine code: make sass OP=distill
- * Time: selfkd bench --device cuda --case distill */
+ * Test: python -m pytest tests/test_simt.py -k distill
+ * Machine code: make sass OP=distill
+ * Time: selfkd bench distill --device cuda */
 #include "distill.cuh"
 
 extern "C" {
@@ -65,19 +66,23 @@ SK_DEVICE void add_step(const forward_params &p, const sk_teachers &k, int64_t n
     }
 }
 
-/* Leaves what is saved of a teacher; returns its part of kl_rows, without the row's weight. `far`:
- * how far apart anchors were, which costs digits where logits are compared with each other, at one
- * temperature. */
+/* The anchors of a row for one teacher, and how far apart those of its threads were at most. */
+struct anchor_tops {
+    double hu, hv, apart;
+};
+
+/* Leaves what is saved of teacher j; returns its part of kl_rows, without the row's weight. Anchors
+ * far apart cost digits where logits are compared with each other, which is at one temperature. */
 template <typename T>
 SK_DEVICE double teach(const forward_params &p, const sk_teacher &k, int j, int64_t n, int64_t s,
-                       double h, double hu, double hv, double far, double (&sum)[SK_TEACHER_SUMS]) {
+                       double h, const anchor_tops &top, double (&sum)[SK_TEACHER_SUMS]) {
     typedef sk_real<T> real;
     const bool rough = k.T != k.own || k.x.dtype != p.logits.dtype;
-    const bool sk_is_far = sizeof(T) == 2 && k.T == k.own && far > kFar * k.T;
+    const bool far = sizeof(T) == 2 && k.T == k.own && top.apart > kFar * k.T;
     sk_teacher_row x = {0, 0, 0, false};
     if (k.weight != 0) {
-        x = sk_conclude(k, sum, hu, hv, rough, sk_is_far);
-        x.level += (hu - h) / k.T;
+        x = sk_conclude(k, sum, top.hu, top.hv, rough, far);
+        x.level += (top.hu - h) / k.T;
         if (x.poor) {
             const sk_logits_row student = {sk_any_row_of(p.logits, n, s), false};
             x = sk_careful(k, student, sk_row_of(k, n, s), SK_DIM(&p, C));
@@ -92,8 +97,8 @@ SK_DEVICE double teach(const forward_params &p, const sk_teacher &k, int j, int6
 
 /* Leaves the cross-entropy's sums and what is saved of a row; returns its largest logit. */
 template <typename T, int kVec, int kTeachers>
-SK_DEVICE sk_real<T> sk_visit(const forward_params &p, const sk_teachers &k, int64_t n, int64_t s,
-                              double (&sum)[SK_CE_SUMS], double *kl) {
+SK_DEVICE sk_real<T> visit(const forward_params &p, const sk_teachers &k, int64_t n, int64_t s,
+                           double (&sum)[SK_CE_SUMS], double *kl) {
     typedef sk_real<T> real;
     const int64_t C = SK_DIM(&p, C);
     share<real, kTeachers> x = {(real)kLowest, {}, sk_no_softmax<real>(), {}};
@@ -117,8 +122,8 @@ SK_DEVICE sk_real<T> sk_visit(const forward_params &p, const sk_teachers &k, int
             j == 0 ? x.sum[0][i] : x.sum[kTeachers - 1][i];
         sk_group_reduce(of_one, sk_add());
         const real hv = j == 0 ? top[1] : top[kTeachers];
-        const real far = j == 0 ? top[1 + kTeachers] : top[2 * kTeachers];
-        *kl += teach<T>(p, k.of[j], j, n, s, h, top[0], hv, far, of_one);
+        const real apart = j == 0 ? top[1 + kTeachers] : top[2 * kTeachers];
+        *kl += teach<T>(p, k.of[j], j, n, s, h, {top[0], hv, apart}, of_one);
     }
     return h;
 }
@@ -126,13 +131,10 @@ SK_DEVICE sk_real<T> sk_visit(const forward_params &p, const sk_teachers &k, int
 /* Leaves loss, parts and denominators from the sums of ce_rows, kl_rows and both weights. */
 template <typename real>
 SK_DEVICE void finish(const forward_params &p, const sk_teachers &k, const double (&total)[4]) {
-    const real *const divisor = (const real *)p.divisor.data;
     const bool has[2] = {has_ce(p), k.of[0].weight != 0 || k.of[1].weight != 0};
     double part[2];
     SK_UNROLL for (int i = 0; i < 2; i++) {
-        const double denominator = p.reduction != SELFKD_MEAN ? 1
-                                   : divisor                  ? *divisor
-                                                              : total[2 + i];
+        const double denominator = sk_denominator<real>(p, total[2 + i]);
         part[i] = has[i] ? total[i] / denominator : 0;
         ((real *)p.denominators.data)[i * p.denominators.stride[0]] = (real)denominator;
     }
@@ -156,14 +158,15 @@ __global__ void __launch_bounds__(SK_BLOCK, 2)
     distill_kernel(const forward_params p, const sk_teachers k) {
     typedef sk_real<T> real;
     double total[4] = {0, 0, 0, 0};
-    sk_each_row(p, [&](int64_t n, int64_t s) {
-        const int64_t C = SK_DIM(&p, C);
+    /* not sk_each_row: as a lambda the loop leaves two words of a row in local memory on sm_90 */
+    for (int64_t row = sk_first_row(); row < SK_ROWS(&p); row += sk_row_step()) {
+        const int64_t C = SK_DIM(&p, C), n = row / SK_DIM(&p, S), s = row % SK_DIM(&p, S);
         const real w = sk_weight<real>(p.weight, n, s);
         double sum[SK_CE_SUMS] = {}, kl = 0;
         real h = 0;
         if (sk_lane() == 0) save_none<real>(p, n, s);
-        if (w != 0) h = sk_visit<T, kVec, kTeachers>(p, k, n, s, sum, &kl);
-        if (sk_lane() != 0) return;
+        if (w != 0) h = visit<T, kVec, kTeachers>(p, k, n, s, sum, &kl);
+        if (sk_lane() != 0) continue;
         const int64_t y = target_of(p, n, s, C - 1);
         const bool labelled = w != 0 && y >= 0;
         const bool taught = w != 0 && (y >= 0 || !p.mask_teachers || !p.target.data);
@@ -185,23 +188,15 @@ __global__ void __launch_bounds__(SK_BLOCK, 2)
         total[1] += kl;
         total[2] += labelled ? w : 0;
         total[3] += p.mask_teachers && p.target.data ? (labelled ? w : 0) : w;
-    });
+    }
     if (sk_grid_sum(total, p.scratch.data) && sk_thread() == 0) finish<real>(p, k, total);
 }
 
-/* ---- launch ---- */
-
-extern "C" int sk_cuda_distill(const struct distill_params *params, void *stream) {
-    const int zeroed = sk_zero_ticket(params->scratch, stream);
-    if (zeroed != cudaSuccess) return zeroed;
-    const int64_t count = SK_DIM(params, N) * SK_DIM(params, S);
-    const sk_teachers k = teachers_of(*params);
-    SK_SWITCH_FLOATING(params->logits.dtype, T, {
-        const sk_layout layout = sk_layout_of(
-            params->dims, sizeof(T), {&params->logits, &params->teacher, &params->second_teacher});
-        const auto kernel = k.of[1].weight != 0 ? SK_KERNEL(distill_kernel, T, layout, 2)
-                                                : SK_KERNEL(distill_kernel, T, layout, 1);
-        SK_LAUNCH(kernel, sk_grid(count, layout), sk_block(layout), 0, stream, *params, k);
-    })
-    return cudaGetLastError();
+extern "C" int sk_cuda_distill(const struct distill_params *p, void *stream) {
+    const sk_teachers k = teachers_of(*p);
+    const std::initializer_list<const sk_arg *> tensors = {&p->logits, &p->teacher,
+                                                           &p->second_teacher};
+    if (k.of[1].weight == 0)
+        return sk_launch_rows(SK_INSTANCES(distill_kernel, 1), SK_ROWS(p), tensors, stream, *p, k);
+    return sk_launch_rows(SK_INSTANCES(distill_kernel, 2), SK_ROWS(p), tensors, stream, *p, k);
 }

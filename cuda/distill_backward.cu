@@ -1,7 +1,8 @@
 /* The gradient of distillation on the GPU: see distill.cu.
  *
- * Test: python -m pytest tests/test_simt.py -k distill    Machine code: make sass OP=distill
- * Time: selfkd bench --device cuda --case distill */
+ * Test: python -m pytest tests/test_simt.py -k distill
+ * Machine code: make sass OP=distill_backward
+ * Time: selfkd bench distill --device cuda */
 #include "distill.cuh"
 
 extern "C" {
@@ -56,8 +57,8 @@ SK_DEVICE slope<sk_real<T>, kTeachers> slope_of(const backward_params &p, const 
 
 /* Leaves the gradient of a far row. */
 template <typename T, int kTeachers>
-SK_DEVICE void sk_differentiate_far(const backward_params &p, const sk_teachers &k, int64_t n,
-                                    int64_t s) {
+SK_DEVICE void differentiate_far(const backward_params &p, const sk_teachers &k, int64_t n,
+                                 int64_t s) {
     typedef sk_real<T> real;
     const int64_t C = SK_DIM(&p, C), y = target_of(p, n, s, C);
     const real *const denominator = (const real *)p.denominators.data;
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(SK_BLOCK, kTeachers > 1 ? 2 : sk_resident<T, k
         const int64_t C = SK_DIM(&p, C);
         const slope<real, kTeachers> m = slope_of<T, kTeachers>(p, k, n, s);
         if (m.far) {
-            sk_differentiate_far<T, kTeachers>(p, k, n, s);
+            differentiate_far<T, kTeachers>(p, k, n, s);
             return;
         }
         const T *const from = sk_keep(sk_row<T>(p.logits, n, s));
@@ -138,19 +139,13 @@ __global__ void __launch_bounds__(SK_BLOCK, kTeachers > 1 ? 2 : sk_resident<T, k
     });
 }
 
-/* ---- launch ---- */
-
-extern "C" int sk_cuda_distill_backward(const struct distill_backward_params *params,
-                                        void *stream) {
-    const int64_t count = SK_DIM(params, N) * SK_DIM(params, S);
-    const sk_teachers k = teachers_of(*params);
-    SK_SWITCH_FLOATING(params->logits.dtype, T, {
-        const sk_layout layout = sk_layout_of(
-            params->dims, sizeof(T),
-            {&params->logits, &params->grad_logits, &params->teacher, &params->second_teacher});
-        const auto kernel = k.of[1].weight != 0 ? SK_KERNEL(distill_backward_kernel, T, layout, 2)
-                                                : SK_KERNEL(distill_backward_kernel, T, layout, 1);
-        SK_LAUNCH(kernel, sk_grid(count, layout), sk_block(layout), 0, stream, *params, k);
-    })
-    return cudaGetLastError();
+extern "C" int sk_cuda_distill_backward(const struct distill_backward_params *p, void *stream) {
+    const sk_teachers k = teachers_of(*p);
+    const std::initializer_list<const sk_arg *> tensors = {&p->logits, &p->grad_logits, &p->teacher,
+                                                           &p->second_teacher};
+    if (k.of[1].weight == 0)
+        return sk_launch_rows(SK_INSTANCES(distill_backward_kernel, 1), SK_ROWS(p), tensors, stream,
+                              *p, k);
+    return sk_launch_rows(SK_INSTANCES(distill_backward_kernel, 2), SK_ROWS(p), tensors, stream, *p,
+                          k);
 }

@@ -1,8 +1,9 @@
 /* Dropout views on the GPU: one kernel forward, one backward. Masks in ops/dropout_views.h; threads
  * with four or more neighbouring elements draw one counter for each four.
  *
- * Test: python -m pytest tests/test_simt.py -k dropout_views    Machine code: make sass
- * OP=dropout_views Time: selfkd bench --device cuda --case dropout_views */
+ * Test: python -m pytest tests/test_simt.py -k dropout_views
+ * Machine code: make sass OP=dropout_views
+ * Time: selfkd bench dropout_views --device cuda */
 #include "core/philox.h"
 #include "core/rows.cuh"
 #include "dropout_views.h"
@@ -42,81 +43,65 @@ SK_DEVICE uint64_t first_of(const Params *p, int64_t n) {
 /* Leaves views. */
 template <typename T, int kVec>
 __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
-    dropout_views_kernel(const forward_params params, const sk_dropout dropout) {
-    const forward_params *const p = &params;
-    const int64_t N = SK_DIM(p, N), C = SK_DIM(p, C), stride = p->views.stride[2];
-    for (int64_t n = sk_first_row(); n < N; n += sk_row_step()) {
-        const T *const from = sk_keep(sk_row<T>(p->features, n, 0));
-        T *const to = sk_keep(sk_cell<T>(p->views, 0, n, 0));
+    dropout_views_kernel(const forward_params p, const sk_dropout dropout) {
+    const int64_t C = SK_DIM(&p, C), stride = p.views.stride[2];
+    sk_each(SK_DIM(&p, N), [&](int64_t n) {
+        const T *const from = sk_keep(sk_row<T>(p.features, n, 0));
+        T *const to = sk_keep(sk_cell<T>(p.views, 0, n, 0));
         SK_ROLLED for (int64_t base = 0; base < C; base += sk_step<T>()) {
             sk_real<T> x[sk_items<T>], y[sk_items<T>];
-            sk_load<T, kVec>(from, p->features.stride[1], base, C, 0, x);
+            sk_load<T, kVec>(from, p.features.stride[1], base, C, 0, x);
             sk_store<T, kVec>(to, stride, base, C, x);
             SK_UNROLL for (int k = 0; k < SAMPLES; k++) {
                 memcpy(y, x, sizeof y);
-                drop<T, kVec>(p->seed, dropout, k, first_of(p, n), base, y);
-                sk_store<T, kVec>(to + (k + 1) * p->views.stride[0], stride, base, C, y);
+                drop<T, kVec>(p.seed, dropout, k, first_of(&p, n), base, y);
+                sk_store<T, kVec>(to + (k + 1) * p.views.stride[0], stride, base, C, y);
             }
         }
-    }
+    });
 }
 
 /* Leaves grad_features. */
 template <typename T, int kVec>
 __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
-    dropout_views_backward_kernel(const backward_params params, const sk_dropout dropout) {
-    const backward_params *const p = &params;
-    const int64_t N = SK_DIM(p, N), C = SK_DIM(p, C), stride = p->grad.stride[2];
-    for (int64_t n = sk_first_row(); n < N; n += sk_row_step()) {
-        const T *const from = sk_keep(sk_cell<T>(p->grad, 0, n, 0));
-        T *const to = sk_keep(sk_row<T>(p->grad_features, n, 0));
+    dropout_views_backward_kernel(const backward_params p, const sk_dropout dropout) {
+    const int64_t C = SK_DIM(&p, C), stride = p.grad.stride[2];
+    sk_each(SK_DIM(&p, N), [&](int64_t n) {
+        const T *const from = sk_keep(sk_cell<T>(p.grad, 0, n, 0));
+        T *const to = sk_keep(sk_row<T>(p.grad_features, n, 0));
         SK_ROLLED for (int64_t base = 0; base < C; base += sk_step<T>()) {
             sk_real<T> g[sk_items<T>], sum[sk_items<T>];
             sk_load<T, kVec>(from, stride, base, C, 0, sum);
             SK_UNROLL for (int k = 0; k < SAMPLES; k++) {
-                sk_load<T, kVec>(from + (k + 1) * p->grad.stride[0], stride, base, C, 0, g);
-                drop<T, kVec>(p->seed, dropout, k, first_of(p, n), base, g);
+                sk_load<T, kVec>(from + (k + 1) * p.grad.stride[0], stride, base, C, 0, g);
+                drop<T, kVec>(p.seed, dropout, k, first_of(&p, n), base, g);
                 SK_UNROLL for (int i = 0; i < sk_items<T>; i++) sum[i] += g[i];
             }
-            sk_store<T, kVec>(to, p->grad_features.stride[1], base, C, sum);
+            sk_store<T, kVec>(to, p.grad_features.stride[1], base, C, sum);
         }
-    }
+    });
 }
 
 /* ---- launches ---- */
 
-/* One of three stacked tensors of rows. */
-static sk_arg view_of(const sk_arg &x, int k, int64_t element) {
-    return {(char *)x.data + k * x.stride[0] * element, {x.stride[1], x.stride[2]}, x.dtype};
+/* Launches over the rows of `one` and of the three in `stack`, in the layout that suits all. */
+template <typename Instances, typename Params>
+static int launch(Instances instances, const sk_arg &one, const sk_arg &stack, const Params &p,
+                  void *stream) {
+    const int64_t view = stack.stride[0] * sk_element(stack.dtype);
+    sk_arg part[1 + SAMPLES];
+    for (int k = 0; k < 1 + SAMPLES; k++)
+        part[k] = {(char *)stack.data + k * view, {stack.stride[1], stack.stride[2]}, stack.dtype};
+    return sk_launch_rows(instances, SK_DIM(&p, N), {&one, &part[0], &part[1], &part[2]}, stream, p,
+                          sk_dropout_of(p.p));
 }
 
-/* The layout that suits the rows of `one` and of the three in `stack`. */
-static sk_layout layout_of(const sk_dims &dims, int64_t element, const sk_arg &one,
-                           const sk_arg &stack) {
-    const sk_arg a = view_of(stack, 0, element), b = view_of(stack, 1, element),
-                 c = view_of(stack, 2, element);
-    return sk_layout_of(dims, element, {&one, &a, &b, &c});
+extern "C" int sk_cuda_dropout_views(const struct dropout_views_params *p, void *stream) {
+    return launch(SK_INSTANCES(dropout_views_kernel), p->features, p->views, *p, stream);
 }
 
-extern "C" int sk_cuda_dropout_views(const struct dropout_views_params *params, void *stream) {
-    SK_SWITCH_FLOATING(params->features.dtype, T, {
-        const sk_layout layout =
-            layout_of(params->dims, sizeof(T), params->features, params->views);
-        const auto kernel = SK_KERNEL(dropout_views_kernel, T, layout);
-        SK_LAUNCH(kernel, sk_grid(SK_DIM(params, N), layout), sk_block(layout), 0, stream, *params,
-                  sk_dropout_of(params->p));
-    })
-    return cudaGetLastError();
-}
-
-extern "C" int sk_cuda_dropout_views_backward(const struct dropout_views_backward_params *params,
+extern "C" int sk_cuda_dropout_views_backward(const struct dropout_views_backward_params *p,
                                               void *stream) {
-    SK_SWITCH_FLOATING(params->grad.dtype, T, {
-        const sk_layout layout =
-            layout_of(params->dims, sizeof(T), params->grad_features, params->grad);
-        const auto kernel = SK_KERNEL(dropout_views_backward_kernel, T, layout);
-        SK_LAUNCH(kernel, sk_grid(SK_DIM(params, N), layout), sk_block(layout), 0, stream, *params,
-                  sk_dropout_of(params->p));
-    })
-    return cudaGetLastError();
+    return launch(SK_INSTANCES(dropout_views_backward_kernel), p->grad_features, p->grad, *p,
+                  stream);
 }

@@ -1,8 +1,9 @@
 /* The rows of the SD-Dropout objective on the GPU, in one kernel: each group of threads finishes a
  * row, and writes gradients over logits that it has just read. Formula in ops/sd_dropout_head.h.
  *
- * Test: python -m pytest tests/test_simt.py -k sd_dropout_head    Machine code: make sass
- * OP=sd_dropout_head Time: selfkd bench --device cuda --case sd_dropout_head */
+ * Test: python -m pytest tests/test_simt.py -k sd_dropout_head
+ * Machine code: make sass OP=sd_dropout_head
+ * Time: selfkd bench sd_dropout_head --device cuda */
 #include "core/ce.cuh"
 #include "core/kl.cuh"
 #include "core/rows.cuh"
@@ -128,13 +129,8 @@ __global__ void __launch_bounds__(SK_BLOCK) sd_dropout_head_kernel(const row_par
     }
 }
 
-extern "C" int sk_cuda_sd_dropout_head_rows(const struct sd_dropout_head_rows_params *params,
+extern "C" int sk_cuda_sd_dropout_head_rows(const struct sd_dropout_head_rows_params *p,
                                             void *stream) {
-    SK_SWITCH_FLOATING(params->z.dtype, T, {
-        const sk_layout layout =
-            sk_layout_of(params->dims, sizeof(T), {&params->z, &params->u, &params->v});
-        const auto kernel = SK_KERNEL(sd_dropout_head_kernel, T, layout);
-        SK_LAUNCH(kernel, sk_grid(SK_DIM(params, N), layout), sk_block(layout), 0, stream, *params);
-    })
-    return cudaGetLastError();
+    return sk_launch_rows(SK_INSTANCES(sd_dropout_head_kernel), SK_DIM(p, N), {&p->z, &p->u, &p->v},
+                          stream, *p);
 }

@@ -1,8 +1,9 @@
 /* SD-Dropout on the GPU: one kernel forward, one backward, each reading its logits once.
  * Formulas in ops/sd_dropout_kl.h; how the forward kernel computes both KL in core/kl.cuh.
  *
- * Test: python -m pytest tests/test_simt.py -k sd_dropout_kl    Machine code: make sass
- * OP=sd_dropout_kl Time: selfkd bench --device cuda --case sd_dropout_kl */
+ * Test: python -m pytest tests/test_simt.py -k sd_dropout_kl
+ * Machine code: make sass OP=sd_dropout_kl
+ * Time: selfkd bench sd_dropout_kl --device cuda */
 #include "core/kl.cuh"
 #include "core/row_loss.cuh"
 #include "sd_dropout_kl.h"
@@ -69,12 +70,12 @@ __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
 }
 
 extern "C" int sk_cuda_sd_dropout_kl(const struct sd_dropout_kl_params *p, void *stream) {
-    const int zeroed = sk_zero_ticket(p->scratch, stream);
-    if (zeroed != cudaSuccess) return zeroed;
-    SK_LAUNCH_ROWS(sd_dropout_kl_kernel, p, stream, p->u, &p->v);
+    return sk_launch_rows(SK_INSTANCES(sd_dropout_kl_kernel), SK_ROWS(p), {&p->u, &p->v}, stream,
+                          *p);
 }
 
 extern "C" int sk_cuda_sd_dropout_kl_backward(const struct sd_dropout_kl_backward_params *p,
                                               void *stream) {
-    SK_LAUNCH_ROWS(sd_dropout_kl_backward_kernel, p, stream, p->u, &p->v, &p->grad_u, &p->grad_v);
+    return sk_launch_rows(SK_INSTANCES(sd_dropout_kl_backward_kernel), SK_ROWS(p),
+                          {&p->u, &p->v, &p->grad_u, &p->grad_v}, stream, *p);
 }

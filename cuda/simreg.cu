@@ -1,8 +1,9 @@
 /* SimReg on the GPU: one kernel forward, one backward, each reading the features once. See
  * ops/simreg.h and ops/formula/simreg.h.
  *
- * Test: python -m pytest tests/test_simt.py -k simreg    Machine code: make sass OP=simreg
- * Time: selfkd bench --device cuda --case simreg */
+ * Test: python -m pytest tests/test_simt.py -k simreg
+ * Machine code: make sass OP=simreg
+ * Time: selfkd bench simreg --device cuda */
 #include "core/row_loss.cuh"
 #include "simreg.h"
 
@@ -147,14 +148,12 @@ __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
     });
 }
 
-/* ---- launches ---- */
-
 extern "C" int sk_cuda_simreg(const struct simreg_params *p, void *stream) {
-    const int zeroed = sk_zero_ticket(p->scratch, stream);
-    if (zeroed != cudaSuccess) return zeroed;
-    SK_LAUNCH_ROWS(simreg_kernel, p, stream, p->student, &p->target);
+    return sk_launch_rows(SK_INSTANCES(simreg_kernel), SK_ROWS(p), {&p->student, &p->target},
+                          stream, *p);
 }
 
 extern "C" int sk_cuda_simreg_backward(const struct simreg_backward_params *p, void *stream) {
-    SK_LAUNCH_ROWS(simreg_backward_kernel, p, stream, p->student, &p->target, &p->grad_student);
+    return sk_launch_rows(SK_INSTANCES(simreg_backward_kernel), SK_ROWS(p),
+                          {&p->student, &p->target, &p->grad_student}, stream, *p);
 }

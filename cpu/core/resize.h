@@ -21,7 +21,7 @@ typedef struct sk_taps {
     real part[SK_STRIP];
 } sk_taps;
 
-/* Made anew only where they differ from the last ones; count is 0 at first. */
+/* Taps are made anew only where they differ from the last ones; count is 0 at first. */
 static inline void sk_set_taps(sk_taps *t, sk_axis a, int64_t begin, int64_t count) {
     if (t->begin == begin && t->count == count) return;
     t->begin = begin;
@@ -74,7 +74,7 @@ static inline void sk_fold(const sk_taps *t, int64_t lanes, const real *restrict
     }
 }
 
-/* The same where each of `count` sources is two outputs. */
+/* Leaves the gradient of `count` source columns, each of which is two output columns. */
 static inline void sk_fold_pairs(int64_t lanes, const real *restrict g, int64_t count,
                                  real *restrict to) {
     if (lanes == 1) {
@@ -123,7 +123,7 @@ static inline void sk_deal(const real *restrict x, int64_t lanes, int64_t count,
     }
 }
 
-/* And gathers them again. */
+/* Gathers the columns that sk_deal() dealt out. */
 static inline void sk_gather(const real *restrict one, const real *restrict other, int64_t lanes,
                              int64_t count, real *restrict x) {
     if (lanes == 1) {

@@ -49,7 +49,8 @@ static inline int64_t sk_tasks_in_run(const sk_task *all) {
 static inline sk_work sk_work_of(const sk_task *all, int tensors) {
     const bool empty = all->N == 0 || all->S == 0; /* a width may be 0 then */
     const int64_t samples = all->positions ? all->N : 1;
-    return (sk_work){empty ? 0 : samples * sk_tasks_in_run(all), tensors * all->C * all->width, all->path};
+    return (sk_work){empty ? 0 : samples * sk_tasks_in_run(all), tensors * all->C * all->width,
+                     all->path};
 }
 
 static inline sk_task sk_task_at(const sk_task *all, int64_t i) {

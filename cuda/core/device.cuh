@@ -77,7 +77,12 @@ using sk_real = typename sk_real_of<T>::type;
     }                                     \
     }
 
-SK_DEVICE float sk_widen(__half x) { return __half2float(x); }
+/* The bytes of an element. */
+static inline int64_t sk_element(int dtype){SK_SWITCH_FLOATING(dtype, T, return sizeof(T))}
+
+SK_DEVICE float sk_widen(__half x) {
+    return __half2float(x);
+}
 SK_DEVICE float sk_widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 SK_DEVICE float sk_widen(float x) { return x; }
 SK_DEVICE double sk_widen(double x) { return x; }

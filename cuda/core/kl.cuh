@@ -84,7 +84,8 @@ struct sk_pair {
     real gp, gq;      /* p*g(-y), q*g(y) */
 };
 
-/* (e^y - 1 - y) / y^2 for |y| < 0.75. float: by the polynomial of least relative error, 7.3e-8 as
+/* (e^y - 1 - y) / y^2 for |y| < 0.75, from where on e^y - 1 - y, at least a 6th of its largest
+ * term, is found as a difference. float: by the polynomial of least relative error, 7.3e-8 as
  * computed; double: by the series, whose terms left out are below 1e-17 of it. */
 SK_DEVICE float sk_curvature(float y) {
     constexpr float of[] = {0.5f,          0.16666672f,    0.041666638f, 0.008332572f,
@@ -237,14 +238,16 @@ SK_DEVICE sk_divergence sk_conclude(const double (&sum)[SK_SUMS], double hu, dou
     if (hu <= kLowest || hv <= kLowest) return {0, 0, 0, 0, true}; /* -inf, or finite still */
     const double gp = sum[SK_GP] / sum[SK_P], gq = sum[SK_GQ] / sum[SK_Q],
                  r = sum[SK_D] / sum[SK_Q];
-    const double sk_log_ratio_of = fabs(r) < 0.5 ? log1p(r) : log(sum[SK_P] / sum[SK_Q]);
+    const double log_ratio = fabs(r) < 0.5 ? log1p(r) : log(sum[SK_P] / sum[SK_Q]);
     sk_divergence x;
     x.lse = hu / temperature + log(sum[SK_P]);
-    x.dl = (hu - hv) / temperature + sk_log_ratio_of;
-    x.kl_pq = gp - sk_log_gap(-sum[SK_D] / sum[SK_P], -sk_log_ratio_of);
-    x.kl_qp = gq - sk_log_gap(r, sk_log_ratio_of);
-    /* float sums are good to 1e-7 of their terms, the gradient's d - KL to 1e-7 of the KL, and GP
-     * to 1e-7 of GP + GQ */
+    x.dl = (hu - hv) / temperature + log_ratio;
+    x.kl_pq = gp - sk_log_gap(-sum[SK_D] / sum[SK_P], -log_ratio);
+    x.kl_qp = gq - sk_log_gap(r, log_ratio);
+    /* Sums of floats are good to 1e-7 of their terms, so to 1.6e-6 of a KL that is a 16th of its
+     * first term; GP is good to 1e-7 of GP + GQ, so to as much where GQ is 16 times as large. The
+     * gradient's d - KL is rounded to 2^-24 of the KL, at most 2e-6 up to 32. Rows must be good to
+     * 3e-6, gradients to 1e-5 of their largest. */
     x.poor = far || !(gp <= 16 * x.kl_pq && gq <= 16 * x.kl_qp && x.kl_pq <= 32 && x.kl_qp <= 32 &&
                       sum[SK_GQ] <= 16 * sum[SK_GP]);
     return x;
@@ -281,7 +284,9 @@ SK_DEVICE sk_divergence sk_careful(const sk_two_rows<T> &r) {
     return {sk_lse_of(x, t), (x.top - y.top) / t + (x.log_sum - y.log_sum), kl[0], kl[1], false};
 }
 
-/* The same result in all threads of the group. */
+/* The same result in all threads of the group: lse to 1e-7 and the rounding of a double, dl to 1e-7
+ * of sum |p - q|, both KL to 3e-6 of themselves; of doubles, and of rows that were poor, all to
+ * 1e-12. An lse is no exact one of its row: gradients take the p and q that follow from it. */
 template <typename T, int kVec>
 SK_DEVICE sk_divergence sk_diverge(const sk_two_rows<T> &r) {
     sk_real<T> top[3];

@@ -242,34 +242,33 @@ SK_DEVICE void sk_pair_loss_backward(const Params &p, const sk_real<T> *numbers)
 
 /* Defines kernels and launches of a loss with the inputs u, v and weight and a temperature, by its
  * formula: as SK_PAIR_LOSS of cpu/core/pair_loss.h. */
-#define SK_PAIR_LOSS(op)                                                                         \
-    struct op##_formula {                                                                        \
-        template <typename real>                                                                 \
-        static __device__ sk_class_result<real> at(real p, real q, real d, real p_q,             \
-                                                   const real *k) {                              \
-            return {op##_value(p, q, d, p_q, k), op##_slope_p(p, q, d, p_q, k),                  \
-                    op##_slope_q(p, q, d, p_q, k)};                                              \
-        }                                                                                        \
-    };                                                                                           \
-    template <typename T, int kVec>                                                              \
-    __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)                            \
-        op##_kernel(const struct op##_params p) {                                                \
-        typedef sk_real<T> real;                                                                 \
-        const real k[] = op##_NUMBERS(&p);                                                       \
-        sk_pair_loss_forward<op##_formula, T, kVec>(p, k);                                       \
-    }                                                                                            \
-    template <typename T, int kVec>                                                              \
-    __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)                            \
-        op##_backward_kernel(const struct op##_backward_params p) {                              \
-        typedef sk_real<T> real;                                                                 \
-        const real k[] = op##_NUMBERS(&p);                                                       \
-        sk_pair_loss_backward<op##_formula, T, kVec>(p, k);                                      \
-    }                                                                                            \
-    extern "C" int sk_cuda_##op(const struct op##_params *p, void *stream) {                     \
-        const int zeroed = sk_zero_ticket(p->scratch, stream);                                   \
-        if (zeroed != cudaSuccess) return zeroed;                                                \
-        SK_LAUNCH_ROWS(op##_kernel, p, stream, p->u, &p->v);                                     \
-    }                                                                                            \
-    extern "C" int sk_cuda_##op##_backward(const struct op##_backward_params *p, void *stream) { \
-        SK_LAUNCH_ROWS(op##_backward_kernel, p, stream, p->u, &p->v, &p->grad_u, &p->grad_v);    \
+#define SK_PAIR_LOSS(op)                                                                          \
+    struct op##_formula {                                                                         \
+        template <typename real>                                                                  \
+        static __device__ sk_class_result<real> at(real p, real q, real d, real p_q,              \
+                                                   const real *k) {                               \
+            return {op##_value(p, q, d, p_q, k), op##_slope_p(p, q, d, p_q, k),                   \
+                    op##_slope_q(p, q, d, p_q, k)};                                               \
+        }                                                                                         \
+    };                                                                                            \
+    template <typename T, int kVec>                                                               \
+    __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)                             \
+        op##_kernel(const struct op##_params p) {                                                 \
+        typedef sk_real<T> real;                                                                  \
+        const real k[] = op##_NUMBERS(&p);                                                        \
+        sk_pair_loss_forward<op##_formula, T, kVec>(p, k);                                        \
+    }                                                                                             \
+    template <typename T, int kVec>                                                               \
+    __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)                             \
+        op##_backward_kernel(const struct op##_backward_params p) {                               \
+        typedef sk_real<T> real;                                                                  \
+        const real k[] = op##_NUMBERS(&p);                                                        \
+        sk_pair_loss_backward<op##_formula, T, kVec>(p, k);                                       \
+    }                                                                                             \
+    extern "C" int sk_cuda_##op(const struct op##_params *p, void *stream) {                      \
+        return sk_launch_rows(SK_INSTANCES(op##_kernel), SK_ROWS(p), {&p->u, &p->v}, stream, *p); \
+    }                                                                                             \
+    extern "C" int sk_cuda_##op##_backward(const struct op##_backward_params *p, void *stream) {  \
+        return sk_launch_rows(SK_INSTANCES(op##_backward_kernel), SK_ROWS(p),                     \
+                              {&p->u, &p->v, &p->grad_u, &p->grad_v}, stream, *p);                \
     }

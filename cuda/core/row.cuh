@@ -38,8 +38,10 @@ SK_DEVICE void sk_sides_of(const Row &u, const Row &v, int64_t C, double T, doub
     }
 }
 
-/* A log-sum-exp beyond this does not say what p is to the last digits, a factor beyond that may
- * leave the range of `real`: gradients of such rows are found class by class. */
+/* A log-sum-exp beyond kFarLse does not say what p is to the last digits: it is saved as a double,
+ * whose last bit is then 2^-23 (of rows of doubles 2^-43), what the bounds of a gradient allow. A
+ * factor beyond kFarFactor may leave the range of `real`, of which it leaves 2^10 for p (d - KL) T.
+ * Gradients of such rows are found class by class. */
 template <typename real>
 constexpr double kFarLse = sizeof(real) == 8 ? 0x1p10 : 0x1p30;
 template <typename real>

@@ -6,10 +6,16 @@
 
 /* Calls row(n, s) for each row of this group. */
 template <typename Params, typename Row>
-SK_DEVICE void sk_each_row(const Params &params, Row row) {
-    const Params *const p = &params;
-    const int64_t S = SK_DIM(p, S), count = SK_DIM(p, N) * S;
-    for (int64_t i = sk_first_row(); i < count; i += sk_row_step()) row(i / S, i % S);
+SK_DEVICE void sk_each_row(const Params &p, Row row) {
+    const int64_t S = SK_DIM(&p, S);
+    sk_each(SK_ROWS(&p), [&](int64_t i) { row(i / S, i % S); });
+}
+
+/* What the sum of rows is divided by; their weights sum to `weights`. */
+template <typename real, typename Params>
+SK_DEVICE double sk_denominator(const Params &p, double weights) {
+    if (p.reduction != SELFKD_MEAN) return 1;
+    return p.divisor.data ? *(const real *)p.divisor.data : weights;
 }
 
 /* Leaves rows, saved, loss and denominator. row(n, s, w, saved) gives the loss of a row of weight
@@ -30,9 +36,7 @@ SK_DEVICE void sk_row_forward(const Params &p, Row row) {
         total[1] += w;
     });
     if (!sk_grid_sum(total, p.scratch.data) || sk_thread() != 0) return;
-    const real *const divisor = (const real *)p.divisor.data;
-    const bool mean = p.reduction == SELFKD_MEAN;
-    const double denominator = !mean ? 1 : divisor ? *divisor : total[1];
+    const double denominator = sk_denominator<real>(p, total[1]);
     *(real *)p.loss.data = (real)(total[0] / denominator);
     *(real *)p.denominator.data = (real)denominator;
 }
@@ -53,22 +57,3 @@ struct sk_incoming {
           denominator(*(const real *)p.denominator.data) {}
     __device__ double saved(int k) const { return *sk_cell<double>(p.saved, k, n, s); }
 };
-
-/* ---- launches ---- */
-
-/* Zeroes the ticket of a sum over the grid. */
-static inline int sk_zero_ticket(const sk_arg &scratch, void *stream) {
-    return cudaMemsetAsync(scratch.data, 0, 16, (cudaStream_t)stream);
-}
-
-/* Launches kernel<T, kVec> over the rows of params, in the layout that suits the tensors named
- * last. T is the dtype of the first of them. Ends in a cudaError_t. */
-#define SK_LAUNCH_ROWS(kernel, params, stream, first, ...)                          \
-    SK_SWITCH_FLOATING((first).dtype, T, {                                          \
-        const sk_layout layout =                                                    \
-            sk_layout_of((params)->dims, sizeof(T), {&(first), ##__VA_ARGS__});     \
-        const auto instance = SK_KERNEL(kernel, T, layout);                         \
-        SK_LAUNCH(instance, sk_grid(SK_DIM(params, N) * SK_DIM(params, S), layout), \
-                  sk_block(layout), 0, stream, *(params));                          \
-    })                                                                              \
-    return cudaGetLastError()

@@ -35,16 +35,7 @@ SK_DEVICE real sk_weight(const sk_arg &weight, int64_t n, int64_t s) {
 
 /* Element `at` of a tensor of any floating dtype. */
 SK_DEVICE double sk_load_any(const void *data, int dtype, int64_t at) {
-    switch (dtype) {
-    case SK_DT_F16:
-        return sk_widen(((const __half *)data)[at]);
-    case SK_DT_BF16:
-        return sk_widen(((const __nv_bfloat16 *)data)[at]);
-    case SK_DT_F32:
-        return ((const float *)data)[at];
-    default:
-        return ((const double *)data)[at];
-    }
+    SK_SWITCH_FLOATING(dtype, T, return sk_widen(((const T *)data)[at]))
 }
 
 /* Row [n, s] of an "NC*" tensor of any floating dtype; class by class, for what is rare. */
@@ -280,6 +271,62 @@ static inline unsigned sk_grid(int64_t rows, sk_layout layout) {
     return blocks < 1 ? 1 : blocks > SK_REDUCE_BLOCKS ? SK_REDUCE_BLOCKS : (unsigned)blocks;
 }
 
-/* The instance kernel<T, kVec, ...> for a layout. */
-#define SK_KERNEL(kernel, T, layout, ...) \
-    ((layout).vector ? kernel<T, 16 / sizeof(T), ##__VA_ARGS__> : kernel<T, 1, ##__VA_ARGS__>)
+/* Calls each(i) for the numbers below `count`, of rows or of what else a launch serves, that are
+ * this group's. */
+template <typename Each>
+SK_DEVICE void sk_each(int64_t count, Each each) {
+    for (int64_t i = sk_first_row(); i < count; i += sk_row_step()) each(i);
+}
+
+/* How many rows there are of an operator whose tensors are "NC*". */
+#define SK_ROWS(params) (SK_DIM(params, N) * SK_DIM(params, S))
+
+/* ---- launches ---- */
+
+/* Zeroes the ticket of a call that has scratch; one without sums nothing up over its grid. */
+template <typename Params>
+static auto sk_zero_ticket(const Params &params, void *stream, int)
+    -> decltype(params.scratch, cudaSuccess) {
+    return cudaMemsetAsync(params.scratch.data, 0, 16, (cudaStream_t)stream);
+}
+template <typename Params>
+static cudaError_t sk_zero_ticket(const Params &, void *, long) {
+    return cudaSuccess;
+}
+
+/* The instances of a kernel: of storage type T and, where it is vectorised, of kVec items that are
+ * neighbours in memory. A lambda, since no template takes a kernel template. */
+#define SK_INSTANCES(kernel, ...) \
+    [](auto type, auto vec) { return kernel<decltype(type), decltype(vec)::value, ##__VA_ARGS__>; }
+#define SK_INSTANCES_FOR_EACH(kernel) [](auto type) { return kernel<decltype(type)>; }
+
+/* Launches what serves `count` rows of some "NC*" tensors, T being the dtype of the first, with
+ * 16-byte accesses where all of them allow it. The kernel is given params, and more. */
+template <typename Instances, typename Params, typename... More>
+static int sk_launch_rows(Instances instances, int64_t count,
+                          std::initializer_list<const sk_arg *> tensors, void *stream,
+                          const Params &params, const More &...more) {
+    const int zeroed = sk_zero_ticket(params, stream, 0);
+    if (zeroed != cudaSuccess) return zeroed;
+    SK_SWITCH_FLOATING((*tensors.begin())->dtype, T, {
+        const sk_layout layout = sk_layout_of(params.dims, sizeof(T), tensors);
+        const auto kernel = layout.vector
+                                ? instances(T(), std::integral_constant<int, 16 / sizeof(T)>())
+                                : instances(T(), std::integral_constant<int, 1>());
+        SK_LAUNCH(kernel, sk_grid(count, layout), sk_block(layout), 0, stream, params, more...);
+    })
+    return cudaGetLastError();
+}
+
+/* The same of what is no row: a thread for each of `count`. */
+template <typename Instances, typename Params, typename... More>
+static int sk_launch_each(Instances instances, int64_t count, int dtype, void *stream,
+                          const Params &params, const More &...more) {
+    const int zeroed = sk_zero_ticket(params, stream, 0);
+    if (zeroed != cudaSuccess) return zeroed;
+    SK_SWITCH_FLOATING(dtype, T, {
+        SK_LAUNCH(instances(T()), sk_grid(count, kOneEach), sk_block(kOneEach), 0, stream, params,
+                  more...);
+    })
+    return cudaGetLastError();
+}

@@ -191,17 +191,18 @@ struct sk_teacher_row {
     bool poor;
 };
 
-/* From a teacher's sums; poor and far as in core/kl.cuh, poor also where `rough` numbers leave too
- * few digits. */
+/* From a teacher's sums; poor and far as in core/kl.cuh. Poor is also a small KL of `rough`
+ * numbers: two temperatures or two dtypes leave each y off by some 2^-24, and as y has a spread of
+ * sqrt(2 KL), the KL by 2^-24 sqrt(2 KL), which is 3e-6 of a KL of 1e-3. */
 SK_DEVICE sk_teacher_row sk_conclude(const sk_teacher &k, const double (&sum)[SK_TEACHER_SUMS],
                                      double hu, double hv, bool rough, bool far) {
     if (hu <= kLowest || hv <= kLowest) return {0, 0, 0, true}; /* -inf, or finite still */
     const double gq = sum[SK_SUM_GQ] / sum[SK_SUM_Q], r = sum[SK_SUM_D] / sum[SK_SUM_Q];
-    const double sk_log_ratio_of = fabs(r) < 0.5 ? log1p(r) : log(sum[SK_SUM_P] / sum[SK_SUM_Q]);
+    const double log_ratio = fabs(r) < 0.5 ? log1p(r) : log(sum[SK_SUM_P] / sum[SK_SUM_Q]);
     sk_teacher_row x;
     x.level = log(sum[SK_SUM_P]);
-    x.dl = (hu / k.T - hv / k.own) + sk_log_ratio_of;
-    x.kl = gq - sk_log_gap(r, sk_log_ratio_of);
+    x.dl = (hu / k.T - hv / k.own) + log_ratio;
+    x.kl = gq - sk_log_gap(r, log_ratio);
     x.poor = far || !(gq <= 16 * x.kl && x.kl >= 0 && x.kl <= 32) || (rough && x.kl < 1e-3);
     if (x.kl < 0) x.kl = 0;
     return x;

@@ -3,7 +3,7 @@
  *
  * A row is X(kind, name, ...):
  *   IN      name, shape, dtype   input tensor
- *   INOUT   name, shape, dtype   tensor that is read and written over, no other's memory (private
+ *   INOUT   name, shape, dtype   tensor that is read and written over, in memory of its own (private
  *                                operators only)
  *   OPT     name, shape, dtype   input tensor that may be absent: NULL in C, a flag in torch.ops
  *   GRAD    name, shape, dtype   incoming gradient: that shape, or one 0-d value for all of it
@@ -33,8 +33,8 @@
  * call's, of a tensor that never gets a gradient; TEACHER the same, with classes that sum to 1 if
  * CHOICE <name>_kind says that it holds probabilities. INDEX is int64, each a class, 0 .. C - 1, or
  * the INT ignore_index. A WEIGHT is >= 0 (of an operator with a GRAD or an INOUT it may be anything).
- * (Values are looked at on the CPU only: weights by sk_check_weights, the others by the kernel's
- * `first_bad`.) SEED is int64, of any value.
+ * Values are looked at on the CPU only: weights by sk_check_weights(), teachers and indices by the
+ * kernel's `first_bad`. SEED is int64, of any value.
  *
  * Ranges of numbers: ANY, POSITIVE, NONNEGATIVE, FRACTION (0 to 1), BELOW_ONE (0 to 1, but not 1);
  * all finite. */
@@ -87,7 +87,7 @@ enum { SK_MAX_ITEMS = 40, SK_MAX_RANK = 8, SK_LETTERS = 26 };
 #endif
 #define SK_REDUCE_BYTES_OF(sums) (16 + (sums)*8 * SK_REDUCE_BLOCKS)
 #define SK_REDUCE_BYTES SK_REDUCE_BYTES_OF(2)
-/* Before it, tickets of groups of blocks, of which there are at most as many. */
+/* Before that scratch, tickets of groups of blocks: at most one group for each block. */
 #define SK_TICKET_BYTES (4 * SK_REDUCE_BLOCKS)
 #define SK_CPU_SCRATCH 1536
 

@@ -1,5 +1,5 @@
 /* The floating-point mode of a thread: how it rounds, and whether denormals are flushed.
- * SK_FLUSHING: no bit, and then those that flush. */
+ * SK_FLUSHING lists the modes that flush less or more, for tests: none, then each set of bits. */
 #pragma once
 #include <stdint.h>
 
