@@ -335,7 +335,9 @@ FORMS = {
     "simreg": Form(simreg, "ND"),
     "BiFPN": Form(self_teacher, "N"),
 }
-FORMS |= {x: Form(partial(by_contract, x), "NC", True) for x in contract.modules() if x not in FORMS}
+FORMS |= {
+    x: Form(partial(by_contract, x), "NC", True) for x in contract.modules() if x not in FORMS
+}
 
 
 def fewer(shape: tuple[int, ...]) -> tuple[int, ...]:
