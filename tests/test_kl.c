@@ -10,7 +10,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "cpu/core/kl.h"
+#include "cpu/core/pair.h"
 
 enum { N = 7, C = 100, WIDE = 112 };
 
@@ -32,6 +32,12 @@ static void draw(rows *x, double apart, double shift) {
             x->u[n][c] = c < C ? (float)(7 * z[0]) : -INFINITY;
             x->v[n][c] = c < C ? (float)(7 * z[0] + apart * z[1] + shift) : -INFINITY;
         }
+}
+
+static uint64_t state_of_uniform = 7;
+static double uniform(void) { /* 0 .. 1 */
+    state_of_uniform = state_of_uniform * 6364136223846793005u + 1442695040888963407u;
+    return (double)(state_of_uniform >> 40) / (1 << 24);
 }
 
 static void expected(const rows *x, int n, double T, double T_v, double *forward, double *reverse) {
@@ -100,11 +106,141 @@ static void rows_far_from_each_other(void **state) {
     for (int n = 0; n < N; n++) assert_true(isnan(found[n].kl_pq)); /* and says so */
 }
 
+/* Both KL and the log-ratio to more digits than a double holds of rows that are close. */
+typedef struct exactly {
+    long double pq, qp, dl;
+} exactly;
+static exactly exactly_of(const rows *x, int n) {
+    long double u = 0, v = 0;
+    for (int c = 0; c < C; c++) {
+        u += expl((long double)x->u[n][c]);
+        v += expl((long double)x->v[n][c]);
+    }
+    exactly e = {0, 0, logl(u) - logl(v)};
+    for (int c = 0; c < C; c++) {
+        const long double p = expl((long double)x->u[n][c]) / u;
+        const long double q = expl((long double)x->v[n][c]) / v;
+        const long double d = ((long double)x->u[n][c] - x->v[n][c]) - e.dl;
+        e.pq += p * d - (p - q);
+        e.qp += -q * d - (q - p);
+    }
+    return e;
+}
+
+/* Rows are good to 3e-6, or told apart; returns how many were told apart. */
+static int good_or_apart(rows *x) {
+    sk_concluded found[N];
+    int apart = 0;
+    measure(x, SK_PLAIN, 1, 1, found);
+    for (int n = 0; n < N; n++) {
+        const exactly e = exactly_of(x, n);
+        apart += isnan(found[n].kl_pq);
+        if (isnan(found[n].kl_pq)) continue;
+        assert_true(fabsl(found[n].kl_pq - e.pq) <= 3e-6L * e.pq);
+        assert_true(fabsl(found[n].kl_qp - e.qp) <= 3e-6L * e.qp);
+    }
+    return apart;
+}
+
+/* A shift of v, up to a hundred times the spread: what rounds u - v. */
+static void gaps_are_told_apart(void **state) {
+    (void)state;
+    int apart = 0, all = 0;
+    for (int i = 0; i < 3000; i++, all += N) {
+        rows x;
+        const double spread = pow(10, -3 + 4 * uniform());
+        draw(&x, spread, spread * pow(10, 2 * uniform()));
+        apart += good_or_apart(&x);
+    }
+    assert_in_range(apart, all / 4, all * 3 / 4);
+}
+
+/* The largest logit alone differs, in rows so flat that it is a small part of P and Q: against it
+ * all other classes differ, and h(r) takes nearly all of that away. */
+static void anchors_that_differ_are_told_apart(void **state) {
+    (void)state;
+    int apart = 0, all = 0;
+    for (int i = 0; i < 5000; i++, all += N) {
+        rows x;
+        const double spread = pow(10, -0.5 + 2 * uniform()), above = pow(10, -3 + 3.5 * uniform());
+        draw(&x, 0, 0);
+        for (int n = 0; n < N; n++) {
+            int top = 0;
+            for (int c = 0; c < C; c++) {
+                x.u[n][c] = (float)(spread * uniform());
+                x.v[n][c] = (float)(x.u[n][c] + above * uniform() / 1000);
+                if (x.u[n][c] > x.u[n][top]) top = c;
+            }
+            float *const higher = i % 2 ? x.u[n] : x.v[n];
+            higher[top] = (float)(higher[top] + above);
+        }
+        apart += good_or_apart(&x);
+    }
+    assert_in_range(apart, all / 2, all - 100);
+}
+
+/* A finite KL of 1e12 is one; that of a class at -inf is told apart. */
+static void infinite_rows_are_told_apart(void **state) {
+    (void)state;
+    rows x;
+    sk_concluded found[N];
+    draw(&x, 0, 0);
+    for (int n = 0; n < N; n++) {
+        for (int c = 0; c < C; c++) x.u[n][c] = x.v[n][c] = c == 0 ? 0 : -1;
+        x.u[n][1] = x.v[n][2] = n < 3 ? -1e12f : -INFINITY;
+        x.u[n][2] = x.v[n][1] = n < 3 ? 0 : -20; /* 1e-10 of the row */
+    }
+    measure(&x, SK_EXACT, 1, 1, found);
+    for (int n = 0; n < N; n++) {
+        if (n >= 3) assert_true(isnan(found[n].kl_pq) && isnan(found[n].kl_qp));
+        if (n >= 3) continue;
+        const exactly e = exactly_of(&x, n);
+        assert_true(e.qp > 1e10L && fabsl(found[n].kl_qp - e.qp) <= 3e-6L * e.qp);
+    }
+}
+
+/* d of a row that sk_set_pair() calls close, against its spread. */
+static void close_gradients_lose_nothing(void **state) {
+    (void)state;
+    int close = 0, all = 0;
+    double most = 0;
+    for (int i = 0; i < 3000; i++) {
+        rows x;
+        sk_found saved = {{0}};
+        double factor[SK_PITCH] = {1};
+        const sk_scale t = sk_scale_of(1);
+        const sk_task r = {.N = 1, .C = C, .S = 1, .width = 1, .groups = 1};
+        sk_pair_slopes k = {&t, sk_term_weights_of(1, 1, false), false, {{0}}};
+        const double spread = pow(10, -3 + 3 * uniform());
+        draw(&x, spread, spread * pow(10, -1 + 3 * uniform()));
+        const exactly e = exactly_of(&x, 0);
+        saved[SK_DL][0] = (double)e.dl;
+        saved[SK_KL_PQ][0] = (double)e.pq;
+        saved[SK_KL_QP][0] = (double)e.qp;
+        sk_set_pair(&r, saved, factor, &k);
+        all++;
+        if (!k.all_close) continue;
+        close++;
+        for (int c = 0; c < C; c++) {
+            const long double d = ((long double)x.u[0][c] - x.v[0][c]) - e.dl;
+            const sk_pair_class found = sk_pair_at(true, &t, k.of, 0, x.u[0][c], x.v[0][c]);
+            most = fmax(most, (double)(fabsl(found.d - d) / sqrtl(2 * fminl(e.pq, e.qp))));
+        }
+    }
+    print_message("d of close rows is off by %.2e of its spread\n", most);
+    assert_true(most <= 5e-7);
+    assert_in_range(close, all / 10, all * 9 / 10);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(ordinary_rows),
         cmocka_unit_test(close_rows),
         cmocka_unit_test(rows_far_from_each_other),
+        cmocka_unit_test(gaps_are_told_apart),
+        cmocka_unit_test(anchors_that_differ_are_told_apart),
+        cmocka_unit_test(infinite_rows_are_told_apart),
+        cmocka_unit_test(close_gradients_lose_nothing),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -24,7 +24,9 @@ typedef struct sk_scale {
     real least;                      /* SK_LEAST */
 } sk_scale;
 
-/* -inf is computed with as -2^100: 0 y stays 0, and a KL past SK_INFINITE can only come from it. */
+/* -inf is computed with as -2^100: 0 y stays 0. Such a class makes a KL of 2^100/T times its
+ * probability on the other side: a KL past SK_INFINITE is found class by class, but one below it,
+ * of a probability below 1e-17 T, is taken for finite. */
 #define SK_LEAST ((real)-0x1p100)
 #define SK_INFINITE 1e13
 
@@ -168,10 +170,13 @@ SK_SPECIAL void sk_compare_group(enum sk_form form, bool both, enum sk_exps exps
 
 /* ---- from sums to divergences ---- */
 
-/* log-ratio dl, KL(p||q) (if both are wanted) and KL(q||p); both KL are NaN where they lost too
- * many digits: to the subtraction of h(r), to that of gq from gp + gq, to the rounding of u - v
- * (2^-25 of the gap, to be small against the spread of y, which is sqrt(2 KL)), to that of u/T and
- * v/T', or to infinities. */
+/* log-ratio dl, KL(p||q) (if both are wanted) and KL(q||p). Both KL are NaN where they lost too
+ * many digits. The bounds were found in 80 bits, over rows of 100 classes (tests/test_kl.c): h(r)
+ * takes most of gp or gq away: KL is off by 2.1e-6 where a sixth is left, by 3.9e-6 where an eighth
+ * is. u - v is rounded, by 2^-25 of the gap, which is to be small against the spread of y, sqrt(2
+ * KL): KL is off by 1.8e-6 at gap^2 = 512 KL, by 3.7e-6 at 4000 KL. gp is the difference of gp
+ * + gq and gq: each is compared by its own sum, so that KL(p||q) of rows with Q far larger than P
+ * may still be off by 9e-6. u/T and v/T' are rounded in double, by 2^-53 of SK_FAR_LSE at most. */
 typedef struct sk_concluded {
     double dl, kl_pq, kl_qp;
 } sk_concluded;

@@ -249,7 +249,8 @@ SK_RARE void sk_careful_gradient(const sk_task *r, const sk_pair *x, int64_t i, 
 }
 
 /* Leaves what the gradients of rows need, whose KL are in x: t and w are there. A row is close if
- * its gap is small against the spread of d, sqrt(2 KL). */
+ * its gap is small against the spread of d, sqrt(2 KL): up to twice as large, the low parts of the
+ * gap and of u - v are 2.5e-7 of the spread, as much as other roundings (tests/test_kl.c). */
 static inline void sk_set_pair(const sk_task *r, sk_found x, const double *factor,
                                sk_pair_slopes *to) {
     const sk_scale *const t = to->t;
