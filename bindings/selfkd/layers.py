@@ -104,6 +104,8 @@ def _layer(function: Callable[..., Any]) -> type[torch.nn.Module]:
         parameters=[own, *signature.parameters.values()]
     )
     name = function.__name__
+    # Code of its own: torch.compile gives up on code that it has compiled for eight functions.
+    forward.__code__ = forward.__code__.replace(co_name=f"forward_{name}")
     doc = f":func:`selfkd.{name}` as a layer."
     members = {
         "can_torch_compile": True,
