@@ -50,4 +50,5 @@ target_compile_options(
   PRIVATE "SHELL:-Xcompiler -fno-exceptions,-fno-rtti,-fno-threadsafe-statics,${hardening}")
 target_link_libraries(selfkd PRIVATE kernels_cuda CUDA::cudart_static)
 target_compile_definitions(selfkd PRIVATE SK_WITH_CUDA)
-set_target_properties(selfkd PROPERTIES LINKER_LANGUAGE C)
+# It links no CUDA code of its own; CMake wants to hear it of every target.
+set_target_properties(selfkd PROPERTIES LINKER_LANGUAGE C CUDA_ARCHITECTURES OFF)
