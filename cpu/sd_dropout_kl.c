@@ -41,6 +41,7 @@ static void backward_task(const backward_params *p, const sk_task *r) {
     of.w = sk_term_weights_of(p->forward_weight, p->reverse_weight, p->detach_target);
     sk_load_incoming(r, &p->grad, &p->weight, &p->saved, 4, &in);
     double careful = 0;
+#pragma omp simd reduction(+ : careful)
     for (int64_t i = 0; i < sk_scalars(r); i++) {
         /* No gradient: none comes in, or the row has no loss, for its weight or because p = q. */
         const sk_divergence row = sk_found_row(in.saved, i);

@@ -212,7 +212,7 @@ typedef struct sk_pair_slopes {
 } sk_pair_slopes;
 
 /* Leaves the gradients of a run. Where all of its rows are close, less work leaves the same. */
-static inline void sk_pair_run(void *context, const sk_slice *at) {
+SK_OUTLINE void sk_pair_run(void *context, const sk_slice *at) {
     sk_pair_slopes *const k = context;
     real(*const m)[SK_PITCH] = k->of;
     const bool positions = at->r->positions;
