@@ -248,6 +248,19 @@ SK_RARE void sk_careful_gradient(const sk_task *r, const sk_pair *x, int64_t i, 
     }
 }
 
+/* Sets what sk_pair_at() needs of row i, but EXACTLY. */
+SK_SPECIAL void sk_set_sides(const sk_scale *t, double lse, double dl, double factor, int64_t i,
+                             sk_pair_scalars m) {
+    const double u = lse * t->T, v = (lse - dl) * t->T;
+    const sk_split gap = sk_split_of(dl * t->T);
+    m[SK_U_SHIFT][i] = (real)u;
+    m[SK_V_SHIFT][i] = (real)v;
+    m[SK_U_FACTOR][i] = (real)factor * sk_exp_of((real)((real)u - u), t);
+    m[SK_V_FACTOR][i] = (real)factor * sk_exp_of((real)((real)v - v), t);
+    m[SK_GAP_HIGH][i] = gap.high;
+    m[SK_GAP_LOW][i] = gap.low;
+}
+
 /* Leaves what the gradients of rows need, whose KL are in x: t and w are there. A row is close if
  * its gap is small against the spread of d, sqrt(2 KL): up to twice as large, the low parts of the
  * gap and of u - v are 2.5e-7 of the spread, as much as other roundings (tests/test_kl.c). */
@@ -258,16 +271,9 @@ static inline void sk_set_pair(const sk_task *r, sk_found x, const double *facto
     real(*const m)[SK_PITCH] = to->of, apart = 0;
 #pragma omp simd reduction(+ : apart)
     for (int64_t i = 0; i < sk_scalars(r); i++) {
-        const double u = x[SK_LSE][i] * t->T, v = (x[SK_LSE][i] - x[SK_DL][i]) * t->T;
         const double least = x[SK_KL_PQ][i] < x[SK_KL_QP][i] ? x[SK_KL_PQ][i] : x[SK_KL_QP][i];
         const real exactly = x[SK_DL][i] * x[SK_DL][i] <= 8 * least ? 0 : 1;
-        const sk_split gap = sk_split_of(x[SK_DL][i] * t->T);
-        m[SK_U_SHIFT][i] = (real)u;
-        m[SK_V_SHIFT][i] = (real)v;
-        m[SK_U_FACTOR][i] = (real)factor[i] * sk_exp_of((real)((real)u - u), t);
-        m[SK_V_FACTOR][i] = (real)factor[i] * sk_exp_of((real)((real)v - v), t);
-        m[SK_GAP_HIGH][i] = gap.high;
-        m[SK_GAP_LOW][i] = gap.low;
+        sk_set_sides(t, x[SK_LSE][i], x[SK_DL][i], factor[i], i, m);
         m[SK_EXACTLY][i] = exactly;
         m[SK_TERM_PQ][i] = w.target_pq * (real)x[SK_KL_PQ][i];
         m[SK_TERM_QP][i] = w.target_qp * (real)x[SK_KL_QP][i];

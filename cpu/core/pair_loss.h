@@ -101,8 +101,9 @@ enum { SK_ROW_FACTOR, SK_A_HIGH, SK_A_LOW, SK_B_HIGH, SK_B_LOW, SK_AGREE, SK_PAI
 /* What a pass over the runs of a task needs, and where its sums go: of "classes" those of row i are
  * in lanes from i * SK_LANES. */
 typedef struct sk_pair_pass {
-    const sk_pair_formula *formula;
-    sk_pair_slopes pair;
+    const real *numbers; /* k of the formula */
+    const sk_scale *t;
+    SK_ALIGNED sk_pair_scalars pair;
     sk_slope_sum a, b;
     SK_ALIGNED double loss[SK_PITCH];
     SK_ALIGNED real of[SK_PAIR_LOSS_SCALARS][SK_PITCH];
@@ -110,7 +111,7 @@ typedef struct sk_pair_pass {
 
 SK_SPECIAL sk_pair_class sk_pair_class_at(const sk_scale *t, sk_pair_pass *x, int64_t i, real u,
                                           real v) {
-    sk_pair_class y = sk_pair_at(false, t, x->pair.of, i, u, v);
+    sk_pair_class y = sk_pair_at(false, t, x->pair, i, u, v);
     const bool agree = (y.d < x->of[SK_AGREE][i]) & (y.d > -x->of[SK_AGREE][i]);
     y.d = agree ? 0 : y.d;
     y.p_q = agree ? 0 : y.p_q;
@@ -131,7 +132,7 @@ SK_SPECIAL real sk_add_slope(sk_slope_sum *to, int64_t at, real p, real slope) {
 /* Adds a run to the sums. */
 SK_SPECIAL void sk_add_pair_run(bool positions, sk_pair_formula f, sk_pair_pass *x,
                                 const sk_slice *at) {
-    const sk_scale t = *x->pair.t;
+    const sk_scale t = *x->t;
     const real *const u = at->x[0], *const v = at->x[1];
     real loss[SK_LANES] = {0}, rest_a[SK_LANES] = {0}, rest_b[SK_LANES] = {0};
     for (int64_t n = 0; n < at->run.n; n += SK_LANES) {
@@ -173,7 +174,7 @@ static inline double sk_slope_total(const sk_slope_sum *x, int64_t first, int64_
 /* Leaves the gradients of a run. */
 SK_SPECIAL void sk_pair_loss_run(bool positions, sk_pair_formula f, sk_pair_pass *x,
                                  const sk_slice *at) {
-    const sk_scale t = *x->pair.t;
+    const sk_scale t = *x->t;
     const real *const u = at->x[0], *const v = at->x[1];
     const sk_ahead next_u = sk_next_of(at, 0), next_v = sk_next_of(at, 1);
     real *restrict const grad_u = at->to[0], *restrict const grad_v = at->to[1];
@@ -198,12 +199,11 @@ SK_SPECIAL void sk_pair_loss_run(bool positions, sk_pair_formula f, sk_pair_pass
 /* Sets the scalars of the rows whose log-sum-exps, and A and B in backward, are in x. */
 static inline void sk_set_pair_loss(const sk_task *r, const sk_pair *pair, sk_found x,
                                     const double *factor, sk_pair_pass *to) {
-    SK_ALIGNED double one[SK_PITCH];
-    to->pair.t = &pair->t;
-    to->pair.w = sk_term_weights_of(0, 0, false);
+    to->t = &pair->t;
     for (int64_t i = 0; i < sk_scalars(r); i++) {
         const sk_split a = sk_split_of(x[SK_SLOPE_P][i]), b = sk_split_of(x[SK_SLOPE_Q][i]);
-        one[i] = 1;
+        sk_set_sides(&pair->t, x[SK_LSE][i], x[SK_DL][i], 1, i, to->pair);
+        to->pair[SK_EXACTLY][i] = 1;
         to->of[SK_ROW_FACTOR][i] = (real)factor[i];
         to->of[SK_A_HIGH][i] = a.high;
         to->of[SK_A_LOW][i] = a.low;
@@ -211,7 +211,6 @@ static inline void sk_set_pair_loss(const sk_task *r, const sk_pair *pair, sk_fo
         to->of[SK_B_LOW][i] = b.low;
         to->of[SK_AGREE][i] = (real)(4 * DBL_EPSILON * fabs(x[SK_DL][i]));
     }
-    sk_set_pair(r, x, one, &to->pair);
 }
 
 /* Leaves what is found of the rows of a task: add() is a pass of sk_add_pair_run. */
@@ -220,7 +219,7 @@ static inline void sk_find_pair_loss(const sk_task *r, const sk_pair *pair, cons
     const int64_t lanes = r->positions ? 1 : SK_LANES;
     const sk_streams streams = {{pair->u, pair->v}, {NULL}};
     sk_pair_pass x; /* set field by field, for its planes are large */
-    x.formula = f;
+    x.numbers = f->k;
     sk_diverge(r, pair, weight, found);
     for (int64_t i = r->width; i < sk_scalars(r); i++) found[SK_LSE][i] = found[SK_DL][i] = 0;
     for (int64_t i = 0; i < sk_scalars(r); i++) found[SK_SLOPE_P][i] = found[SK_SLOPE_Q][i] = 0;
@@ -249,7 +248,7 @@ static inline void sk_differentiate_pair_loss(const sk_task *r, const sk_pair *p
                                               const sk_streams *streams) {
     SK_ALIGNED double factor[SK_PITCH];
     sk_pair_pass x; /* set field by field, for its planes are large */
-    x.formula = f;
+    x.numbers = f->k;
     for (int64_t i = 0; i < sk_scalars(r); i++) {
         const bool none = (in->grad[i] == 0) | (in->weight[i] == 0);
         factor[i] = none ? 0 : per_row * in->grad[i] * in->weight[i];
@@ -268,7 +267,7 @@ static inline void sk_differentiate_pair_loss(const sk_task *r, const sk_pair *p
 #define SK_PAIR_LOSS(op)                                                                       \
     static void op##_add(void *pass, const sk_slice *at) {                                     \
         sk_pair_pass *const x = pass;                                                          \
-        const sk_pair_formula f = {op##_value, op##_slope_p, op##_slope_q, x->formula->k};     \
+        const sk_pair_formula f = {op##_value, op##_slope_p, op##_slope_q, x->numbers};        \
         if (at->r->positions)                                                                  \
             sk_add_pair_run(true, f, x, at);                                                   \
         else                                                                                   \
@@ -276,7 +275,7 @@ static inline void sk_differentiate_pair_loss(const sk_task *r, const sk_pair *p
     }                                                                                          \
     static void op##_write(void *pass, const sk_slice *at) {                                   \
         sk_pair_pass *const x = pass;                                                          \
-        const sk_pair_formula f = {op##_value, op##_slope_p, op##_slope_q, x->formula->k};     \
+        const sk_pair_formula f = {op##_value, op##_slope_p, op##_slope_q, x->numbers};        \
         if (at->r->positions)                                                                  \
             sk_pair_loss_run(true, f, x, at);                                                  \
         else                                                                                   \
