@@ -329,8 +329,9 @@ def compact_strides(shape: Sequence[int], step: int = 1) -> tuple[int, ...]:
 
 
 def is_absent(item: Item, arguments: Mapping[str, Any]) -> bool:
-    """Whether an output is not there: the LIKE of an OPT tensor that is not given."""
-    return item.kind == "LIKE" and arguments.get(item.shape) is None
+    """Whether an output is not there: LIKE an OPT tensor that is not given, or not needed."""
+    needed = arguments.get(f"needs_{item.shape}", True)
+    return item.kind == "LIKE" and (arguments.get(item.shape) is None or not needed)
 
 
 def output_shape(item: Item, checker: _Checker) -> tuple[Any, ...]:

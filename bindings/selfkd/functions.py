@@ -171,7 +171,7 @@ def fused(
 
 
 def row_loss(
-    check: Callable[..., None] | None = None,
+    check: Callable[..., None] | None = None, numbers: Callable[..., tuple[Any, ...]] | None = None
 ) -> Callable[[Callable[_P, torch.Tensor]], Callable[_P, torch.Tensor]]:
     """Decorator of the definition of a loss of rows, of which the operator's contract says the rest.
 
@@ -183,13 +183,15 @@ def row_loss(
     check
         Raises what the contract cannot say. It takes all arguments in their order, but for weight,
         reduction and divisor, and is looked up by its name in the definition's module.
+    numbers
+        Returns its arguments, which are numbers of the definition, with those that None stands for.
     """
 
     def decorate(definition: Callable[_P, torch.Tensor]) -> Callable[_P, torch.Tensor]:
-        loss = _RowLoss(definition, check.__name__ if check else "")
+        loss = _RowLoss(definition, check.__name__ if check else "", numbers)
         call = operators.register(loss.op, lambda **named: loss.reference({**named, "dim": 1}))
         codes = {f"_code_of_{name}": choice for name, choice in loss.choices.items()}
-        kept = {"_arguments": arguments, "_call": call, **codes}
+        kept = {"_arguments": arguments, "_call": call, "_numbers": numbers, **codes}
         public = _both(definition, loss.of, loss.text(), loss.reference, **kept)
         vars(public)["operator"] = call
         return public
@@ -200,8 +202,15 @@ def row_loss(
 class _RowLoss:
     """The steps that all losses of rows take, before the operator and before the formula."""
 
-    def __init__(self, definition: Callable[..., torch.Tensor], check: str) -> None:
+    def __init__(
+        self,
+        definition: Callable[..., torch.Tensor],
+        check: str,
+        numbers: Callable[..., tuple[Any, ...]] | None,
+    ) -> None:
         self.op, self.formula, self.check = definition.__name__, definition, check
+        self.numbers = numbers or (lambda: ())
+        self.found = list(inspect.signature(self.numbers).parameters)
         self.of = contract.contract(self.op)
         names = inspect.signature(definition).parameters
         wanted = {item.name for item in self.of.items if item.is_input or item.is_number} | {"dim"}
@@ -222,6 +231,8 @@ class _RowLoss:
         op, first = repr(self.op), self.wide[0]
         live = [name for name in self.wide if name not in self.constant]
         lines = [f"code_of_{name} = _code_of_{name}({name})" for name in self.choices]
+        if self.found:
+            lines.append(f"{', '.join(self.found)} = _numbers({', '.join(self.found)})")
         for name in self.constant:
             lines.append(f"_arguments.without_gradient({op}, {name!r}, {name})")
         if len(live) > 1:
@@ -246,6 +257,8 @@ class _RowLoss:
         """The reduced result for arguments by name."""
         for name, choice in self.choices.items():
             choice(given[name])
+        found = self.numbers(*(given[name] for name in self.found))
+        given |= dict(zip(self.found, found, strict=True))
         first, weight = self.wide[0], given["weight"]
         acc = arguments.accumulator(given[first])
         for name in self.wide:

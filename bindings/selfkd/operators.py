@@ -86,9 +86,15 @@ class _Plan:
         self.get_kept = _tuple_getter([outputs[name] for name in kept])
         self.get_numbers = _tuple_getter([inputs[name] for name in numbers])
         # Backward has (grad, saved tensors, numbers) at hand, in this order, then the defaults of the
-        # numbers that it alone has; `restore` gives the forward arguments back from those between.
+        # numbers that it alone has, then which gradients are needed; `restore` gives the forward
+        # arguments back from those between.
         own = [item for item in backward.items if item.is_number and item.name not in inputs]
-        self.defaults = tuple(item.default for item in own)
+        needs = [f"needs_{name}" for name in self.live]
+        own.sort(key=lambda item: item.name in needs)
+        self.defaults = tuple(item.default for item in own if item.name not in needs)
+        self.get_needs = _tuple_getter(
+            [needs.index(item.name) + 2 for item in own if item.name in needs]
+        )
         source = [grad.name, *tensors, *kept, *numbers, *(item.name for item in own)]
         self.get_backward = _tuple_getter([source.index(name) for name in backward.torch_arguments])
         self.restore = [(source.index(name) - 1, name) for name in inputs]
@@ -177,11 +183,13 @@ def _gradient(plan: _Plan, reference: Callable[..., torch.Tensor]) -> type[torch
             else:
                 if plan.grad_merges and grad.ndim > 2:
                     grad = grad.contiguous()  # its trailing dimensions must merge
-                values = (grad, *ctx.saved_tensors, *ctx.numbers, *plan.defaults)
+                needs = plan.get_needs(ctx.needs_input_grad)
+                values = (grad, *ctx.saved_tensors, *ctx.numbers, *plan.defaults, *needs)
                 found = as_tuple(run_backward(*plan.get_backward(values)))
             result: list[torch.Tensor | None] = list(unused)
             for _, k in plan.given(ctx.numbers):  # what stands for an absent OPT tensor may learn
-                result[k + 2] = found[k]
+                if ctx.needs_input_grad[k + 2]:
+                    result[k + 2] = found[k]
             return tuple(result)
 
     return type(plan.forward.name, (Gradient,), {})  # a backward node is named after its class

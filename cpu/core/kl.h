@@ -97,6 +97,9 @@ static inline void sk_clear_sums(const sk_task *r, sk_comparison *m) {
         memset(m->sum[i], 0, (size_t)sk_scalars(r) * sizeof m->sum[i][0]);
 }
 
+/* What a group's sums are for: dl alone; KL(q||p) too; both KL. */
+enum sk_wanted { SK_ONLY_DL, SK_ONE_KL, SK_BOTH_KL };
+
 /* Where p comes from: computed; computed and left in e; found in e. */
 enum sk_exps { SK_FRESH, SK_KEEP, SK_REUSE };
 
@@ -120,8 +123,9 @@ typedef struct sk_two_tiles {
     real *e; /* what sk_exps says of p */
 } sk_two_tiles;
 
-/* Adds a group of lanes; asks for the next ones. DY only if `both` KL are wanted. */
-SK_SPECIAL void sk_compare_group(enum sk_form form, bool both, enum sk_exps exps, const sk_task *r,
+/* Adds a group of lanes; asks for the next ones. */
+SK_SPECIAL void sk_compare_group(enum sk_form form, enum sk_wanted wanted, enum sk_exps exps,
+                                 const sk_task *r,
                                  const sk_scale *scale, const sk_scale *scale_v,
                                  const sk_two_tiles *x, sk_comparison *m) {
     const sk_scale t = *scale, t_v = *scale_v;
@@ -157,15 +161,15 @@ SK_SPECIAL void sk_compare_group(enum sk_form form, bool both, enum sk_exps exps
             p_[k] += p;
             q_[k] += q;
             d_[k] += of.diff;
-            gq_[k] += of.gq;
-            if (both) dy_[k] += of.diff * y;
+            if (wanted != SK_ONLY_DL) gq_[k] += of.gq;
+            if (wanted == SK_BOTH_KL) dy_[k] += of.diff * y;
         }
     }
     sk_add_lanes(r, g, p_, m->sum[SK_P]);
     sk_add_lanes(r, g, q_, m->sum[SK_Q]);
     sk_add_lanes(r, g, d_, m->sum[SK_D]);
-    sk_add_lanes(r, g, gq_, m->sum[SK_GQ]);
-    if (both) sk_add_lanes(r, g, dy_, m->sum[SK_DY]);
+    if (wanted != SK_ONLY_DL) sk_add_lanes(r, g, gq_, m->sum[SK_GQ]);
+    if (wanted == SK_BOTH_KL) sk_add_lanes(r, g, dy_, m->sum[SK_DY]);
 }
 
 /* ---- from sums to divergences ---- */

@@ -177,6 +177,41 @@ static inline real sk_log1p(real x) {
 #endif
 }
 
+/* x - log m for m = 1 + x, which is better known than its sum, of 2 at most: as sk_log_of, but where
+ * x is small it is of second order and cancels nothing. Infinite where m is 0 or subnormal. */
+static inline real sk_log_rest(real x, real m) {
+#ifdef SK_REAL_IS_DOUBLE
+    const uint64_t root = 0x3fe6a09e667f3bcd, one = 0x3ff0000000000000, two52 = 0x4330000000000000;
+    const uint64_t exponent = (sk_double_bits(m) - root + one) >> 52;
+    const double k = sk_double(exponent | two52) - (4503599627370496.0 + 1023.0);
+    const double f = k == 0 ? x : sk_double(sk_double_bits(m) - (exponent << 52) + one) - 1.0;
+    const double s = f / (2.0 + f), z = s * s, half = 0.5 * f * f;
+    double r = 1.479819860511658591e-01;
+    r = r * z + 1.531383769920937332e-01;
+    r = r * z + 1.818357216161805012e-01;
+    r = r * z + 2.222219843214978396e-01;
+    r = r * z + 2.857142874366239149e-01;
+    r = r * z + 3.999999999940941908e-01;
+    r = r * z + 6.666666666666735130e-01;
+    const double low = s * (half + r * z) + k * 1.90821492927058770002e-10;
+    const double y = ((x - f) - k * 6.93147180369123816490e-01) + (half - low);
+    return m < DBL_MIN ? INFINITY : y;
+#else
+    const uint32_t root = 0x3f3504f3, one = 0x3f800000;
+    const uint32_t exponent = (sk_float_bits(m) - root + one) >> 23;
+    const float k = (float)(int32_t)exponent - 127.0f;
+    const float f = k == 0 ? x : sk_float(sk_float_bits(m) - (exponent << 23) + one) - 1.0f;
+    const float s = f / (2.0f + f), z = s * s, half = 0.5f * f * f;
+    float r = 2.0f / 9;
+    r = r * z + 2.0f / 7;
+    r = r * z + 2.0f / 5;
+    r = r * z + 2.0f / 3;
+    const float low = s * (half + r * z) + k * 9.05800061e-6f;
+    const float y = ((x - f) - k * 6.93138123e-1f) + (half - low);
+    return m < FLT_MIN ? INFINITY : y;
+#endif
+}
+
 /* A number as the sum of two reals, for subtracting it from a real without losing digits. */
 typedef struct sk_split {
     real high, low;

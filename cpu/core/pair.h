@@ -88,9 +88,9 @@ static inline void sk_compare_pair(enum sk_form form, const sk_task *r, const sk
                                         g,
                                         NULL};
             if (form == SK_PLAIN)
-                sk_compare_group(SK_PLAIN, true, SK_FRESH, r, t, t, &tiles, m);
+                sk_compare_group(SK_PLAIN, SK_BOTH_KL, SK_FRESH, r, t, t, &tiles, m);
             else
-                sk_compare_group(SK_EXACT, true, SK_FRESH, r, t, t, &tiles, m);
+                sk_compare_group(SK_EXACT, SK_BOTH_KL, SK_FRESH, r, t, t, &tiles, m);
         }
     }
 }
@@ -127,7 +127,7 @@ SK_OUTLINE void sk_diverge(const sk_task *r, const sk_pair *x, const real *weigh
     sk_compare_pair_again(r, x, &m, to);
     for (int64_t i = 0; i < r->width; i++) {
         if (weight[i] == 0 || !isnan(to[SK_KL_PQ][i])) continue;
-        const sk_row_pair both = sk_row_pair_of(r, x->u, x->v, x->t.T, i);
+        const sk_row_pair both = sk_row_pair_of(r, x->u, x->v, x->t.T, x->t.T, i);
         const sk_divergence row = sk_divergence_of(&both);
         to[SK_LSE][i] = row.lse_u;
         to[SK_DL][i] = row.dl;
@@ -166,11 +166,11 @@ static inline sk_term_weights sk_term_weights_of(double pq, double qp, bool deta
 
 /* A class of logits u and v of row i: p and q times the row's factor, d = log p - log q, and p - q,
  * of which nothing cancels. Where the row is close, less work leaves the same. */
-typedef struct sk_pair_class {
+typedef struct sk_pair_terms {
     real p, q, d, p_q;
-} sk_pair_class;
+} sk_pair_terms;
 
-SK_SPECIAL sk_pair_class sk_pair_at(bool close, const sk_scale *t, sk_pair_scalars m, int64_t i,
+SK_SPECIAL sk_pair_terms sk_pair_at(bool close, const sk_scale *t, sk_pair_scalars m, int64_t i,
                                     real u, real v) {
     const real a = sk_logit(u, t->least), b = sk_logit(v, t->least);
     const real p = m[SK_U_FACTOR][i] * sk_exp_of(a - m[SK_U_SHIFT][i], t);
@@ -178,7 +178,7 @@ SK_SPECIAL sk_pair_class sk_pair_at(bool close, const sk_scale *t, sk_pair_scala
     const sk_split gap = {m[SK_GAP_HIGH][i], m[SK_GAP_LOW][i]};
     const real d = close ? sk_log_ratio(SK_PLAIN, a, b, gap, t, t)
                          : sk_difference(a, b, gap, m[SK_EXACTLY][i]) * t->inverse_T;
-    return (sk_pair_class){p, q, d, d * d < (real)0.25 ? q * sk_expm1(d) : p - q};
+    return (sk_pair_terms){p, q, d, d * d < (real)0.25 ? q * sk_expm1(d) : p - q};
 }
 
 /* The gradients of a run of u and v, of rows at positions or of one row. */
@@ -194,7 +194,7 @@ SK_SPECIAL void sk_pair_run_of(bool positions, bool close, const sk_scale *scale
 #pragma omp simd
         for (int k = 0; k < SK_LANES; k++) {
             const int64_t i = positions ? at->run.row + n + k : at->run.row;
-            const sk_pair_class x = sk_pair_at(close, &t, m, i, u[n + k], v[n + k]);
+            const sk_pair_terms x = sk_pair_at(close, &t, m, i, u[n + k], v[n + k]);
             const real to_u = x.p * (w.target_pq * x.d - m[SK_TERM_PQ][i]) + w.qp * x.p_q;
             const real to_v = -x.q * (w.target_qp * x.d + m[SK_TERM_QP][i]) - w.pq * x.p_q;
             grad_u[n + k] = m[SK_U_FACTOR][i] != 0 ? to_u : 0;
@@ -232,7 +232,7 @@ SK_OUTLINE void sk_pair_run(void *context, const sk_slice *at) {
 SK_RARE void sk_careful_gradient(const sk_task *r, const sk_pair *x, int64_t i, sk_divergence row,
                                  double factor, sk_term_weights w, const sk_arg *grad_u,
                                  const sk_arg *grad_v) {
-    const sk_row_pair found = sk_row_pair_of(r, x->u, x->v, x->t.T, i);
+    const sk_row_pair found = sk_row_pair_of(r, x->u, x->v, x->t.T, x->t.T, i);
     const sk_row_pair both = sk_row_pair_within(found, row.lse_u, row.dl);
     for (int64_t c = 0; c < r->C; c++) {
         const sk_class_terms k = sk_class_of(&both, c);
@@ -249,14 +249,14 @@ SK_RARE void sk_careful_gradient(const sk_task *r, const sk_pair *x, int64_t i, 
 }
 
 /* Sets what sk_pair_at() needs of row i, but EXACTLY. */
-SK_SPECIAL void sk_set_sides(const sk_scale *t, double lse, double dl, double factor, int64_t i,
-                             sk_pair_scalars m) {
-    const double u = lse * t->T, v = (lse - dl) * t->T;
+SK_SPECIAL void sk_set_sides(const sk_scale *t, const sk_scale *t_v, double lse, double dl,
+                             double factor, int64_t i, sk_pair_scalars m) {
+    const double u = lse * t->T, v = (lse - dl) * t_v->T;
     const sk_split gap = sk_split_of(dl * t->T);
     m[SK_U_SHIFT][i] = (real)u;
     m[SK_V_SHIFT][i] = (real)v;
     m[SK_U_FACTOR][i] = (real)factor * sk_exp_of((real)((real)u - u), t);
-    m[SK_V_FACTOR][i] = (real)factor * sk_exp_of((real)((real)v - v), t);
+    m[SK_V_FACTOR][i] = (real)factor * sk_exp_of((real)((real)v - v), t_v);
     m[SK_GAP_HIGH][i] = gap.high;
     m[SK_GAP_LOW][i] = gap.low;
 }
@@ -273,7 +273,7 @@ static inline void sk_set_pair(const sk_task *r, sk_found x, const double *facto
     for (int64_t i = 0; i < sk_scalars(r); i++) {
         const double least = x[SK_KL_PQ][i] < x[SK_KL_QP][i] ? x[SK_KL_PQ][i] : x[SK_KL_QP][i];
         const real exactly = x[SK_DL][i] * x[SK_DL][i] <= 8 * least ? 0 : 1;
-        sk_set_sides(t, x[SK_LSE][i], x[SK_DL][i], factor[i], i, m);
+        sk_set_sides(t, t, x[SK_LSE][i], x[SK_DL][i], factor[i], i, m);
         m[SK_EXACTLY][i] = exactly;
         m[SK_TERM_PQ][i] = w.target_pq * (real)x[SK_KL_PQ][i];
         m[SK_TERM_QP][i] = w.target_qp * (real)x[SK_KL_QP][i];

@@ -25,28 +25,40 @@ SK_RARE sk_side sk_side_of(const sk_task *r, const sk_arg *x, bool probs, double
 /* What rounding leaves of a number that was saved: see sk_whole_side. */
 #define SK_ROUNDED (sizeof(real) == 8 ? 4 * DBL_EPSILON : 1e-6)
 
-/* ---- two rows of logits at one temperature ---- */
+/* ---- two rows of logits ---- */
 
 /* Row i of u and v, and their sides. */
 typedef struct sk_row_pair {
     const sk_task *r;
     const sk_arg *u, *v;
-    double T;
+    double T, T_v;
     int64_t i;
     sk_side of_u, of_v;
 } sk_row_pair;
 
 SK_RARE sk_row_pair sk_row_pair_of(const sk_task *r, const sk_arg *u, const sk_arg *v, double T,
-                                   int64_t i) {
+                                   double T_v, int64_t i) {
     return (sk_row_pair){
-        r, u, v, T, i, sk_side_of(r, u, false, T, i), sk_side_of(r, v, false, T, i)};
+        r, u, v, T, T_v, i, sk_side_of(r, u, false, T, i), sk_side_of(r, v, false, T_v, i)};
 }
 
 /* As a part of the row of which lse(u/T) and dl were saved. */
 static inline sk_row_pair sk_row_pair_within(sk_row_pair x, double lse_u, double dl) {
     x.of_u = sk_side_within(x.of_u, x.T, lse_u, 0, SK_ROUNDED);
-    x.of_v = sk_side_within(x.of_v, x.T, lse_u, dl, SK_ROUNDED);
+    x.of_v = sk_side_within(x.of_v, x.T_v, lse_u, dl, SK_ROUNDED);
     return x;
+}
+
+static inline bool sk_is_finite_pair(const sk_row_pair *x) {
+    return sk_is_finite_side(x->of_u) && sk_is_finite_side(x->of_v);
+}
+
+/* What lse(u/T) lies above lse(v/T'); of a side of nothing but -inf, what the contracts say. */
+static inline double sk_log_ratio_of_sums(const sk_row_pair *x) {
+    const double lse_u = sk_lse_of(x->of_u, x->T), lse_v = sk_lse_of(x->of_v, x->T_v);
+    if (!sk_is_finite_pair(x)) return lse_u == -INFINITY ? lse_v : lse_u - lse_v;
+    if (x->T != x->T_v) return lse_u - lse_v;
+    return (x->of_u.top - x->of_v.top) / x->T + (x->of_u.log_sum - x->of_v.log_sum);
 }
 
 /* A class of them: p, q and d = log p - log q. */
@@ -58,12 +70,12 @@ typedef struct sk_class_terms {
 static inline sk_class_terms sk_class_of(const sk_row_pair *x, int64_t c) {
     const double u = sk_logit_at(x->r, x->u, false, x->i, c);
     const double v = sk_logit_at(x->r, x->v, false, x->i, c);
-    return (sk_class_terms){exp(sk_log_p(u, x->T, x->of_u)), exp(sk_log_p(v, x->T, x->of_v)),
-                            sk_log_ratio_of(u, v, x->T, x->T, x->of_u, x->of_v), isinf(u),
+    return (sk_class_terms){exp(sk_log_p(u, x->T, x->of_u)), exp(sk_log_p(v, x->T_v, x->of_v)),
+                            sk_log_ratio_of(u, v, x->T, x->T_v, x->of_u, x->of_v), isinf(u),
                             isinf(v)};
 }
 
-/* lse(u/T), and what it lies above lse(v/T); both KL. */
+/* lse(u/T), and what it lies above lse(v/T'); both KL. */
 typedef struct sk_divergence {
     double lse_u, dl, kl_pq, kl_qp;
 } sk_divergence;
@@ -71,10 +83,8 @@ typedef struct sk_divergence {
 /* The divergence of a row, with 0 log 0 = 0. Both KL are NaN for a row with a NaN or a side of
  * nothing but -inf, whose other results are those of the contract (ops/sd_dropout_kl.h). */
 SK_RARE sk_divergence sk_divergence_of(const sk_row_pair *x) {
-    const double T = x->T, lse_u = sk_lse_of(x->of_u, T), lse_v = sk_lse_of(x->of_v, T);
-    if (!sk_is_finite_side(x->of_u) || !sk_is_finite_side(x->of_v))
-        return (sk_divergence){lse_u, lse_u == -INFINITY ? lse_v : lse_u - lse_v, NAN, NAN};
-    const double dl = (x->of_u.top - x->of_v.top) / T + (x->of_u.log_sum - x->of_v.log_sum);
+    const double lse_u = sk_lse_of(x->of_u, x->T), dl = sk_log_ratio_of_sums(x);
+    if (!sk_is_finite_pair(x)) return (sk_divergence){lse_u, dl, NAN, NAN};
     sk_divergence row = {lse_u, dl, 0, 0};
     for (int64_t c = 0; c < x->r->C; c++) {
         const sk_class_terms k = sk_class_of(x, c);

@@ -92,15 +92,15 @@ SK_OUTLINE void sk_compare_teacher(const sk_teacher *k, const sk_task *r, const 
                                    sk_comparison *m) {
     sk_to_power(x->e, x->depth * SK_LANES, k->power);
     if (k->form == SK_EXACT)
-        sk_compare_group(SK_EXACT, false, SK_FRESH, r, &k->t, &k->own, x, m);
+        sk_compare_group(SK_EXACT, SK_ONE_KL, SK_FRESH, r, &k->t, &k->own, x, m);
     else if (k->form == SK_APART && k->power != 0)
-        sk_compare_group(SK_APART, false, SK_REUSE, r, &k->t, &k->own, x, m);
+        sk_compare_group(SK_APART, SK_ONE_KL, SK_REUSE, r, &k->t, &k->own, x, m);
     else if (k->form == SK_APART)
-        sk_compare_group(SK_APART, false, SK_KEEP, r, &k->t, &k->own, x, m);
+        sk_compare_group(SK_APART, SK_ONE_KL, SK_KEEP, r, &k->t, &k->own, x, m);
     else if (k->power != 0)
-        sk_compare_group(SK_PLAIN, false, SK_REUSE, r, &k->t, &k->own, x, m);
+        sk_compare_group(SK_PLAIN, SK_ONE_KL, SK_REUSE, r, &k->t, &k->own, x, m);
     else
-        sk_compare_group(SK_PLAIN, false, SK_KEEP, r, &k->t, &k->own, x, m);
+        sk_compare_group(SK_PLAIN, SK_ONE_KL, SK_KEEP, r, &k->t, &k->own, x, m);
 }
 
 /* The results that follow from a teacher's sums; NaN as KL of a row that is not good. */

@@ -5,10 +5,19 @@
 
 #include "memory.h"
 
+bool sk_is_unwanted(const sk_call *call, int item) {
+    const sk_op *const op = call->op;
+    for (int i = 0; i < op->count && op->items[item].kind == SK_LIKE; i++) {
+        const sk_item *const it = &op->items[i];
+        if (sk_needs(it, op->items[item].shape) && call->number[i].integer == 0) return true;
+    }
+    return false;
+}
+
 bool sk_is_absent(const sk_call *call, int item) {
     const sk_item *const it = &call->op->items[item];
     const int of = it->kind == SK_LIKE ? sk_find_item(call->op, it->shape) : item;
-    return call->tensor[of].ndim == SK_ABSENT;
+    return call->tensor[of].ndim == SK_ABSENT || sk_is_unwanted(call, item);
 }
 
 const char *sk_shape_of(const sk_op *op, int item) {
@@ -68,7 +77,7 @@ void sk_output_like(const sk_call *call, int item, selfkd_tensor *out) {
         return;
     }
     const selfkd_tensor *const t = &call->tensor[sk_find_item(call->op, it->shape)];
-    if (t->ndim == SK_ABSENT) {
+    if (sk_is_absent(call, item)) {
         out->ndim = 1;
         out->dtype = call->tensor[call->first].dtype;
         out->shape[0] = 0;

@@ -40,7 +40,11 @@ static inline selfkd_device sk_device_of(const sk_call *call) {
     return call->tensor[call->first].device;
 }
 
-/* Whether an item is a tensor that is not there: an OPT that is not given, or an output LIKE it. */
+/* Whether an item is an output LIKE an input that a BOOL needs_<input> says is not wanted. */
+bool sk_is_unwanted(const sk_call *call, int item);
+
+/* Whether an item is a tensor that is not there: an OPT that is not given, an output LIKE it, or one
+ * that is not wanted. */
 bool sk_is_absent(const sk_call *call, int item);
 
 /* The shape that the contract gives a tensor: its letters; for a LIKE, those of its input. */

@@ -9,7 +9,8 @@
  *   GRAD    name, shape, dtype   incoming gradient: that shape, or one 0-d value for all of it
  *   OUT     name, shape, dtype   output tensor, compact
  *   LIKE    name, input          output with the shape, dtype and strides of that input; of an OPT that
- *                                is absent: NULL in C, empty in torch.ops
+ *                                is absent, or where a BOOL needs_<input> is 0: NULL in C, empty in
+ *                                torch.ops
  *   SCRATCH name, bytes          work space, one per call, not zeroed: on CUDA `bytes` on the caller's
  *                                stream, on the CPU SK_CPU_SCRATCH doubles
  *   REAL    name, rule, default  double

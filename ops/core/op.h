@@ -3,6 +3,7 @@
 #pragma once
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <string.h>
 
 #include "kernel.h"
 
@@ -29,4 +30,10 @@ extern const sk_op *const sk_ops[];
 static inline bool sk_is_input(const sk_item *it) { return it->kind <= SK_GRAD; }
 static inline bool sk_is_output(const sk_item *it) {
     return it->kind == SK_OUT || it->kind == SK_LIKE;
+}
+
+/* Whether an item says if the output LIKE an input is wanted. */
+static inline bool sk_needs(const sk_item *it, const char *input) {
+    return it->kind == SK_BOOL && strncmp(it->name, "needs_", 6) == 0 &&
+           strcmp(it->name + 6, input) == 0;
 }

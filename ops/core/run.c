@@ -83,12 +83,18 @@ int sk_call_from_c(const sk_op *op, const void *args, void *stream) {
         const selfkd_tensor *given;
         memcpy(&given, field, sizeof given);
         fill(&call.tensor[i], given, compact[i]);
-        if (!given && it->kind != SK_OPT && !(it->kind == SK_LIKE && sk_is_absent(&call, i)))
-            return missing(op, it->name);
+        if (!given && it->kind != SK_OPT && it->kind != SK_LIKE) return missing(op, it->name);
     }
+    for (int i = 0; i < op->count; i++)
+        if (op->items[i].kind == SK_LIKE && call.tensor[i].ndim == SK_ABSENT &&
+            !sk_is_absent(&call, i))
+            return missing(op, op->items[i].name);
     int status = sk_check(&call);
     for (int i = 0; i < op->count && !status; i++) {
         if (!sk_is_output(&op->items[i])) continue;
+        if (sk_is_unwanted(&call, i) && call.tensor[i].ndim != SK_ABSENT)
+            return sk_fail(SELFKD_ERROR_VALUE, "%s: %s is given, expected NULL, as needs_%s is 0",
+                           op->name, op->items[i].name, op->items[i].shape);
         status = sk_bind(&call, i);
         if (!status) status = sk_check_own_memory(&call, i);
     }
