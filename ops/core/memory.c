@@ -11,6 +11,7 @@ static const struct {
     [SK_DT_F16] = {"float16", {2, 16, 1}}, [SK_DT_BF16] = {"bfloat16", {4, 16, 1}},
     [SK_DT_F32] = {"float32", {2, 32, 1}}, [SK_DT_F64] = {"float64", {2, 64, 1}},
     [SK_DT_BOOL] = {"bool", {6, 8, 1}},    [SK_DT_I64] = {"int64", {0, 64, 1}},
+    [SK_DT_I32] = {"int32", {0, 32, 1}},
 };
 
 enum sk_dtype sk_dtype_of(selfkd_dtype d) {

@@ -1,0 +1,42 @@
+/* The formulas of ops/topk_divergence.h, for C and CUDA: a class by its logarithms. */
+#pragma once
+#include "formula/js_divergence.h"
+
+enum sk_tail { SK_BUCKET, SK_RENORMALIZE, SK_DROP };
+
+/* What q of the tail is at least: that of stored log-probabilities is less than nothing by rounding. */
+#define SK_LEAST_TAIL 1e-7
+
+/* The class that has these p and q and their logarithms. */
+SK_FORMULA SK_PAIR_CLASS topk_class(double log_p, double log_q, double p, double q) {
+    const real larger = (real)(p > q ? p : q);
+    const real d = larger == 0 ? 0 : (real)(log_p - log_q); /* both may be -inf */
+    const bool less = d < 0;
+    const real size = less ? -d : d, ratio = sk_exp_below(-size), smaller = larger * ratio;
+    const bool near = size < 1;
+    const real second = size * size * sk_exp_rest(-size);
+    const real gap = near ? size - second : 1 - ratio, rest = near ? second : size - gap;
+    const SK_PAIR_CLASS x = {
+        less ? smaller : larger, less ? larger : smaller, d, larger, ratio, gap, rest};
+    return x;
+}
+
+/* Its term and its slopes. */
+SK_FORMULA SK_PAIR_RESULT topk_terms(bool tv, SK_PAIR_CLASS x, const real *k) {
+    return tv ? total_variation_terms(x, k) : mixture_terms(x, k);
+}
+
+/* What p dphi/dp is where p is too small for a number: -a q where M is p, 0 elsewhere. */
+SK_FORMULA real topk_limit(bool tv, SK_PAIR_CLASS x, const real *k) {
+    return !tv & (k[SK_BETA] == 0) ? -k[SK_UNEVEN] * x.larger * x.gap : 0;
+}
+
+/* Its term where nothing makes up for - q + M and - p + M, a q log(q/M) + b p log(p/M): terms of either
+ * sign, whose sum may be much smaller, so that they are found in double. */
+SK_BOTH double topk_plain_term(double log_p, double log_q, double beta, double a, double b) {
+    const double of_p = log_p + log(1 - beta), of_q = log_q + log(beta);
+    const double most = of_p > of_q ? of_p : of_q, least = of_p > of_q ? of_q : of_p;
+    const double log_m = most + (least == -INFINITY ? 0 : log1p(exp(least - most)));
+    const double q = a * exp(log_q), p = b * exp(log_p);
+    return (q == 0 ? 0 : q * (log_q - log_m)) + (p == 0 ? 0 : p * (log_p - log_m));
+}
