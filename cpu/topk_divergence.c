@@ -22,14 +22,12 @@ typedef struct divergence {
     int64_t K, tail;
     double T, T_own; /* that of the teacher */
     bool tv;
-    double beta, a, b;
-    real numbers[SK_MIXTURE_NUMBERS];
+    double numbers[SK_MIXTURE_NUMBERS];
 } divergence;
-#define DIVERGENCE_OF(p)                                                                 \
-    {&(p)->logits,     &(p)->indices,    &(p)->teacher,           &(p)->teacher_logsumexp, \
-     SK_DIM(p, K),     (p)->tail,        (p)->temperature,        (p)->teacher_temperature, \
-     (p)->kind == SK_TV, (p)->beta,     (p)->teacher_weight,     (p)->student_weight,      \
-     SK_MIXTURE_OF((p)->beta, (p)->teacher_weight, (p)->student_weight)}
+#define DIVERGENCE_OF(p)                                                                    \
+    {&(p)->logits, &(p)->indices,    &(p)->teacher,             &(p)->teacher_logsumexp,    \
+     SK_DIM(p, K), (p)->tail,        (p)->temperature,          (p)->teacher_temperature,   \
+     (p)->kind == SK_TV, SK_MIXTURE_OF((p)->beta, (p)->teacher_weight, (p)->student_weight)}
 
 /* Rows one after the other, at any strides. */
 static sk_task rows_of(int64_t N, int64_t C, int64_t S) {
@@ -113,34 +111,37 @@ static void normalize_teacher(const divergence *d, const sk_task *r, int64_t i, 
 
 /* What the formula makes of them: the gradient of class k is p (slope - A) + limit, times a factor. */
 typedef struct terms {
-    real value[MOST], p[MOST], slope[MOST], limit[MOST];
+    double value[MOST], p[MOST], slope[MOST], limit[MOST];
 } terms;
 
-SK_SPECIAL void apply(bool tv, const real *numbers, real less, int64_t n, const listed *x,
+/* Of n classes; `less` is what their slopes are less than those of the formula. In double, whatever
+ * `real` is, by the build where that is double: slopes may differ by less than a float can tell, and
+ * the terms of "drop" are of either sign. */
+void sk_topk_measure(const divergence *d, double less, int64_t n, const listed *x, terms *to);
+#ifdef SK_REAL_IS_DOUBLE
+SK_SPECIAL void apply(bool tv, const double *numbers, double less, int64_t n, const listed *x,
                       terms *to) {
-#pragma omp simd
     for (int64_t k = 0; k < n; k++) {
         const sk_pair_class of = topk_class(x->x[k], x->t[k], sk_exp(x->x[k]), sk_exp(x->t[k]));
         const sk_pair_result y = topk_terms(tv, of, numbers);
-        to->value[k] = y.value;
+        to->value[k] = y.value - less * (of.p - of.q);
         to->p[k] = of.p;
         to->slope[k] = of.p == 0 ? 0 : y.slope_p - less;
         to->limit[k] = of.p == 0 ? topk_limit(tv, of, numbers) : 0;
     }
 }
 
-/* What the classes that are not listed leave to be made up for: see ops/topk_divergence.h. */
-static real uneven_of(const divergence *d) {
-    return d->tail == SK_DROP && !d->tv ? d->numbers[SK_UNEVEN] : 0;
-}
-
-/* Of n classes; not inlined, so that forward and backward find the same bits. */
-SK_OUTLINE void measure(const divergence *d, int64_t n, const listed *x, terms *to) {
-    const real less = uneven_of(d);
+void sk_topk_measure(const divergence *d, double less, int64_t n, const listed *x, terms *to) {
     if (d->tv)
         apply(true, d->numbers, less, n, x, to);
     else
         apply(false, d->numbers, less, n, x, to);
+}
+#endif
+
+static void measure(const divergence *d, int64_t n, const listed *x, terms *to) {
+    const bool uneven = d->tail == SK_DROP && !d->tv;
+    sk_topk_measure(d, uneven ? d->numbers[SK_UNEVEN] : 0, n, x, to);
 }
 
 /* ---- Forward ---- */
@@ -196,11 +197,9 @@ static void find_row(const divergence *d, const sk_task *r, int64_t i, sk_found 
     }
     measure(d, n, &x, &of);
     double loss = 0, most = 0, slope = 0, reference = 0;
-    for (int64_t k = 0; k < n; k++)
-        loss += uneven_of(d) == 0 ? of.value[k]
-                                  : topk_plain_term(x.x[k], x.t[k], d->beta, d->a, d->b);
+    for (int64_t k = 0; k < n; k++) loss += of.value[k];
     if (d->tail == SK_DROP) { /* the others are one class with a term of 0 */
-        of.p[n] = rest.sum == 0 ? 0 : (real)sk_exp(log_rest);
+        of.p[n] = rest.sum == 0 ? 0 : sk_exp(log_rest);
         of.slope[n] = of.limit[n] = 0;
         n++;
     }
@@ -209,7 +208,7 @@ static void find_row(const divergence *d, const sk_task *r, int64_t i, sk_found 
         most = of.p[k] > most ? of.p[k] : most;
     }
     for (int64_t k = 0; k < n; k++)
-        slope += of.p[k] * (of.slope[k] - reference) + (double)of.limit[k];
+        slope += of.p[k] * (of.slope[k] - reference) + of.limit[k];
     found[TOP][i] = h;
     found[LOG_SUM][i] = log_sum;
     found[SLOPE][i] = reference + slope;
@@ -299,7 +298,7 @@ static void begin_row(pass *x, const sk_task *r, int64_t i) {
     measure(x->d, x->x.count, &x->x, &x->of);
     for (int64_t k = 0; k < x->x.count; k++)
         x->gradient[k] =
-            (real)((x->of.p[k] * (x->of.slope[k] - slope) + (double)x->of.limit[k]) * factor);
+            (real)((x->of.p[k] * (x->of.slope[k] - slope) + x->of.limit[k]) * factor);
 }
 
 static void write_others(real h, real factor, const sk_scale *scale, const real *restrict x,

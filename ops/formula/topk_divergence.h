@@ -30,13 +30,3 @@ SK_FORMULA SK_PAIR_RESULT topk_terms(bool tv, SK_PAIR_CLASS x, const real *k) {
 SK_FORMULA real topk_limit(bool tv, SK_PAIR_CLASS x, const real *k) {
     return !tv & (k[SK_BETA] == 0) ? -k[SK_UNEVEN] * x.larger * x.gap : 0;
 }
-
-/* Its term where nothing makes up for - q + M and - p + M, a q log(q/M) + b p log(p/M): terms of either
- * sign, whose sum may be much smaller, so that they are found in double. */
-SK_BOTH double topk_plain_term(double log_p, double log_q, double beta, double a, double b) {
-    const double of_p = log_p + log(1 - beta), of_q = log_q + log(beta);
-    const double most = of_p > of_q ? of_p : of_q, least = of_p > of_q ? of_q : of_p;
-    const double log_m = most + (least == -INFINITY ? 0 : log1p(exp(least - most)));
-    const double q = a * exp(log_q), p = b * exp(log_p);
-    return (q == 0 ? 0 : q * (log_q - log_m)) + (p == 0 ? 0 : p * (log_p - log_m));
-}
