@@ -9,6 +9,8 @@
 #include "topk_divergence.h"
 #include "cpu/core/kl.h"
 #include "cpu/core/row_loss.h"
+#include "cpu/core/topk.h"
+
 #include "formula/topk_divergence.h"
 
 SK_PARAMS(topk_divergence)
@@ -37,14 +39,14 @@ static sk_task rows_of(int64_t N, int64_t C, int64_t S) {
 
 /* ---- The classes that are listed ---- */
 
-enum { BUCKETS = 256, MOST = SK_MOST_LISTED + 1 /* with the tail */ };
+enum { BUCKETS = 256 };
 
 /* Those of a row, in the order of the buckets that they are in; x and t are their logits and the
  * teacher's values, then log p and log q. Bucket k has 2^shift classes, whole tiles of them. */
 typedef struct listed {
     int64_t count, shift;
     int32_t first[BUCKETS + 1], class[SK_MOST_LISTED];
-    double x[MOST], t[MOST];
+    double x[SK_MOST_TERMS], t[SK_MOST_TERMS];
 } listed;
 
 static inline int64_t index_at(const sk_arg *x, int64_t at) {
@@ -109,39 +111,10 @@ static void normalize_teacher(const divergence *d, const sk_task *r, int64_t i, 
     }
 }
 
-/* What the formula makes of them: the gradient of class k is p (slope - A) + limit, times a factor. */
-typedef struct terms {
-    double value[MOST], p[MOST], slope[MOST], limit[MOST];
-} terms;
-
-/* Of n classes; `less` is what their slopes are less than those of the formula. In double, whatever
- * `real` is, by the build where that is double: slopes may differ by less than a float can tell, and
- * the terms of "drop" are of either sign. */
-void sk_topk_measure(const divergence *d, double less, int64_t n, const listed *x, terms *to);
-#ifdef SK_REAL_IS_DOUBLE
-SK_SPECIAL void apply(bool tv, const double *numbers, double less, int64_t n, const listed *x,
-                      terms *to) {
-    for (int64_t k = 0; k < n; k++) {
-        const sk_pair_class of = topk_class(x->x[k], x->t[k], sk_exp(x->x[k]), sk_exp(x->t[k]));
-        const sk_pair_result y = topk_terms(tv, of, numbers);
-        to->value[k] = y.value - less * (of.p - of.q);
-        to->p[k] = of.p;
-        to->slope[k] = of.p == 0 ? 0 : y.slope_p - less;
-        to->limit[k] = of.p == 0 ? topk_limit(tv, of, numbers) : 0;
-    }
-}
-
-void sk_topk_measure(const divergence *d, double less, int64_t n, const listed *x, terms *to) {
-    if (d->tv)
-        apply(true, d->numbers, less, n, x, to);
-    else
-        apply(false, d->numbers, less, n, x, to);
-}
-#endif
-
-static void measure(const divergence *d, int64_t n, const listed *x, terms *to) {
+/* Leaves what the formula makes of n classes. */
+static void measure(const divergence *d, int64_t n, const listed *x, sk_topk_terms *to) {
     const bool uneven = d->tail == SK_DROP && !d->tv;
-    sk_topk_measure(d, uneven ? d->numbers[SK_UNEVEN] : 0, n, x, to);
+    SK_CPU(measure_topk)(d->tv, d->numbers, uneven ? d->numbers[SK_UNEVEN] : 0, n, x->x, x->t, to);
 }
 
 /* ---- Forward ---- */
@@ -153,37 +126,53 @@ typedef struct tail {
     double top, sum;
 } tail;
 
-static tail add_tile(tail sum, const real *restrict x, int64_t n, double per_T) {
-    real largest = (real)sum.top;
-#pragma omp simd reduction(max : largest)
-    for (int64_t i = 0; i < n; i++) largest = x[i] > largest ? x[i] : largest;
-    const double top = largest, anchor = top > -INFINITY ? top : 0;
-    double found = 0;
-#pragma omp simd reduction(+ : found)
-    for (int64_t i = 0; i < n; i++) found += sk_exp((x[i] - anchor) * per_T);
-    const bool raised = top > sum.top;
-    return (tail){top, (raised ? sum.sum * sk_exp((sum.top - top) * per_T) : sum.sum) + found};
+static real raise(real top, const real *restrict x, int64_t n) {
+#pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < n; i++) top = x[i] > top ? x[i] : top;
+    return top;
+}
+static double add_in_real(const real *restrict x, int64_t n, real top, const sk_scale *scale) {
+    const sk_scale t = *scale;
+    real sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++) sum += sk_exp_of(x[i] - top, &t);
+    return sum;
+}
+static double add_in_double(const real *restrict x, int64_t n, double top, double per_T) {
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++) sum += sk_exp((x[i] - top) * per_T);
+    return sum;
 }
 
-static tail sum_tail(const divergence *d, const sk_task *r, int64_t i, const listed *x) {
+static tail sum_tail(const divergence *d, const sk_task *r, int64_t i, const listed *x,
+                     bool exact) {
     SK_ALIGNED real tile[SK_ROW_C];
+    const sk_scale t = sk_scale_of(d->T);
     tail sum = {-INFINITY, 0};
     for (int64_t c = 0; c < r->C; c += SK_ROW_C) {
-        const int64_t n = sk_min(SK_ROW_C, r->C - c);
+        const int64_t n = sk_min(SK_ROW_C, r->C - c), lanes = sk_groups(n) * SK_LANES;
         sk_fill(d->logits, sk_class_at(r, d->logits, i, c), d->logits->stride[1], n, tile);
         EACH_LISTED(x, k, c, n) tile[x->class[k] - c] = -INFINITY;
-        sum = add_tile(sum, tile, sk_groups(n) * SK_LANES, 1 / d->T);
+        const real top = raise((real)sum.top, tile, lanes), anchor = top > -INFINITY ? top : 0;
+        if (top > sum.top) sum.sum *= sk_exp((sum.top - top) / d->T);
+        sum.top = top;
+        sum.sum += exact ? add_in_double(tile, lanes, anchor, t.per_T)
+                         : add_in_real(tile, lanes, anchor, &t);
     }
     return sum;
 }
 
-static void find_row(const divergence *d, const sk_task *r, int64_t i, sk_found found) {
+/* Leaves what is found of a row; false where the tail, unless it is exact, is not known well enough,
+ * for the rows are close: their divergence is of second order, but what it changes by with the sum of
+ * the tail, by up to 2e-7 of which that is off in float, is of first. */
+static bool find_row(const divergence *d, const sk_task *r, int64_t i, bool exact, sk_found found) {
     listed x;
-    terms of;
+    sk_topk_terms of;
     load_listed(d, r, i, &x);
     int64_t n = x.count;
     const bool bucket = d->tail == SK_BUCKET && n < r->C;
-    const tail rest = d->tail == SK_RENORMALIZE ? (tail){-INFINITY, 0} : sum_tail(d, r, i, &x);
+    const tail rest = d->tail == SK_RENORMALIZE ? (tail){-INFINITY, 0} : sum_tail(d, r, i, &x, exact);
     const double h = largest_of(rest.top, x.x, n), below = (rest.top - h) / d->T;
     normalize(x.x, n, h, d->T, 0);
     const double sum = sum_of_exps(x.x, n) + (rest.sum == 0 ? 0 : rest.sum * sk_exp(below));
@@ -214,6 +203,8 @@ static void find_row(const divergence *d, const sk_task *r, int64_t i, sk_found 
     found[SLOPE][i] = reference + slope;
     found[TAIL_SLOPE][i] = bucket ? of.slope[x.count] : 0;
     found[LOSS][i] = loss;
+    const double p = rest.sum == 0 ? 0 : sk_exp(log_rest);
+    return !(p * fabs(found[TAIL_SLOPE][i] - found[SLOPE][i]) > 10 * fabs(loss));
 }
 
 static sk_task forward_rows(const forward_params *p) {
@@ -223,7 +214,8 @@ static sk_task forward_rows(const forward_params *p) {
 static void find(const forward_params *p, const sk_task *r, const real *weight, sk_found found) {
     const divergence d = DIVERGENCE_OF(p);
     for (int64_t i = 0; i < r->width; i++)
-        if (weight[i] != 0) find_row(&d, r, i, found);
+        if (weight[i] != 0 && !find_row(&d, r, i, sizeof(real) == 8, found))
+            find_row(&d, r, i, true, found);
 }
 
 static inline double value(const forward_params *p, double weight, sk_found found, int64_t i) {
@@ -278,7 +270,7 @@ typedef struct pass {
     double denominator;
     sk_scale t;
     listed x;
-    terms of;
+    sk_topk_terms of;
     real gradient[SK_MOST_LISTED], factor; /* that of the other classes */
 } pass;
 

@@ -78,7 +78,7 @@ CASES = [
         for n, c in [(1, 2), (1, 17), (5, 16), (16, 16), (40, 1024), (40, 1025), (100, 3000)]
     ],
     *[
-        Case(f"{t}_{name}", draw(9, 50), {**numbers, **tail})
+        Case(f"{t}_{name}", draw(9, 50, k=25), {**numbers, **tail})
         for t, tail in TAILS.items()
         for name, numbers in KINDS.items()
     ],

@@ -7,12 +7,10 @@ enum sk_tail { SK_BUCKET, SK_RENORMALIZE, SK_DROP };
 /* What q of the tail is at least: that of stored log-probabilities is less than nothing by rounding. */
 #define SK_LEAST_TAIL 1e-7
 
-/* The class that has these p and q and their logarithms. */
-SK_FORMULA SK_PAIR_CLASS topk_class(double log_p, double log_q, double p, double q) {
-    const real larger = (real)(p > q ? p : q);
-    const real d = larger == 0 ? 0 : (real)(log_p - log_q); /* both may be -inf */
+/* The class with log p - log q = d, the larger of p and q, and the ratio e^-|d| of both. */
+SK_FORMULA SK_PAIR_CLASS topk_class(real d, real larger, real ratio) {
     const bool less = d < 0;
-    const real size = less ? -d : d, ratio = sk_exp_below(-size), smaller = larger * ratio;
+    const real size = less ? -d : d, smaller = larger * ratio;
     const bool near = size < 1;
     const real second = size * size * sk_exp_rest(-size);
     const real gap = near ? size - second : 1 - ratio, rest = near ? second : size - gap;
