@@ -7,27 +7,34 @@
 
 #include "formula/topk_divergence.h"
 
-SK_SPECIAL void apply(bool tv, const double *numbers, double less, int64_t n, const double *log_p,
-                      const double *log_q, sk_topk_terms *to) {
+/* The class with this d = log p - log q. */
+static inline sk_pair_class class_of(double d, double larger) {
+    const bool less = d < 0;
+    const double size = fabs(d), ratio = sk_exp(-size), smaller = larger * ratio;
+    const bool near = size < 1;
+    const double second = size * size * sk_exp_rest(-size), gap = near ? size - second : 1 - ratio;
+    return (sk_pair_class){less ? smaller : larger, less ? larger : smaller, d,   size,
+                           larger,                  ratio,                   gap, near ? second : size - gap};
+}
+
+SK_SPECIAL void apply(bool tv, const double *numbers, double uneven, int64_t n,
+                      const double *log_p, const double *log_q, sk_topk_terms *to) {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
-        const double p = sk_exp(log_p[i]), q = sk_exp(log_q[i]);
-        const double apart = log_p[i] - log_q[i], larger = p > q ? p : q;
-        const double d = larger == 0 ? 0 : apart; /* both may be -inf */
-        const sk_pair_class of = topk_class(d, larger, sk_exp(d < 0 ? d : -d));
-        const sk_pair_result y = topk_terms(tv, of, numbers);
-        const double slope = y.slope_p - less, limit = topk_limit(tv, of, numbers);
-        to->value[i] = y.value - less * (of.p - of.q);
-        to->p[i] = of.p;
-        to->slope[i] = of.p == 0 ? 0 : slope;
-        to->limit[i] = of.p == 0 ? limit : 0;
+        const double p = sk_exp(log_p[i]), q = sk_exp(log_q[i]), larger = p > q ? p : q;
+        const double apart = log_p[i] - log_q[i], d = larger == 0 ? 0 : apart; /* not -inf - -inf */
+        const sk_topk_term y = sk_topk_term_of(tv, class_of(d, larger), numbers, uneven);
+        to->value[i] = y.value;
+        to->p[i] = y.p;
+        to->slope[i] = y.slope;
+        to->limit[i] = y.limit;
     }
 }
 
-void SK_CPU(measure_topk)(bool tv, const double *numbers, double less, int64_t n,
+void SK_CPU(measure_topk)(bool tv, const double *numbers, double uneven, int64_t n,
                           const double *log_p, const double *log_q, sk_topk_terms *to) {
     if (tv)
-        apply(true, numbers, less, n, log_p, log_q, to);
+        apply(true, numbers, uneven, n, log_p, log_q, to);
     else
-        apply(false, numbers, less, n, log_p, log_q, to);
+        apply(false, numbers, uneven, n, log_p, log_q, to);
 }

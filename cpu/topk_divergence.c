@@ -24,7 +24,7 @@ typedef struct divergence {
     int64_t K, tail;
     double T, T_own; /* that of the teacher */
     bool tv;
-    double numbers[SK_MIXTURE_NUMBERS];
+    double numbers[SK_UNEVEN + 1];
 } divergence;
 #define DIVERGENCE_OF(p)                                                                    \
     {&(p)->logits, &(p)->indices,    &(p)->teacher,             &(p)->teacher_logsumexp,    \

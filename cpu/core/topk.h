@@ -13,7 +13,6 @@ typedef struct sk_topk_terms {
     double value[SK_MOST_TERMS], p[SK_MOST_TERMS], slope[SK_MOST_TERMS], limit[SK_MOST_TERMS];
 } sk_topk_terms;
 
-/* Those of n classes by their log p and log q; `less` is what their slopes are less than those of the
- * formula with these numbers. */
-void SK_CPU(measure_topk)(bool tv, const double *numbers, double less, int64_t n,
+/* Those of n classes by their log p and log q. */
+void SK_CPU(measure_topk)(bool tv, const double *numbers, double uneven, int64_t n,
                           const double *log_p, const double *log_q, sk_topk_terms *to);

@@ -1,30 +1,34 @@
-/* The formulas of ops/topk_divergence.h, for C and CUDA: a class by its logarithms. */
+/* The formulas of ops/topk_divergence.h, for C and CUDA. */
 #pragma once
 #include "formula/js_divergence.h"
 
 enum sk_tail { SK_BUCKET, SK_RENORMALIZE, SK_DROP };
 
-/* What q of the tail is at least: that of stored log-probabilities is less than nothing by rounding. */
+/* What q of the tail is at least: of stored log-probabilities 1 - sum q may be negative by rounding. */
 #define SK_LEAST_TAIL 1e-7
 
-/* The class with log p - log q = d, the larger of p and q, and the ratio e^-|d| of both. */
-SK_FORMULA SK_PAIR_CLASS topk_class(real d, real larger, real ratio) {
-    const bool less = d < 0;
-    const real size = less ? -d : d, smaller = larger * ratio;
-    const bool near = size < 1;
-    const real second = size * size * sk_exp_rest(-size);
-    const real gap = near ? size - second : 1 - ratio, rest = near ? second : size - gap;
-    const SK_PAIR_CLASS x = {
-        less ? smaller : larger, less ? larger : smaller, d, larger, ratio, gap, rest};
-    return x;
-}
+/* The term of a class: the gradient is p (slope - A) + limit, with A the sum of p slope + limit. */
+#define SK_TOPK_TERM_FIELDS real value, p, slope, limit
+#ifdef __cplusplus
+template <typename real>
+struct sk_topk_term {
+    SK_TOPK_TERM_FIELDS;
+};
+#define SK_TOPK_TERM sk_topk_term<real>
+#else
+typedef struct sk_topk_term {
+    SK_TOPK_TERM_FIELDS;
+} sk_topk_term;
+#define SK_TOPK_TERM sk_topk_term
+#endif
 
-/* Its term and its slopes. */
-SK_FORMULA SK_PAIR_RESULT topk_terms(bool tv, SK_PAIR_CLASS x, const real *k) {
-    return tv ? total_variation_terms(x, k) : mixture_terms(x, k);
-}
-
-/* What p dphi/dp is where p is too small for a number: -a q where M is p, 0 elsewhere. */
-SK_FORMULA real topk_limit(bool tv, SK_PAIR_CLASS x, const real *k) {
-    return !tv & (k[SK_BETA] == 0) ? -k[SK_UNEVEN] * x.larger * x.gap : 0;
+/* Where classes are left out the terms - q + M and - p + M, which come to nothing over all classes, are
+ * taken back: `uneven` is what (p - q) is multiplied by in them, else 0. */
+SK_FORMULA SK_TOPK_TERM sk_topk_term_of(bool tv, SK_PAIR_CLASS x, const real *k, real uneven) {
+    const SK_PAIR_RESULT of = tv ? total_variation_terms(x, k) : mixture_terms(x, k);
+    const real value = of.value - uneven * (x.p - x.q), slope = of.slope_p - uneven;
+    const real limit = of.limit_p;
+    const bool none = x.p == 0;
+    const SK_TOPK_TERM y = {value, x.p, none ? 0 : slope, none ? limit : 0};
+    return y;
 }
