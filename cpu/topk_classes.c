@@ -13,12 +13,13 @@ static inline sk_pair_class class_of(double d, double larger) {
     const double size = fabs(d), ratio = sk_exp(-size), smaller = larger * ratio;
     const bool near = size < 1;
     const double second = size * size * sk_exp_rest(-size), gap = near ? size - second : 1 - ratio;
-    return (sk_pair_class){less ? smaller : larger, less ? larger : smaller, d,   size,
-                           larger,                  ratio,                   gap, near ? second : size - gap};
+    return (sk_pair_class){
+        less ? smaller : larger,   less ? larger : smaller, d, size, larger, ratio, gap,
+        near ? second : size - gap};
 }
 
-SK_SPECIAL void apply(bool tv, const double *numbers, double uneven, int64_t n,
-                      const double *log_p, const double *log_q, sk_topk_terms *to) {
+SK_SPECIAL void apply(bool tv, const double *numbers, double uneven, int64_t n, const double *log_p,
+                      const double *log_q, sk_topk_terms *to) {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
         const double p = sk_exp(log_p[i]), q = sk_exp(log_q[i]), larger = p > q ? p : q;

@@ -26,10 +26,12 @@ typedef struct divergence {
     bool tv;
     double numbers[SK_UNEVEN + 1];
 } divergence;
-#define DIVERGENCE_OF(p)                                                                    \
-    {&(p)->logits, &(p)->indices,    &(p)->teacher,             &(p)->teacher_logsumexp,    \
-     SK_DIM(p, K), (p)->tail,        (p)->temperature,          (p)->teacher_temperature,   \
-     (p)->kind == SK_TV, SK_MIXTURE_OF((p)->beta, (p)->teacher_weight, (p)->student_weight)}
+#define DIVERGENCE_OF(p)                                                                   \
+    {                                                                                      \
+        &(p)->logits, &(p)->indices, &(p)->teacher, &(p)->teacher_logsumexp, SK_DIM(p, K), \
+            (p)->tail, (p)->temperature, (p)->teacher_temperature, (p)->kind == SK_TV,     \
+            SK_MIXTURE_OF((p)->beta, (p)->teacher_weight, (p)->student_weight)             \
+    }
 
 /* Rows one after the other, at any strides. */
 static sk_task rows_of(int64_t N, int64_t C, int64_t S) {
@@ -76,9 +78,8 @@ static void load_listed(const divergence *d, const sk_task *r, int64_t i, listed
 }
 
 /* Calls for each listed class of c .. c + n, all of one tile, with its place `k` in the arrays. */
-#define EACH_LISTED(x, k, c, n)                                                              \
-    for (int32_t k = (x)->first[(c) >> (x)->shift]; k < (x)->first[((c) >> (x)->shift) + 1]; \
-         k++)                                                                                \
+#define EACH_LISTED(x, k, c, n)                                                                   \
+    for (int32_t k = (x)->first[(c) >> (x)->shift]; k < (x)->first[((c) >> (x)->shift) + 1]; k++) \
         if ((x)->class[k] >= (c) && (x)->class[k] < (c) + (n))
 
 static double sum_of_exps(const double *x, int64_t n) {
@@ -119,7 +120,7 @@ static void measure(const divergence *d, int64_t n, const listed *x, sk_topk_ter
 
 /* ---- Forward ---- */
 
-enum { TOP, LOG_SUM, SLOPE, TAIL_SLOPE, LOSS };
+enum { TOP, LOG_SUM, SLOPE, OTHERS, LOSS };
 
 /* The largest logit, and the sum of exp((x - top) / T), of the classes that are not listed. */
 typedef struct tail {
@@ -163,16 +164,17 @@ static tail sum_tail(const divergence *d, const sk_task *r, int64_t i, const lis
     return sum;
 }
 
-/* Leaves what is found of a row; false where the tail, unless it is exact, is not known well enough,
- * for the rows are close: their divergence is of second order, but what it changes by with the sum of
- * the tail, by up to 2e-7 of which that is off in float, is of first. */
+/* Leaves what is found of a row; false where the tail, unless it is exact, is not known well
+ * enough, for the rows are close: their divergence is of second order, but what it changes by with
+ * the sum of the tail, by up to 2e-7 of which that is off in float, is of first. */
 static bool find_row(const divergence *d, const sk_task *r, int64_t i, bool exact, sk_found found) {
     listed x;
     sk_topk_terms of;
     load_listed(d, r, i, &x);
     int64_t n = x.count;
     const bool bucket = d->tail == SK_BUCKET && n < r->C;
-    const tail rest = d->tail == SK_RENORMALIZE ? (tail){-INFINITY, 0} : sum_tail(d, r, i, &x, exact);
+    const tail rest =
+        d->tail == SK_RENORMALIZE ? (tail){-INFINITY, 0} : sum_tail(d, r, i, &x, exact);
     const double h = largest_of(rest.top, x.x, n), below = (rest.top - h) / d->T;
     normalize(x.x, n, h, d->T, 0);
     const double sum = sum_of_exps(x.x, n) + (rest.sum == 0 ? 0 : rest.sum * sk_exp(below));
@@ -196,15 +198,16 @@ static bool find_row(const divergence *d, const sk_task *r, int64_t i, bool exac
         reference = of.p[k] > most ? of.slope[k] : reference;
         most = of.p[k] > most ? of.p[k] : most;
     }
-    for (int64_t k = 0; k < n; k++)
-        slope += of.p[k] * (of.slope[k] - reference) + of.limit[k];
-    found[TOP][i] = h;
+    for (int64_t k = 0; k < n; k++) slope += of.p[k] * (of.slope[k] - reference) + of.limit[k];
+    slope += reference;
+    const int64_t k = x.count; /* the place of the tail */
+    const double of_tail = n > k ? of.p[k] * (of.slope[k] - slope) + of.limit[k] : 0;
+    found[TOP][i] = rest.top;
     found[LOG_SUM][i] = log_sum;
-    found[SLOPE][i] = reference + slope;
-    found[TAIL_SLOPE][i] = bucket ? of.slope[x.count] : 0;
+    found[SLOPE][i] = slope;
+    found[OTHERS][i] = rest.sum == 0 ? 0 : of_tail / rest.sum;
     found[LOSS][i] = loss;
-    const double p = rest.sum == 0 ? 0 : sk_exp(log_rest);
-    return !(p * fabs(found[TAIL_SLOPE][i] - found[SLOPE][i]) > 10 * fabs(loss));
+    return !(fabs(of_tail) > 10 * fabs(loss));
 }
 
 static sk_task forward_rows(const forward_params *p) {
@@ -271,21 +274,21 @@ typedef struct pass {
     sk_scale t;
     listed x;
     sk_topk_terms of;
-    real gradient[SK_MOST_LISTED], factor; /* that of the other classes */
+    real gradient[SK_MOST_LISTED], others; /* what exp((x - top) / T) of the others is multiplied by */
 } pass;
 
 static void begin_row(pass *x, const sk_task *r, int64_t i) {
     const sk_incoming *const in = x->in;
-    const double h = in->saved[TOP][i], log_sum = in->saved[LOG_SUM][i], slope = in->saved[SLOPE][i];
+    const double slope = in->saved[SLOPE][i];
     const bool none = (in->grad[i] == 0) | (in->weight[i] == 0);
     const double factor =
         none ? 0 : (double)in->grad[i] * in->weight[i] / (x->denominator * x->d->T);
-    const bool others = !none && x->d->tail != SK_RENORMALIZE;
-    x->factor = others ? (real)((in->saved[TAIL_SLOPE][i] - slope) * exp(-log_sum) * factor) : 0;
+    x->others = none ? 0 : (real)(in->saved[OTHERS][i] * factor);
     x->x.count = 0;
     if (none) return;
     load_listed(x->d, r, i, &x->x);
-    normalize(x->x.x, x->x.count, h, x->d->T, log_sum);
+    const double h = largest_of(in->saved[TOP][i], x->x.x, x->x.count);
+    normalize(x->x.x, x->x.count, h, x->d->T, in->saved[LOG_SUM][i]);
     normalize_teacher(x->d, r, i, &x->x);
     measure(x->d, x->x.count, &x->x, &x->of);
     for (int64_t k = 0; k < x->x.count; k++)
@@ -305,8 +308,8 @@ static void write(void *context, const sk_slice *at) {
     pass *const x = context;
     const int64_t i = at->run.row, c = at->run.c, n = at->run.n;
     if (c == 0) begin_row(x, at->r, i);
-    if (x->factor != 0)
-        write_others((real)x->in->saved[TOP][i], x->factor, &x->t, at->x[0], n, at->to[0]);
+    if (x->others != 0)
+        write_others((real)x->in->saved[TOP][i], x->others, &x->t, at->x[0], n, at->to[0]);
     else
         memset(at->to[0], 0, (size_t)n * sizeof(real));
     if (x->x.count == 0) return;

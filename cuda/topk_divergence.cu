@@ -1,8 +1,9 @@
 /* Divergence from a teacher of K classes on the GPU: one kernel forward, one backward, each reading
  * the logits once. See ops/topk_divergence.h and ops/formula/topk_divergence.h.
  *
- * Forward sums over the classes that are not listed: a bit of shared memory for each class of a window
- * says which are. Backward writes all classes as those that are not, then the listed ones again.
+ * Forward sums over the classes that are not listed: a bit of shared memory for each class of a
+ * window says which are. Backward writes all classes as those that are not, then the listed ones
+ * again.
  *
  * Test: python -m pytest tests/test_simt.py -k topk_divergence
  * Machine code: make sass OP=topk_divergence
@@ -19,7 +20,7 @@ SK_PARAMS(topk_divergence_backward)
 typedef struct topk_divergence_params forward_params;
 typedef struct topk_divergence_backward_params backward_params;
 
-enum { TOP, LOG_SUM, SLOPE, TAIL_SLOPE, SAVED };
+enum { TOP, LOG_SUM, SLOPE, OTHERS, SAVED };
 
 /* Everything in a group has been written that is read from here on. */
 SK_DEVICE void sk_sync_group() {
@@ -68,8 +69,8 @@ SK_DEVICE topk_row row_at(const Params &p, int64_t n, int64_t s) {
             p.tail == SK_RENORMALIZE || p.teacher_logsumexp.data ? p.teacher_temperature : 1};
 }
 
-/* What the teacher's values are less: those that are renormalised their log-sum-exp, in the form of a
- * side; stored logits theirs; stored log-probabilities nothing. */
+/* What the teacher's values are less: those that are renormalised their log-sum-exp, in the form of
+ * a side; stored logits theirs; stored log-probabilities nothing. */
 template <typename Params>
 SK_DEVICE sk_side teacher_side(const Params &p, const topk_row &r, int64_t n, int64_t s) {
     const sk_arg &lse = p.teacher_logsumexp;
@@ -102,8 +103,8 @@ struct topk_formula {
 template <typename Params>
 SK_DEVICE topk_formula formula_of(const Params &p) {
     typedef double real;
-    topk_formula f = {p.kind == SK_TV,
-                      SK_MIXTURE_OF(p.beta, p.teacher_weight, p.student_weight), 0};
+    topk_formula f = {p.kind == SK_TV, SK_MIXTURE_OF(p.beta, p.teacher_weight, p.student_weight),
+                      0};
     if (p.tail == SK_DROP && !f.tv) f.uneven = f.numbers[SK_UNEVEN];
     return f;
 }
@@ -128,54 +129,74 @@ SK_DEVICE void mark(const topk_row &r, int64_t window, unsigned *bits) {
     sk_sync_group();
 }
 
-/* The largest logit, -DBL_MAX at least, and the sum of exp((x - top) / T), of the classes that are not
- * listed; in numbers of type Number. */
-template <typename Number, typename T, int kVec>
-SK_DEVICE sk_side sum_tail(const forward_params &p, const topk_row &r, int64_t n, int64_t s) {
-    typedef sk_real<T> real;
-    SK_SHARED(unsigned, shared, WORDS *SK_BLOCK);
-    unsigned *const bits = shared + threadIdx.y * WORDS * sk_group();
-    const T *const row = sk_keep(sk_row<T>(p.logits, n, s));
-    const Number log2e = (Number)(1.4426950408889634 / r.T);
+/* Calls each(window, end) for the windows of a row, whose bits are there. */
+template <typename Each>
+SK_DEVICE void each_window(const topk_row &r, unsigned *bits, Each each) {
     const int64_t width = 32 * WORDS * sk_group();
-    Number top = sizeof(Number) == 8 ? (Number)-DBL_MAX : (Number)-FLT_MAX;
-    double sum = 0;
     SK_ROLLED for (int64_t window = 0; window < r.C; window += width) {
         mark(r, window, bits);
-        const int64_t end = window + width < r.C ? window + width : r.C;
+        each(window, window + width < r.C ? window + width : r.C);
+        sk_sync_group(); /* the next window writes them again */
+    }
+}
+
+/* The largest logit, and the sum of exp((x - top) / T), of the classes that are not listed. */
+struct topk_tail {
+    double top, sum;
+};
+
+template <typename T, int kVec>
+SK_DEVICE topk_tail sum_tail(const forward_params &p, const topk_row &r, int64_t n, int64_t s,
+                             unsigned *bits) {
+    typedef sk_real<T> real;
+    const T *const row = sk_keep(sk_row<T>(p.logits, n, s));
+    const real log2e = sk_keep((real)(1.4426950408889634 / r.T));
+    real top = sizeof(real) == 8 ? (real)-DBL_MAX : (real)-FLT_MAX; /* x - top is no NaN */
+    double sum = 0;
+    each_window(r, bits, [&](int64_t window, int64_t end) {
         SK_ROLLED for (int64_t base = window; base < end; base += sk_step<T>()) {
-            real x[sk_items<T>];
+            real x[sk_items<T>], largest = top, part = 0;
             sk_load<T, kVec>(row, p.logits.stride[1], base, r.C, -INFINITY, x);
-            Number largest = top, part = 0;
             SK_UNROLL for (int i = 0; i < sk_items<T>; i += kVec) {
                 const int at = (int)(base - window) + sk_offset<kVec>(i);
                 const unsigned listed = bits[at / 32] >> at % 32;
                 SK_UNROLL for (int k = 0; k < kVec; k++) {
                     if (listed >> k & 1) x[i + k] = -INFINITY;
-                    largest = sk_max(largest, (Number)x[i + k]);
+                    largest = sk_max(largest, x[i + k]);
                 }
             }
             if (largest > top) sum *= sk_exp2((top - largest) * log2e);
             top = largest;
-            SK_UNROLL for (int i = 0; i < sk_items<T>; i++) part +=
-                sk_exp2(((Number)x[i] - top) * log2e);
+            SK_UNROLL for (int i = 0; i < sk_items<T>; i++) part += sk_exp2((x[i] - top) * log2e);
             sum += part;
         }
-        sk_sync_group(); /* the next window writes the bits again */
-    }
-    Number most[1] = {top};
+    });
+    real most[1] = {top};
     sk_group_reduce(most, sk_larger());
-    double total[1] = {sum == 0 ? 0 : sum * exp2(((double)top - most[0]) * log2e)};
+    double total[1] = {sum == 0 ? 0 : sum * exp(((double)top - most[0]) / r.T)};
     sk_group_reduce(total, sk_add());
     return {most[0], total[0]};
 }
 
-/* The loss of a row by the tail's largest logit and sum, and what is saved of it; whether the tail is
- * known well enough: see cpu/topk_divergence.c. */
-SK_DEVICE bool conclude(const forward_params &p, const topk_row &r, const sk_side &tail,
+/* The same sum once more in double. */
+SK_DEVICE void sum_tail_again(const topk_row &r, unsigned *bits, topk_tail *tail) {
+    double sum[1] = {0};
+    each_window(r, bits, [&](int64_t window, int64_t end) {
+        SK_ROLLED for (int64_t c = window + sk_lane(); c < end; c += sk_group()) {
+            const int at = (int)(c - window);
+            if (!(bits[at / 32] >> at % 32 & 1)) sum[0] += exp((r.logits(c) - tail->top) / r.T);
+        }
+    });
+    sk_group_reduce(sum, sk_add());
+    tail->sum = sum[0];
+}
+
+/* The loss of a row by the tail's largest logit and sum, and what is saved of it; whether the tail
+ * is known well enough: see cpu/topk_divergence.c. */
+SK_DEVICE bool conclude(const forward_params &p, const topk_row &r, const topk_tail &tail,
                         const sk_side &teacher, double (&saved)[SAVED], double *loss) {
     const topk_formula formula = formula_of(p);
-    double top[1] = {tail.log_sum == 0 ? -INFINITY : tail.top}, sum[3] = {0, 0, 0};
+    double top[1] = {tail.sum == 0 ? -INFINITY : tail.top}, sum[3] = {0, 0, 0};
     r.each([&](int64_t c, int64_t) { top[0] = fmax(top[0], r.logits(c)); });
     sk_group_reduce(top, sk_larger());
     r.each([&](int64_t c, int64_t k) {
@@ -185,54 +206,56 @@ SK_DEVICE bool conclude(const forward_params &p, const topk_row &r, const sk_sid
     });
     sk_group_reduce(sum, sk_add());
     const double below = (tail.top - top[0]) / r.T;
-    const double rest = tail.log_sum == 0 ? 0 : tail.log_sum * exp(below);
+    const double rest = tail.sum == 0 ? 0 : tail.sum * exp(below);
     const sk_side student = {top[0], log(sum[0] + rest)};
-    const double log_rest =
-        rest == 0 && tail.log_sum == 0 ? -INFINITY : below + log(tail.log_sum) - student.log_sum;
+    const double log_rest = tail.sum == 0 ? -INFINITY : below + log(tail.sum) - student.log_sum;
     sk_slope_sum<double> slope = {0, 0, 0, 0};
-    double value[1] = {0}, part = 0, tail_slope = 0;
+    double value[1] = {0}, part = 0;
     r.each([&](int64_t c, int64_t k) {
-        const sk_topk_term<double> y = formula.at(log_of(r.logits(c), r.T, student),
-                                                  log_of(r.teacher(k), r.T_q, teacher));
+        const sk_topk_term<double> y =
+            formula.at(log_of(r.logits(c), r.T, student), log_of(r.teacher(k), r.T_q, teacher));
         value[0] += y.value;
         sk_add_slope(&slope, y.p, y.slope, y.limit, &part);
     });
+    sk_topk_term<double> others = {0, 0, 0, 0};
     if (p.tail == SK_BUCKET && sum[2] < r.C) {
         const double left = 1 - sum[1];
-        const sk_topk_term<double> y =
-            formula.at(log_rest, log(left < SK_LEAST_TAIL ? SK_LEAST_TAIL : left));
-        tail_slope = y.slope;
-        if (sk_lane() == 0) value[0] += y.value;
-        if (sk_lane() == 0) sk_add_slope(&slope, y.p, y.slope, y.limit, &part);
-    } else if (p.tail == SK_DROP && sk_lane() == 0) {
-        sk_add_slope(&slope, exp(log_rest), 0.0, 0.0, &part);
+        others = formula.at(log_rest, log(left < SK_LEAST_TAIL ? SK_LEAST_TAIL : left));
+    } else if (p.tail == SK_DROP) {
+        others.p = exp(log_rest);
+    }
+    if (sk_lane() == 0) {
+        value[0] += others.value;
+        sk_add_slope(&slope, others.p, others.slope, others.limit, &part);
     }
     slope.rest = part;
     double slopes[2];
     sk_slope_totals(slope, slope, slopes);
     sk_group_reduce(value, sk_add());
-    saved[TOP] = student.top;
+    const double of_tail = others.p * (others.slope - slopes[0]) + others.limit;
+    saved[TOP] = tail.sum == 0 ? -INFINITY : tail.top;
     saved[LOG_SUM] = student.log_sum;
     saved[SLOPE] = slopes[0];
-    saved[TAIL_SLOPE] = tail_slope;
+    saved[OTHERS] = tail.sum == 0 ? 0 : of_tail / tail.sum;
     *loss = value[0];
-    return !(exp(log_rest) * fabs(tail_slope - slopes[0]) > 10 * fabs(value[0]));
+    return !(fabs(of_tail) > 10 * fabs(value[0]));
 }
 
 /* Leaves rows, saved, loss and denominator. */
 template <typename T, int kVec>
 __global__ void __launch_bounds__(SK_BLOCK, 2) topk_divergence_kernel(const forward_params p) {
     sk_row_forward<T, SAVED>(p, [&](int64_t n, int64_t s, double w, double(&saved)[SAVED]) {
+        SK_SHARED(unsigned, shared, WORDS *SK_BLOCK);
+        unsigned *const bits = shared + threadIdx.y * WORDS * sk_group();
         const topk_row r = row_at(p, n, s);
         const sk_side teacher = teacher_side(p, r, n, s);
-        const bool whole = p.tail != SK_RENORMALIZE;
+        topk_tail tail = {0, 0};
         double loss = 0;
-        sk_side tail = {0, 0};
-        if (whole) tail = sum_tail<sk_real<T>, T, kVec>(p, r, n, s);
+        if (p.tail != SK_RENORMALIZE) tail = sum_tail<T, kVec>(p, r, n, s, bits);
         SK_ROLLED for (int i = 0; i < 2; i++) {
+            if (i == 1) sum_tail_again(r, bits, &tail);
             const bool good = conclude(p, r, tail, teacher, saved, &loss);
-            if (good || !whole || sizeof(T) == 8) break; /* the same in the whole group */
-            tail = sum_tail<double, T, kVec>(p, r, n, s);
+            if (good || sizeof(T) == 8) break; /* the same in the whole group */
         }
         return w * loss;
     });
@@ -250,12 +273,9 @@ __global__ void __launch_bounds__(SK_BLOCK, 2)
         const topk_row r = row_at(p, n, s);
         const bool none = in.weight == 0 || in.grad == 0;
         const double factor = none ? 0 : in.grad * in.weight / (in.denominator * r.T);
-        const sk_side student = {in.saved(TOP), in.saved(LOG_SUM)};
         const double slope = in.saved(SLOPE);
-        const bool others = !none && p.tail != SK_RENORMALIZE;
-        const real of_others =
-            others ? (real)((in.saved(TAIL_SLOPE) - slope) * exp(-student.log_sum) * factor) : 0;
-        const real top = sk_keep((real)student.top);
+        const real of_others = none ? 0 : (real)(in.saved(OTHERS) * factor);
+        const real top = sk_keep((real)in.saved(TOP));
         const real log2e = sk_keep((real)(1.4426950408889634 / r.T));
         const T *const row = sk_keep(sk_row<T>(p.logits, n, s));
         T *const to = sk_keep(sk_row<T>(p.grad_logits, n, s));
@@ -271,10 +291,14 @@ __global__ void __launch_bounds__(SK_BLOCK, 2)
         if (none) return; /* the same in the whole group */
         const topk_formula formula = formula_of(p);
         const sk_side teacher = teacher_side(p, r, n, s);
+        double h[1] = {in.saved(TOP)};
+        r.each([&](int64_t c, int64_t) { h[0] = fmax(h[0], r.logits(c)); });
+        sk_group_reduce(h, sk_larger());
+        const sk_side student = {h[0], in.saved(LOG_SUM)};
         sk_sync_group(); /* the listed classes are written over */
         r.each([&](int64_t c, int64_t k) {
-            const sk_topk_term<double> y = formula.at(log_of(r.logits(c), r.T, student),
-                                                      log_of(r.teacher(k), r.T_q, teacher));
+            const sk_topk_term<double> y =
+                formula.at(log_of(r.logits(c), r.T, student), log_of(r.teacher(k), r.T_q, teacher));
             sk_narrow((real)((y.p * (y.slope - slope) + y.limit) * factor),
                       to + c * p.grad_logits.stride[1]);
         });

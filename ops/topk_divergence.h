@@ -22,7 +22,8 @@
  *   gradient is 0
  *
  * A place with index -1 is none, whatever the teacher holds there. saved holds, for each row, the largest
- * logit h, log sum exp((logits - h) / T), sum p f and f of the tail.
+ * logit t that is not listed; log sum exp((logits - h) / T) with h the largest of all that count; sum p f;
+ * and what exp((logits - t) / T) is multiplied by in the gradient of a class that is not listed.
  *
  * Sources: as js_divergence.h; the tail as one class as in TRL's SDFT and SDPO trainers (Huebotter et
  * al., "Reinforcement Learning via Self-Distillation", arXiv 2601.20802). */

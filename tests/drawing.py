@@ -114,7 +114,9 @@ def rows_of(op: str) -> list[str]:
     return [x.name for x in contract(op).items if x.is_input and x.shape[:2] in ("NC", "ND", "NK")]
 
 
-def listed_classes(shape: tuple[int, ...], k: int, g: torch.Generator | None = None) -> torch.Tensor:
+def listed_classes(
+    shape: tuple[int, ...], k: int, g: torch.Generator | None = None
+) -> torch.Tensor:
     """k classes for each row of (N, C, ...), in any order and none of them twice."""
     return torch.rand(shape, generator=g).argsort(1)[:, :k]
 

@@ -80,7 +80,8 @@ static inline real sk_exp2_scaled(real x, real k, real lowest) {
 /* e^x from -708 to 709, to 1 ULP; 0 below, infinite above, NaN stays NaN. x = n log 2 + f, |f| <=
  * 0.35, with log 2 in two parts; e^f is its series. */
 static inline double sk_exp(double x) {
-    const double shift = 6755399441055744.0 + 1023.0; /* 1.5 * 2^52: leaves n + 1023 in the low bits */
+    const double shift =
+        6755399441055744.0 + 1023.0; /* 1.5 * 2^52: leaves n + 1023 in the low bits */
     const double t = x * SK_LOG2E + shift, n = t - shift;
     const double f = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
     const double z = f * f;
@@ -201,8 +202,9 @@ static inline real sk_log1p(real x) {
 #endif
 }
 
-/* x - log m for m = 1 + x, which is better known than its sum, of 2 at most: as sk_log_of, but where
- * x is small it is of second order and cancels nothing. Infinite where m is 0 or subnormal. */
+/* x - log m for m = 1 + x, which is better known than its sum, of 2 at most: as sk_log_of, but
+ * where x is small it is of second order and cancels nothing. Infinite where m is 0 or subnormal.
+ */
 static inline real sk_log_rest(real x, real m) {
 #ifdef SK_REAL_IS_DOUBLE
     const uint64_t root = 0x3fe6a09e667f3bcd, one = 0x3ff0000000000000, two52 = 0x4330000000000000;

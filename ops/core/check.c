@@ -24,15 +24,15 @@ static int check_dtype(const sk_call *call, int item) {
     char has[32]; /* sk_dtype_name() is called twice */
     snprintf(has, sizeof has, "%s", sk_dtype_name(call->tensor[item].dtype));
     const int like = it->kind == SK_LIKE ? sk_find_item(call->op, it->shape) : call->first;
-    return sk_fail(
-        SELFKD_ERROR_TYPE, "%s: %s has dtype %s, expected %s%s%s", call->op->name, it->name, has,
-        floating  ? "float16, bfloat16, float32 or float64"
-        : classes ? "int32 or int64"
-                  : sk_dtype_name(sk_dtype_to(expected)),
-        weight ? " or bool"
-        : same ? " like "
-               : "",
-        same ? call->op->items[like].name : "");
+    return sk_fail(SELFKD_ERROR_TYPE, "%s: %s has dtype %s, expected %s%s%s", call->op->name,
+                   it->name, has,
+                   floating  ? "float16, bfloat16, float32 or float64"
+                   : classes ? "int32 or int64"
+                             : sk_dtype_name(sk_dtype_to(expected)),
+                   weight ? " or bool"
+                   : same ? " like "
+                          : "",
+                   same ? call->op->items[like].name : "");
 }
 
 /* "cpu" or "cuda:1" */

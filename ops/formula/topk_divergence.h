@@ -4,7 +4,8 @@
 
 enum sk_tail { SK_BUCKET, SK_RENORMALIZE, SK_DROP };
 
-/* What q of the tail is at least: of stored log-probabilities 1 - sum q may be negative by rounding. */
+/* What q of the tail is at least: of stored log-probabilities 1 - sum q may be negative by
+ * rounding. */
 #define SK_LEAST_TAIL 1e-7
 
 /* The term of a class: the gradient is p (slope - A) + limit, with A the sum of p slope + limit. */
@@ -22,8 +23,8 @@ typedef struct sk_topk_term {
 #define SK_TOPK_TERM sk_topk_term
 #endif
 
-/* Where classes are left out the terms - q + M and - p + M, which come to nothing over all classes, are
- * taken back: `uneven` is what (p - q) is multiplied by in them, else 0. */
+/* Where classes are left out the terms - q + M and - p + M, which come to nothing over all classes,
+ * are taken back: `uneven` is what (p - q) is multiplied by in them, else 0. */
 SK_FORMULA SK_TOPK_TERM sk_topk_term_of(bool tv, SK_PAIR_CLASS x, const real *k, real uneven) {
     const SK_PAIR_RESULT of = tv ? total_variation_terms(x, k) : mixture_terms(x, k);
     const real value = of.value - uneven * (x.p - x.q), slope = of.slope_p - uneven;
