@@ -11,10 +11,10 @@
 SK_PARAMS(js_divergence)
 SK_PARAMS(js_divergence_backward)
 
-SK_PAIR_FORMULA(jensen_shannon);
-SK_PAIR_FORMULA(generalised);
-SK_PAIR_FORMULA(mixture);
-SK_PAIR_FORMULA(total_variation);
+SK_PAIR_FORMULA(jensen_shannon, true);
+SK_PAIR_FORMULA(generalised, true);
+SK_PAIR_FORMULA(mixture, true);
+SK_PAIR_FORMULA(total_variation, false);
 
 static const sk_pair_formula *const formulas[] = {
     [SK_JENSEN_SHANNON] = &jensen_shannon_formula,

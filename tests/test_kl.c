@@ -223,7 +223,7 @@ static void close_gradients_lose_nothing(void **state) {
         close++;
         for (int c = 0; c < C; c++) {
             const long double d = ((long double)x.u[0][c] - x.v[0][c]) - e.dl;
-            const sk_pair_class found = sk_pair_at(true, &t, k.of, 0, x.u[0][c], x.v[0][c]);
+            const sk_pair_terms found = sk_pair_at(true, &t, k.of, 0, x.u[0][c], x.v[0][c]);
             most = fmax(most, (double)(fabsl(found.d - d) / sqrtl(2 * fminl(e.pq, e.qp))));
         }
     }

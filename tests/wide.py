@@ -22,7 +22,7 @@ class Exact(NamedTuple):
     lost: Wide = 0
 
 
-ROW_LOSSES = ("sd_dropout_kl", "distill", "simreg")
+ROW_LOSSES = ("sd_dropout_kl", "js_divergence", "distill", "simreg")
 
 
 def wide(x: torch.Tensor) -> Wide:
@@ -66,6 +66,44 @@ def sd_dropout_kl(x: Mapping[str, Wide], **options: Any) -> Exact:
     terms = np.full((len(p), 1), temperature, np.longdouble)
     lost = own * temperature * (wf * p * np.abs(d) + wr * q * np.abs(d))  # of d - KL
     return Exact(rows, {"u": grad_u, "v": grad_v}, terms, lost)
+
+
+def log_over_mixture(d: Wide, other: Wide) -> Wide:
+    """log(p/M) of d = log(p/q), M holding `other` of q and the rest of p."""
+    near = np.abs(d) < 1
+    close = -np.log1p(other * np.expm1(np.where(near, -d, 0)))
+    with np.errstate(divide="ignore"):
+        mixed = other * np.exp(-np.maximum(d, 0)) + (1 - other) * np.exp(np.minimum(d, 0))
+        apart = np.minimum(d, 0) - np.log(mixed)
+    return np.where(near, close, apart)
+
+
+def js_divergence(x: Mapping[str, Wide], **options: Any) -> Exact:
+    beta, own = np.longdouble(options.get("beta", 0.5)), options.get("temperature", 1.0)
+    a, b = (np.longdouble(options.get(f"{x}_weight", 0.5)) for x in ("teacher", "student"))
+    other = options.get("teacher_temperature", own)
+    p = np.exp(log_softmax(x["student"], own))
+    q = np.exp(log_softmax(x["teacher"], other))
+    d = log_ratio(x["student"], x["teacher"], own, other)
+    if options.get("kind") == "tv":
+        rows = np.abs(p - q).sum(1) / 2
+        slope_p = np.sign(d) / 2
+        slope_q = -slope_p
+        to_p, to_q = p * slope_p, q * slope_q
+    else:
+        m = beta * q + (1 - beta) * p
+        log_p, log_q = log_over_mixture(d, beta), log_over_mixture(-d, 1 - beta)
+        rows = (a * divergence(q, m, log_q) + b * divergence(p, m, log_p))[:, 0]
+        uneven = a * (1 - beta) - b * beta
+        change_p = (p - q) * np.where(m > 0, p / np.where(m > 0, m, 1), 1)
+        change_q = (p - q) * np.where(m > 0, q / np.where(m > 0, m, 1), 1)
+        to_p = (1 - beta) * uneven * change_p + b * np.where(p > 0, p * log_p, 0)
+        to_q = beta * uneven * change_q + a * np.where(q > 0, q * log_q, 0)
+    grads = {
+        "student": (to_p - p * to_p.sum(1, keepdims=True)) / own,
+        "teacher": (to_q - q * to_q.sum(1, keepdims=True)) / other,
+    }
+    return Exact(rows, grads, np.zeros((len(p), 1), np.longdouble))
 
 
 def distill(x: Mapping[str, Wide], **options: Any) -> Exact:
@@ -182,6 +220,7 @@ def dropout_views(x: Mapping[str, Wide], **options: Any) -> Exact:
 
 EXACT: dict[str, Callable[..., Exact]] = {
     "sd_dropout_kl": sd_dropout_kl,
+    "js_divergence": js_divergence,
     "distill": distill,
     "simreg": simreg,
     "attention": attention,

@@ -45,6 +45,14 @@ static inline real sk_opaque(real x) {
     return x;
 }
 
+static inline real sk_abs(real x) {
+#ifdef SK_REAL_IS_DOUBLE
+    return fabs(x);
+#else
+    return fabsf(x);
+#endif
+}
+
 /* 2^(x k) for k > 0 and x k from -126.5 to 127.5, to 2.3 ULP and the rounding of x k: at k = 1 and
  * x = -0x1.7fecf2p+0 it is off by 2.29 ULP. Exactly 0 for a smaller x k, given lowest = -127/k, so
  * that a class at -inf has probability 0; NaN stays NaN. x k = n + f, |f| <= 1/2; 2^f is a minimax
@@ -209,6 +217,20 @@ static inline real sk_log_rest(real x, real m) {
     const float low = s * (half + r * z) + k * 9.05800061e-6f;
     const float y = ((x - f) - k * 6.93138123e-1f) + (half - low);
     return m < FLT_MIN ? INFINITY : y;
+#endif
+}
+
+/* x - log(1 + x) for -1/2 <= x <= 1: with s as in sk_log1p it is s x - rest, for x - 2 s = s x. */
+static inline real sk_log_rest_near(real x) {
+#ifdef SK_REAL_IS_DOUBLE
+    return sk_log_rest(x, 1 + x);
+#else
+    const float s = x / (2.0f + x), z = s * s;
+    float y = 2.815777957e-1f;
+    y = y * z + 2.796515822e-1f;
+    y = y * z + 4.002459645e-1f;
+    y = y * z + 6.666632295e-1f;
+    return x * s - s * z * y;
 #endif
 }
 

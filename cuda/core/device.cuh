@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "core/contract.h"
+#include "core/side.h"
 
 enum { SK_WARP = 32, SK_BLOCK = 256 };
 
@@ -175,7 +176,8 @@ SK_DEVICE float sk_exp2(float x) {
 }
 SK_DEVICE double sk_exp2(double x) { return exp2(x); }
 
-/* What formulas of ops/formula use: e^x for x <= 0, and log(1 + x). */
+/* What formulas of ops/formula use: e^x for x <= 0, log(1 + x), and x - log m for m = 1 + x, near:
+ * for x from -1/2 to 1 (cpu/core/math.h). */
 template <typename real>
 SK_DEVICE real sk_exp_below(real x) {
     return exp(x);
@@ -184,6 +186,18 @@ template <typename real>
 SK_DEVICE real sk_log1p(real x) {
     return log1p(x);
 }
+
+SK_DEVICE float sk_log_rest_near(float x) {
+    const float s = x / (2 + x), z = s * s;
+    const float y =
+        ((2.815777957e-1f * z + 2.796515822e-1f) * z + 4.002459645e-1f) * z + 6.666632295e-1f;
+    return x * s - s * z * y;
+}
+SK_DEVICE double sk_log_rest_near(double x) { return sk_log_gap(x, log1p(x)); }
+SK_DEVICE float sk_log_rest(float x, float m) {
+    return x < -0.5f ? x - log(m) : sk_log_rest_near(x);
+}
+SK_DEVICE double sk_log_rest(double x, double m) { return sk_log_gap(x, log(m)); }
 
 /* The larger of both; NaN where x is NaN (fmax would drop it). */
 SK_DEVICE float sk_at_least(float x, float low) {

@@ -2,79 +2,222 @@
  * formula holds here. One kernel each way: forward reads the logits twice, the second time from
  * cache, backward once. */
 #pragma once
-#include "core/kl.cuh"
+#include "core/row.cuh"
 #include "core/row_loss.cuh"
 
 #include <float.h>
 
-/* What a formula makes of a class. Formula is a type with
- *   template <typename real> static sk_class_result<real> at(p, q, d, p_q, k). */
-template <typename real>
-struct sk_class_result {
-    real value, slope_p, slope_q;
-};
+#include "formula/pair_class.h"
 
-/* What is found of a row: lse(u/T), what it lies above lse(v/T), A, B and the loss. */
+/* Formula is a type with
+ *   static bool smooth(k)             what cpu/core/pair_loss.h says of it
+ *   static sk_pair_result at(x, k)    what it makes of a class */
+
+/* What is found of a row: lse(u/T), what it lies above lse(v/T'), A, B and the loss. */
 struct sk_pair_loss_row {
     double lse, dl, a, b, loss;
 };
 
-/* Where a gradient goes. */
+template <typename T>
+struct sk_two_rows_of {
+    const T *u, *v;
+    int64_t u_stride, v_stride, C;
+    double T_u, T_v;
+};
+
+/* Where a gradient goes; at is NULL where it is not wanted. */
 template <typename T>
 struct sk_out_row {
     T *at;
     int64_t stride;
 };
 
-/* A class in double: what the formula makes of it in `real`, its p and q. */
+/* ---- a class ---- */
+
+/* -inf is computed with as -2^110: 0 * y stays 0. */
+constexpr double kExcluded = -0x1p110;
+
+/* A number as the sum of two that is kept in registers: it comes from double, and a loop needs it.
+ */
 template <typename real>
-struct sk_careful_result {
-    sk_class_result<real> of;
-    double p, q;
-    bool counts;
+struct sk_high_low {
+    real high, low;
 };
-template <typename Formula, typename T>
-SK_DEVICE sk_careful_result<sk_real<T>> sk_careful_class(const sk_two_rows<T> &r, int64_t c,
-                                                         const sk_side &x, const sk_side &y,
-                                                         const sk_real<T> *numbers) {
+template <typename real>
+SK_DEVICE sk_high_low<real> sk_high_low_of(double x) {
+    const real high = (real)x;
+    return {sk_keep(high), sk_keep((real)(x - high))};
+}
+
+/* What the classes of a row need of its sides: 1/T, lse to base 2 and log2(e)/T of u and v; dl; and a
+ * d below which is no more than the rounding of a constant between u and v, and counts as 0. */
+template <typename real>
+struct sk_pair_sides {
+    sk_high_low<real> per_T, per_T_v, log2_u, log2_v, dl;
+    real log2e, log2e_v, agree;
+};
+
+template <typename T>
+SK_DEVICE sk_pair_sides<sk_real<T>> sk_sides_at(const sk_two_rows_of<T> &r, double lse, double dl) {
     typedef sk_real<T> real;
-    const double t = r.temperature, u = sk_widen(r.u[c * r.u_stride]),
-                 v = sk_widen(r.v[c * r.v_stride]);
-    const double p = exp(sk_log_p(u, t, x)), q = exp(sk_log_p(v, t, y));
-    const double d = sk_log_ratio_of(u, v, t, t, x, y);
-    const real finite = isinf(u) ? (real)kLowest : isinf(v) ? (real)-kLowest : (real)d;
-    const real p_q = (real)(fabs(d) < 0.5 ? q * expm1(d) : p - q);
-    return {Formula::template at<real>((real)p, (real)q, finite, p_q, numbers), p, q,
-            !(isinf(u) && isinf(v))};
+    const real log2e = sk_keep((real)(1.4426950408889634 / r.T_u)),
+               log2e_v = sk_keep((real)(1.4426950408889634 / r.T_v));
+    return {sk_high_low_of<real>(1 / r.T_u),
+            sk_high_low_of<real>(1 / r.T_v),
+            sk_high_low_of<real>(lse * r.T_u * log2e), /* so that its rounding is no more than that */
+            sk_high_low_of<real>((lse - dl) * r.T_v * log2e_v), /* of a difference */
+            sk_high_low_of<real>(dl),
+            log2e,
+            log2e_v,
+            sk_keep((real)(4 * DBL_EPSILON * fabs(dl)))};
+}
+
+/* a/T - b/T' - dl to the last digits: the products and their difference are exact but for the square
+ * of an epsilon. Exactly -dl where a = b and T = T'. */
+template <typename real>
+SK_DEVICE real sk_log_ratio_at(const sk_pair_sides<real> &k, real a, real b) {
+    const real u = a * k.per_T.high, v = b * k.per_T_v.high;
+    const real u_low = fma(a, k.per_T.high, -u) + a * k.per_T.low;
+    const real v_low = fma(b, k.per_T_v.high, -v) + b * k.per_T_v.low;
+    const real high = u - v, minus_v = high - u; /* u - v, exactly (Knuth) */
+    const real low = ((u - (high - minus_v)) - (v + minus_v)) + (u_low - v_low);
+    return (high - k.dl.high) + (low - k.dl.low);
+}
+
+/* From p, q and d; the smaller of p and q is found from the larger. */
+template <typename real>
+SK_DEVICE sk_pair_class<real> sk_class_from(real d, real larger) {
+    const real size = d < 0 ? -d : d;
+    const bool near = size < (real)0.75;
+    const real ratio = sk_exp2(-size * (real)1.4426950408889634), smaller = larger * ratio;
+    const real second = size * size * sk_curvature(-size), gap = near ? size - second : 1 - ratio;
+    return {d < 0 ? smaller : larger, d < 0 ? larger : smaller, d,   size,
+            larger,                   ratio,                    gap, near ? second : size - gap};
+}
+
+/* A class with the logits a and b, from kExcluded up. */
+template <typename real>
+SK_DEVICE sk_pair_class<real> sk_class_at(const sk_pair_sides<real> &k, real a, real b) {
+    const real found = sk_log_ratio_at(k, a, b), size = found < 0 ? -found : found;
+    const real d = size < k.agree ? 0 : found;
+    const bool less = d < 0;
+    const sk_high_low<real> lse = less ? k.log2_v : k.log2_u;
+    const real z = fma(less ? b : a, less ? k.log2e_v : k.log2e, -lse.high) - lse.low;
+    return sk_class_from(d, sk_exp2(z));
+}
+
+/* A class in double; what the formula makes of it is in `real`. */
+template <typename T>
+SK_DEVICE sk_pair_class<double> sk_careful_class(const sk_two_rows_of<T> &r, int64_t c,
+                                                 const sk_side &x, const sk_side &y) {
+    const double u = sk_widen(r.u[c * r.u_stride]), v = sk_widen(r.v[c * r.v_stride]);
+    const double p = exp(sk_log_p(u, r.T_u, x)), q = exp(sk_log_p(v, r.T_v, y));
+    const bool nowhere = isinf(u) && isinf(v);
+    const double d = nowhere ? 0 : sk_log_ratio_of(u, v, r.T_u, r.T_v, x, y);
+    const double size = fabs(d), gap = -expm1(-size);
+    const double rest = size < 0.5 ? size * size * sk_curvature(-size) : size - gap;
+    return {p, q, d, size, nowhere ? 0 : fmax(p, q), exp(-size), gap, rest};
+}
+
+template <typename Formula, typename real>
+SK_DEVICE sk_pair_result<real> sk_terms_of(const sk_pair_class<double> &x, const real *k) {
+    const sk_pair_class<real> y = {(real)x.p,      (real)x.q,     (real)x.d,   (real)x.size,
+                                   (real)x.larger, (real)x.ratio, (real)x.gap, (real)x.rest};
+    return Formula::at(y, k);
 }
 
 template <typename T>
-SK_DEVICE void sk_sides_within(const sk_two_rows<T> &r, double lse, double dl, sk_side *x,
-                               sk_side *y) {
+SK_DEVICE void sk_sides_of_rows(const sk_two_rows_of<T> &r, sk_side *x, sk_side *y) {
     const sk_stored_row<T> u = {r.u, r.u_stride}, v = {r.v, r.v_stride};
-    const double t = r.temperature;
-    sk_sides_of(u, v, r.C, t, t, x, y);
-    *x = sk_side_within(*x, t, lse, 0, kRounded<sk_real<T>>);
-    *y = sk_side_within(*y, t, lse, dl, kRounded<sk_real<T>>);
+    sk_sides_of(u, v, r.C, r.T_u, r.T_v, x, y);
 }
 
-/* A pair of logits, from kLowest up, as in differentiate() of kl.cuh. A y below `agree` is no more
- * than the rounding of a constant between u and v, and counts as 0. */
+/* ---- forward ---- */
+
+/* A step of logits, from kExcluded up; returns the largest. */
+template <typename T, int kVec>
+SK_DEVICE sk_real<T> sk_load_side(const T *row, int64_t stride, int64_t base, int64_t C,
+                                  sk_real<T> (&to)[sk_items<T>]) {
+    const sk_real<T> lowest = (sk_real<T>)kExcluded;
+    return sk_load_above<T, kVec>(row, stride, base, C, lowest, lowest, to);
+}
+
+/* Anchors, the largest logits, and the sums against them. */
 template <typename real>
-SK_DEVICE sk_pair<real> sk_pair_at(const sk_pair_slope<real> &k, real agree, real a, real b) {
-    sk_pair<real> x =
-        sk_compare(sk_distance(sk_difference(a, b), k.gap) * k.t.inverse,
-                   sk_log2_of(a, k.t.log2e, k.log2_u), sk_log2_of(b, k.t.log2e, k.log2_v));
-    if (fabs(x.y) < agree) x.y = x.diff = 0;
+struct sk_pair_sums {
+    real top[2];
+    double sum[2]; /* of e^((u - top)/T) and e^((v - top)/T') */
+};
+
+template <typename T, int kVec>
+SK_DEVICE sk_pair_sums<sk_real<T>> sk_sum_pair(const sk_two_rows_of<T> &r) {
+    typedef sk_real<T> real;
+    const real lowest = (real)kExcluded, log2e_u = sk_keep((real)(1.4426950408889634 / r.T_u)),
+               log2e_v = sk_keep((real)(1.4426950408889634 / r.T_v));
+    const T *const u = sk_keep(r.u), *const v = sk_keep(r.v);
+    sk_pair_sums<real> x = {{lowest, lowest}, {0, 0}};
+    SK_ROLLED for (int64_t base = 0; base < r.C; base += sk_step<T>()) {
+        real a[sk_items<T>], b[sk_items<T>], part[2] = {0, 0};
+        const real top_u = sk_max(x.top[0], sk_load_side<T, kVec>(u, r.u_stride, base, r.C, a));
+        const real top_v = sk_max(x.top[1], sk_load_side<T, kVec>(v, r.v_stride, base, r.C, b));
+        if (top_u > x.top[0]) x.sum[0] *= sk_exp2((x.top[0] - top_u) * log2e_u);
+        if (top_v > x.top[1]) x.sum[1] *= sk_exp2((x.top[1] - top_v) * log2e_v);
+        x.top[0] = top_u;
+        x.top[1] = top_v;
+        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
+            if (i % kVec == 0 && !sk_any_class<kVec>(base, i, r.C)) break;
+            part[0] += sk_exp2((a[i] - top_u) * log2e_u);
+            part[1] += sk_exp2((b[i] - top_v) * log2e_v);
+        }
+        x.sum[0] += part[0];
+        x.sum[1] += part[1];
+    }
+    real top[2] = {x.top[0], x.top[1]};
+    sk_group_reduce(top, sk_larger());
+    x.sum[0] *= sk_exp2((x.top[0] - top[0]) * log2e_u);
+    x.sum[1] *= sk_exp2((x.top[1] - top[1]) * log2e_v);
+    x.top[0] = top[0];
+    x.top[1] = top[1];
+    sk_group_reduce(x.sum, sk_add());
     return x;
 }
-template <typename real>
-SK_DEVICE real sk_agreement(double dl) {
-    return sk_keep((real)(4 * DBL_EPSILON * fabs(dl)));
+
+/* lse and dl of a row. */
+template <typename T>
+SK_DEVICE sk_pair_loss_row sk_row_of_sums(const sk_two_rows_of<T> &r,
+                                          const sk_pair_sums<sk_real<T>> &x) {
+    const double u = x.top[0] / r.T_u, v = x.top[1] / r.T_v, log_u = log(x.sum[0]);
+    return {u + log_u, (u - v) + (log_u - log(x.sum[1])), 0, 0, 0};
 }
 
-/* A sum of p dphi/dp that stays exact where one class has nearly all of p: see sk_slope_sum in
- * cpu/core/pair_loss.h. One for each thread. */
+/* What dl is off by: log(sum p / sum q) by what it is now, from sum (p - q), of which nothing cancels.
+ */
+template <typename T, int kVec>
+SK_DEVICE double sk_error_of_dl(const sk_two_rows_of<T> &r, const sk_pair_loss_row &row) {
+    typedef sk_real<T> real;
+    const sk_pair_sides<real> k = sk_sides_at(r, row.lse, row.dl);
+    const T *const u = sk_keep(r.u), *const v = sk_keep(r.v);
+    double sum[2] = {0, 0};
+    SK_ROLLED for (int64_t base = 0; base < r.C; base += sk_step<T>()) {
+        real a[sk_items<T>], b[sk_items<T>], part[2] = {0, 0};
+        sk_load_side<T, kVec>(u, r.u_stride, base, r.C, a);
+        sk_load_side<T, kVec>(v, r.v_stride, base, r.C, b);
+        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
+            if (i % kVec == 0 && !sk_any_class<kVec>(base, i, r.C)) break;
+            const sk_pair_class<real> x = sk_class_at(k, a[i], b[i]);
+            part[0] += x.d < 0 ? -x.larger * x.gap : x.larger * x.gap;
+            part[1] += x.q;
+        }
+        sum[0] += part[0];
+        sum[1] += part[1];
+    }
+    sk_group_reduce(sum, sk_add());
+    return log1p(sum[0] / sum[1]);
+}
+
+/* A sum of p dphi/dp that stays exact where one class has nearly all of p, so that the gradient is
+ * a small difference: with `slope` that of the class with the largest p so far, the rest of the sum
+ * of p (dphi/dp - slope), and the sum of p. One for each thread. */
 template <typename real>
 struct sk_slope_sum {
     real largest, slope, mass;
@@ -83,7 +226,8 @@ struct sk_slope_sum {
 
 /* Adds p and its slope; rest is added up in `real` for the length of a step. */
 template <typename real>
-SK_DEVICE void sk_add_slope(sk_slope_sum<real> *to, real p, real slope, real *rest) {
+SK_DEVICE void sk_add_slope(sk_slope_sum<real> *to, real p, real slope, real limit, real *rest) {
+    if (p == 0) *rest += limit;
     if (p == 0) return;
     const real before = to->slope;
     to->slope = p > to->largest ? slope : before;
@@ -114,109 +258,135 @@ SK_DEVICE bool sk_is_far_pair(double lse, double dl, double factor) {
            sk_is_beyond(factor, kFarFactor<real>);
 }
 
-/* The same result in all threads of the group. */
+/* Leaves A, B and the loss of a row whose lse and dl are there. */
 template <typename Formula, typename T, int kVec>
-SK_DEVICE sk_pair_loss_row sk_pair_loss_of(const sk_two_rows<T> &r, const sk_real<T> *numbers) {
+SK_DEVICE void sk_add_pair_loss(const sk_two_rows_of<T> &r, const sk_real<T> *numbers,
+                                sk_pair_loss_row *row) {
     typedef sk_real<T> real;
-    const sk_divergence found = sk_diverge<T, kVec>(r);
-    double loss[1] = {0}, total[2] = {0, 0};
-    if (sk_is_far_pair<real>(found.lse, found.dl, 0)) {
-        sk_side x, y;
-        sk_sides_within(r, found.lse, found.dl, &x, &y);
-        SK_ROLLED for (int64_t c = sk_lane(); c < r.C; c += sk_group()) {
-            const sk_careful_result<real> of = sk_careful_class<Formula>(r, c, x, y, numbers);
-            if (!of.counts) continue;
-            loss[0] += of.of.value;
-            total[0] += of.p == 0 ? 0 : of.p * of.of.slope_p;
-            total[1] += of.q == 0 ? 0 : of.q * of.of.slope_q;
+    const sk_pair_sides<real> k = sk_sides_at(r, row->lse, row->dl);
+    const T *const u = sk_keep(r.u), *const v = sk_keep(r.v);
+    sk_slope_sum<real> of_p = {}, of_q = {};
+    double loss[1] = {0}, total[2];
+    SK_ROLLED for (int64_t base = 0; base < r.C; base += sk_step<T>()) {
+        real a[sk_items<T>], b[sk_items<T>], part[3] = {};
+        sk_load_side<T, kVec>(u, r.u_stride, base, r.C, a);
+        sk_load_side<T, kVec>(v, r.v_stride, base, r.C, b);
+        SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
+            if (i % kVec == 0 && !sk_any_class<kVec>(base, i, r.C)) break;
+            const sk_pair_class<real> x = sk_class_at(k, a[i], b[i]);
+            const sk_pair_result<real> of = Formula::at(x, numbers);
+            part[0] += of.value;
+            sk_add_slope(&of_p, x.p, of.slope_p, of.limit_p, &part[1]);
+            sk_add_slope(&of_q, x.q, of.slope_q, of.limit_q, &part[2]);
         }
-        sk_group_reduce(total, sk_add());
-    } else {
-        const sk_pair_slope<real> k =
-            sk_pair_slope_of<real>(found, r.temperature, 0, 0, true, false);
-        const real agree = sk_agreement<real>(found.dl);
-        const T *const u = sk_keep(r.u), *const v = sk_keep(r.v);
-        sk_slope_sum<real> of_p = {}, of_q = {};
-        SK_ROLLED for (int64_t base = 0; base < r.C; base += sk_step<T>()) {
-            real a[sk_items<T>], b[sk_items<T>], part[3] = {};
-            sk_load_logits<T, kVec>(u, r.u_stride, base, r.C, a);
-            sk_load_logits<T, kVec>(v, r.v_stride, base, r.C, b);
-            SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
-                if (i % kVec == 0 && !sk_any_class<kVec>(base, i, r.C)) break;
-                const sk_pair<real> x = sk_pair_at(k, agree, a[i], b[i]);
-                const sk_class_result<real> of =
-                    Formula::template at<real>(x.p, x.q, x.y, x.diff, numbers);
-                const bool nowhere = a[i] <= (real)kLowest && b[i] <= (real)kLowest;
-                part[0] += nowhere ? 0 : of.value;
-                sk_add_slope(&of_p, x.p, of.slope_p, &part[1]);
-                sk_add_slope(&of_q, x.q, of.slope_q, &part[2]);
-            }
-            loss[0] += part[0];
-            of_p.rest += part[1];
-            of_q.rest += part[2];
-        }
-        sk_slope_totals(of_p, of_q, total);
+        loss[0] += part[0];
+        of_p.rest += part[1];
+        of_q.rest += part[2];
     }
+    sk_slope_totals(of_p, of_q, total);
     sk_group_reduce(loss, sk_add());
-    return {found.lse, found.dl, total[0], total[1], loss[0]};
+    row->a = total[0];
+    row->b = total[1];
+    row->loss = loss[0];
 }
 
-/* Leaves the gradients of a row: both times the factor. */
+/* All that is found of a row in double, class by class: whatever its logits are. */
+template <typename Formula, typename T>
+SK_DEVICE sk_pair_loss_row sk_careful_pair_loss(const sk_two_rows_of<T> &r,
+                                                const sk_real<T> *numbers) {
+    sk_side x, y;
+    sk_sides_of_rows(r, &x, &y);
+    const double lse = sk_lse_of(x, r.T_u), lse_v = sk_lse_of(y, r.T_v);
+    if (!isfinite(x.log_sum) || !isfinite(y.log_sum))
+        return {lse, lse == -INFINITY ? lse_v : lse - lse_v, NAN, NAN, NAN};
+    const double dl = r.T_u == r.T_v ? (x.top - y.top) / r.T_u + (x.log_sum - y.log_sum)
+                                     : lse - lse_v;
+    double sum[3] = {0, 0, 0};
+    SK_ROLLED for (int64_t c = sk_lane(); c < r.C; c += sk_group()) {
+        const sk_pair_class<double> k = sk_careful_class(r, c, x, y);
+        const sk_pair_result<sk_real<T>> of = sk_terms_of<Formula>(k, numbers);
+        sum[0] += k.larger == 0 && k.d == 0 ? 0 : (double)of.value;
+        sum[1] += k.p == 0 ? (double)of.limit_p : k.p * of.slope_p;
+        sum[2] += k.q == 0 ? (double)of.limit_q : k.q * of.slope_q;
+    }
+    sk_group_reduce(sum, sk_add());
+    return {lse, dl, sum[1], sum[2], sum[0]};
+}
+
+/* The same result in all threads of the group. */
 template <typename Formula, typename T, int kVec>
-SK_DEVICE void sk_differentiate_pair_loss(const sk_two_rows<T> &r, const sk_pair_loss_row &of,
+SK_DEVICE sk_pair_loss_row sk_pair_loss_of(const sk_two_rows_of<T> &r, const sk_real<T> *numbers) {
+    typedef sk_real<T> real;
+    const real e = (real)0.36787944117144233;
+    const sk_pair_class<real> apart = {1, e, 1, 1, 1, e, 1 - e, e};
+    const sk_pair_sums<real> sums = sk_sum_pair<T, kVec>(r);
+    sk_pair_loss_row row = sk_row_of_sums(r, sums);
+    bool exact = !Formula::smooth(numbers);
+    SK_ROLLED for (int visits = 0; visits < 2; visits++) {
+        if (exact) row.dl += sk_error_of_dl<T, kVec>(r, row);
+        sk_add_pair_loss<Formula, T, kVec>(r, numbers, &row);
+        const bool close = row.loss < 1e-6 * Formula::at(apart, numbers).value;
+        if (exact || !close) break;
+        exact = true;
+    }
+    const bool side = sums.top[0] > (real)kExcluded && sums.top[1] > (real)kExcluded;
+    if (side && row.loss < 1e13 && !sk_is_far_pair<real>(row.lse, row.dl, 0)) return row;
+    return sk_careful_pair_loss<Formula>(r, numbers);
+}
+
+/* ---- backward ---- */
+
+/* Leaves the gradients of a row. */
+template <typename Formula, typename T, int kVec>
+SK_DEVICE void sk_differentiate_pair_loss(const sk_two_rows_of<T> &r, const sk_pair_loss_row &of,
                                           double factor, const sk_real<T> *numbers,
                                           const sk_out_row<T> &to_u, const sk_out_row<T> &to_v) {
     typedef sk_real<T> real;
-    if (factor != 0 && sk_is_far_pair<real>(of.lse, of.dl, factor)) {
+    const double by_u = factor / r.T_u, by_v = factor / r.T_v;
+    if (factor != 0 && sk_is_far_pair<real>(of.lse, of.dl, fmax(fabs(by_u), fabs(by_v)))) {
         sk_side x, y;
-        sk_sides_within(r, of.lse, of.dl, &x, &y);
+        sk_sides_of_rows(r, &x, &y);
+        x = sk_side_within(x, r.T_u, of.lse, 0, kRounded<real>);
+        y = sk_side_within(y, r.T_v, of.lse, of.dl, kRounded<real>);
         SK_ROLLED for (int64_t c = sk_lane(); c < r.C; c += sk_group()) {
-            const sk_careful_result<real> k = sk_careful_class<Formula>(r, c, x, y, numbers);
-            const double u = k.p == 0 ? 0 : k.p * (k.of.slope_p - of.a);
-            const double v = k.q == 0 ? 0 : k.q * (k.of.slope_q - of.b);
-            sk_narrow((real)(factor * u), to_u.at + c * to_u.stride);
-            sk_narrow((real)(factor * v), to_v.at + c * to_v.stride);
+            const sk_pair_class<double> k = sk_careful_class(r, c, x, y);
+            const sk_pair_result<real> f = sk_terms_of<Formula>(k, numbers);
+            const double u = k.p == 0 ? (double)f.limit_p : k.p * (f.slope_p - of.a);
+            const double v = k.q == 0 ? (double)f.limit_q : k.q * (f.slope_q - of.b);
+            if (to_u.at) sk_narrow((real)(by_u * u), to_u.at + c * to_u.stride);
+            if (to_v.at) sk_narrow((real)(by_v * v), to_v.at + c * to_v.stride);
         }
         return;
     }
-    const sk_pair_slope<real> k =
-        sk_pair_slope_of<real>({of.lse, of.dl, 0, 0, false}, r.temperature, 0, 0, true, false);
-    const sk_split<real> mean_p = sk_keep_split<real>(of.a), mean_q = sk_keep_split<real>(of.b);
-    const real f = sk_keep((real)factor), agree = sk_agreement<real>(of.dl);
+    const sk_pair_sides<real> k = sk_sides_at(r, of.lse, of.dl);
+    const sk_high_low<real> mean_p = sk_high_low_of<real>(of.a), mean_q = sk_high_low_of<real>(of.b);
+    const real f_u = sk_keep((real)by_u), f_v = sk_keep((real)by_v);
     const T *const u = sk_keep(r.u), *const v = sk_keep(r.v);
     SK_ROLLED for (int64_t base = 0; base < r.C; base += sk_step<T>()) {
         real a[sk_items<T>], b[sk_items<T>];
-        sk_load_logits<T, kVec>(u, r.u_stride, base, r.C, a);
-        sk_load_logits<T, kVec>(v, r.v_stride, base, r.C, b);
+        sk_load_side<T, kVec>(u, r.u_stride, base, r.C, a);
+        sk_load_side<T, kVec>(v, r.v_stride, base, r.C, b);
         SK_UNROLL for (int i = 0; i < sk_items<T>; i++) {
             if (i % kVec == 0 && !sk_any_class<kVec>(base, i, r.C)) break;
-            const sk_pair<real> x = sk_pair_at(k, agree, a[i], b[i]);
-            const sk_class_result<real> of_class =
-                Formula::template at<real>(x.p, x.q, x.y, x.diff, numbers);
+            const sk_pair_class<real> x = sk_class_at(k, a[i], b[i]);
+            const sk_pair_result<real> of_class = Formula::at(x, numbers);
             const real by_p = (of_class.slope_p - mean_p.high) - mean_p.low;
             const real by_q = (of_class.slope_q - mean_q.high) - mean_q.low;
-            a[i] = f != 0 && x.p != 0 ? f * x.p * by_p : 0;
-            b[i] = f != 0 && x.q != 0 ? f * x.q * by_q : 0;
+            a[i] = f_u != 0 ? f_u * (x.p != 0 ? x.p * by_p : of_class.limit_p) : 0;
+            b[i] = f_v != 0 ? f_v * (x.q != 0 ? x.q * by_q : of_class.limit_q) : 0;
         }
-        sk_store<T, kVec>(to_u.at, to_u.stride, base, r.C, a);
-        sk_store<T, kVec>(to_v.at, to_v.stride, base, r.C, b);
+        if (to_u.at) sk_store<T, kVec>(to_u.at, to_u.stride, base, r.C, a);
+        if (to_v.at) sk_store<T, kVec>(to_v.at, to_v.stride, base, r.C, b);
     }
 }
 
 /* ---- the kernels ---- */
 
-template <typename T, typename Params>
-SK_DEVICE sk_two_rows<T> sk_rows_at(const Params &p, int64_t n, int64_t s) {
-    return {sk_row<T>(p.u, n, s), sk_row<T>(p.v, n, s), p.u.stride[1],
-            p.v.stride[1],        SK_DIM(&p, C),        p.temperature};
-}
-
 /* Leaves rows, saved, loss and denominator. */
-template <typename Formula, typename T, int kVec, typename Params>
-SK_DEVICE void sk_pair_loss_forward(const Params &p, const sk_real<T> *numbers) {
+template <typename Formula, typename T, int kVec, typename Params, typename Rows>
+SK_DEVICE void sk_pair_loss_forward(const Params &p, const sk_real<T> *numbers, Rows rows) {
     sk_row_forward<T, 4>(p, [&](int64_t n, int64_t s, double w, double(&saved)[4]) {
-        const sk_pair_loss_row x =
-            sk_pair_loss_of<Formula, T, kVec>(sk_rows_at<T>(p, n, s), numbers);
+        const sk_pair_loss_row x = sk_pair_loss_of<Formula, T, kVec>(rows(n, s), numbers);
         saved[0] = x.lse;
         saved[1] = x.dl;
         saved[2] = x.a;
@@ -225,50 +395,78 @@ SK_DEVICE void sk_pair_loss_forward(const Params &p, const sk_real<T> *numbers) 
     });
 }
 
-/* Leaves grad_u and grad_v. */
-template <typename Formula, typename T, int kVec, typename Params>
-SK_DEVICE void sk_pair_loss_backward(const Params &p, const sk_real<T> *numbers) {
+/* Leaves the gradients that are wanted. */
+template <typename Formula, typename T, int kVec, typename Params, typename Rows>
+SK_DEVICE void sk_pair_loss_backward(const Params &p, const sk_arg &to_u, const sk_arg &to_v,
+                                     const sk_real<T> *numbers, Rows rows) {
     sk_each_row(p, [&](int64_t n, int64_t s) {
         const sk_incoming<sk_real<T>, Params> in(p, n, s);
-        const double per_row = in.grad * in.weight / (in.denominator * p.temperature);
+        const double per_row = in.grad * in.weight / in.denominator;
         const double factor = in.weight != 0 ? per_row : 0;
         const sk_pair_loss_row x = {in.saved(0), in.saved(1), in.saved(2), in.saved(3), 0};
-        const sk_out_row<T> to_u = {sk_keep(sk_row<T>(p.grad_u, n, s)), p.grad_u.stride[1]};
-        const sk_out_row<T> to_v = {sk_keep(sk_row<T>(p.grad_v, n, s)), p.grad_v.stride[1]};
-        sk_differentiate_pair_loss<Formula, T, kVec>(sk_rows_at<T>(p, n, s), x, factor, numbers,
-                                                     to_u, to_v);
+        T *const no = nullptr;
+        const sk_out_row<T> u = {to_u.data ? sk_keep(sk_row<T>(to_u, n, s)) : no, to_u.stride[1]};
+        const sk_out_row<T> v = {to_v.data ? sk_keep(sk_row<T>(to_v, n, s)) : no, to_v.stride[1]};
+        sk_differentiate_pair_loss<Formula, T, kVec>(rows(n, s), x, factor, numbers, u, v);
     });
 }
 
-/* Defines kernels and launches of a loss with the inputs u, v and weight and a temperature, by its
- * formula: as SK_PAIR_LOSS of cpu/core/pair_loss.h. */
-#define SK_PAIR_LOSS(op)                                                                          \
-    struct op##_formula {                                                                         \
-        template <typename real>                                                                  \
-        static __device__ sk_class_result<real> at(real p, real q, real d, real p_q,              \
-                                                   const real *k) {                               \
-            return {op##_value(p, q, d, p_q, k), op##_slope_p(p, q, d, p_q, k),                   \
-                    op##_slope_q(p, q, d, p_q, k)};                                               \
-        }                                                                                         \
-    };                                                                                            \
-    template <typename T, int kVec>                                                               \
-    __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)                             \
-        op##_kernel(const struct op##_params p) {                                                 \
-        typedef sk_real<T> real;                                                                  \
-        const real k[] = op##_NUMBERS(&p);                                                        \
-        sk_pair_loss_forward<op##_formula, T, kVec>(p, k);                                        \
-    }                                                                                             \
-    template <typename T, int kVec>                                                               \
-    __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)                             \
-        op##_backward_kernel(const struct op##_backward_params p) {                               \
-        typedef sk_real<T> real;                                                                  \
-        const real k[] = op##_NUMBERS(&p);                                                        \
-        sk_pair_loss_backward<op##_formula, T, kVec>(p, k);                                       \
-    }                                                                                             \
-    extern "C" int sk_cuda_##op(const struct op##_params *p, void *stream) {                      \
-        return sk_launch_rows(SK_INSTANCES(op##_kernel), SK_ROWS(p), {&p->u, &p->v}, stream, *p); \
-    }                                                                                             \
-    extern "C" int sk_cuda_##op##_backward(const struct op##_backward_params *p, void *stream) {  \
-        return sk_launch_rows(SK_INSTANCES(op##_backward_kernel), SK_ROWS(p),                     \
-                              {&p->u, &p->v, &p->grad_u, &p->grad_v}, stream, *p);                \
+/* The rows of inputs u and v, whose temperatures are the parameters T and T_v. */
+#define SK_PAIR_ROWS(type, p, u, v, T, T_v)                                      \
+    [&](int64_t n, int64_t s) {                                                  \
+        return sk_two_rows_of<type>{sk_row<type>((p).u, n, s),                   \
+                                    sk_row<type>((p).v, n, s),                   \
+                                    (p).u.stride[1],                             \
+                                    (p).v.stride[1],                             \
+                                    SK_DIM(&(p), C),                             \
+                                    (p).T,                                       \
+                                    (p).T_v};                                    \
+    }
+
+/* Defines the kernel op_kernel<T, kVec, Formula> of a loss, and that of its gradient; and how they are
+ * launched for the parameters *p. */
+#define SK_PAIR_FORWARD(op, u, v, temperature, temperature_v)                                    \
+    template <typename T, int kVec, typename Formula>                                            \
+    __global__ void __launch_bounds__(SK_BLOCK, 2) op##_kernel(const struct op##_params p) {     \
+        typedef sk_real<T> real;                                                                 \
+        const real k[] = op##_NUMBERS(&p);                                                       \
+        sk_pair_loss_forward<Formula, T, kVec>(                                                  \
+            p, k, SK_PAIR_ROWS(T, p, u, v, temperature, temperature_v));                         \
+    }
+#define SK_PAIR_BACKWARD(op, u, v, temperature, temperature_v)                                   \
+    template <typename T, int kVec, typename Formula>                                            \
+    __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)                            \
+        op##_backward_kernel(const struct op##_backward_params p) {                              \
+        typedef sk_real<T> real;                                                                 \
+        const real k[] = op##_NUMBERS(&p);                                                       \
+        sk_pair_loss_backward<Formula, T, kVec>(                                                 \
+            p, p.grad_##u, p.grad_##v, k, SK_PAIR_ROWS(T, p, u, v, temperature, temperature_v)); \
+    }
+#define SK_LAUNCH_FORWARD(op, u, v, formula) \
+    sk_launch_rows(SK_INSTANCES(op##_kernel, formula), SK_ROWS(p), {&p->u, &p->v}, stream, *p)
+#define SK_LAUNCH_BACKWARD(op, u, v, formula)                                                    \
+    sk_launch_rows(SK_INSTANCES(op##_backward_kernel, formula), SK_ROWS(p),                      \
+                   {&p->u, &p->v, p->grad_##u.data ? &p->grad_##u : &p->u,                       \
+                    p->grad_##v.data ? &p->grad_##v : &p->v},                                    \
+                   stream, *p)
+
+/* Defines all of it for a loss with one formula, op_terms. */
+#define SK_PAIR_LOSS(op, u, v, temperature, temperature_v)                                      \
+    struct op##_formula {                                                                       \
+        template <typename real>                                                                \
+        static __device__ bool smooth(const real *) {                                           \
+            return false;                                                                       \
+        }                                                                                       \
+        template <typename real>                                                                \
+        static __device__ sk_pair_result<real> at(const sk_pair_class<real> &x, const real *k) { \
+            return op##_terms(x, k);                                                            \
+        }                                                                                       \
+    };                                                                                          \
+    SK_PAIR_FORWARD(op, u, v, temperature, temperature_v)                                       \
+    SK_PAIR_BACKWARD(op, u, v, temperature, temperature_v)                                      \
+    extern "C" int sk_cuda_##op(const struct op##_params *p, void *stream) {                    \
+        return SK_LAUNCH_FORWARD(op, u, v, op##_formula);                                       \
+    }                                                                                           \
+    extern "C" int sk_cuda_##op##_backward(const struct op##_backward_params *p, void *stream) { \
+        return SK_LAUNCH_BACKWARD(op, u, v, op##_formula);                                      \
     }

@@ -22,7 +22,7 @@ SK_FORMULA SK_PAIR_RESULT mixture_terms(SK_PAIR_CLASS x, const real *k) {
 SK_FORMULA SK_PAIR_RESULT total_variation_terms(SK_PAIR_CLASS x, const real *k) {
     const real equal = 0 * x.d; /* NaN stays NaN */
     const real slope = x.d > 0 ? (real)0.5 : x.d < 0 ? (real)-0.5 : equal;
-    const SK_PAIR_RESULT result = {(real)0.5 * x.larger * x.gap, slope, -slope};
+    const SK_PAIR_RESULT result = {(real)0.5 * x.larger * x.gap, slope, -slope, 0, 0};
     (void)k;
     return result;
 }

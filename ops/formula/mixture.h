@@ -16,38 +16,48 @@
 #include "formula/pair_class.h"
 
 /* beta, a, b and a (1 - beta) - b beta, which is 0 for the generalised Jensen-Shannon divergence. */
-enum { SK_BETA, SK_OF_Q, SK_OF_P, SK_UNEVEN, SK_MIXTURE_NUMBERS };
+enum { SK_BETA, SK_OF_Q, SK_OF_P, SK_UNEVEN };
 /* clang-format off */
 #define SK_MIXTURE_OF(beta, a, b) \
     {(real)(beta), (real)(a), (real)(b), (real)((a) * (1 - (beta)) - (beta) * (b))}
 /* clang-format on */
 
 /* The term of a class. What is known beforehand leaves out what would come to nothing: `middle`, that
- * beta is 1/2; `even`, that k[SK_UNEVEN] is 0. */
+ * beta is 1/2, so that no excluded class is infinite; `even`, that k[SK_UNEVEN] is 0. */
 SK_FORMULA SK_PAIR_RESULT sk_mixture_of(bool middle, bool even, SK_PAIR_CLASS x, const real *k) {
     const real beta = k[SK_BETA], a = k[SK_OF_Q], b = k[SK_OF_P];
     const bool less = x.d < 0; /* S is p */
-    const real w = less ? beta : 1 - beta, wide = w * x.gap, m = x.ratio + wide; /* M/L */
+    const real w = middle ? (real)0.5 : less ? beta : 1 - beta;
+    const real wide = w * x.gap, m = x.ratio + wide; /* M/L */
+    const real rest = middle | (x.rest < (real)0x1p90) ? x.rest : x.rest * x.rest;
 
     /* g(M/S - 1), where M is nearer to S and less than twice as large, or g(M/L - 1). */
     const bool near_smaller = !middle & (w < (real)0.5) & ((w == 0) | (wide < x.ratio));
     const real over = middle | (w == 0) ? 0 : wide / x.ratio;
     const real argument = near_smaller ? over : -(1 - w) * x.gap;
-    const real g = sk_log_rest(argument, near_smaller ? 1 + argument : m);
+    const real g = middle ? sk_log_rest_near(argument)
+                          : sk_log_rest(argument, near_smaller ? 1 + argument : m);
 
-    const real larger = near_smaller ? x.rest - x.gap * argument + g : g; /* h_L */
-    const real of_rest = x.ratio > 0 ? x.ratio * (x.rest - g) : 0;
-    const real smaller = near_smaller ? x.ratio * g : wide * x.gap - of_rest; /* S h_S / L */
+    const real larger = near_smaller ? rest - x.gap * argument + g : g; /* h_L */
+    const real of_rest = middle | (x.ratio > 0) ? x.ratio * (rest - g) : 0;
+    const real square = x.gap * x.gap; /* w gap is not shared with the slopes: see pair_loss.h */
+    const real smaller = near_smaller ? x.ratio * g : w * square - of_rest; /* S h_S / L */
     const real of_larger = less ? a : b, of_smaller = less ? b : a;
-    const real value = (of_larger != 0 ? of_larger * larger : 0) + of_smaller * smaller;
+    const real first = of_larger * larger, value = of_smaller * smaller;
 
-    const real found = argument - g, d = x.gap + x.rest;
-    const real log_l = near_smaller ? found - d : found, log_s = near_smaller ? found : found + d;
-    const real of_p = b != 0 ? b * (less ? log_s : log_l) : 0; /* b log(M/p) */
-    const real of_q = a != 0 ? a * (less ? log_l : log_s) : 0;
-    const real uneven = even ? 0 : k[SK_UNEVEN], change = (less ? -x.gap : x.gap) / m;
-    const real for_p = (1 - beta) * uneven, for_q = beta * uneven;
-    const SK_PAIR_RESULT result = {x.larger * value, (for_p != 0 ? for_p * change : 0) - of_p,
-                                   (for_q != 0 ? for_q * change : 0) - of_q};
+    const real found = argument - g, log_l = near_smaller ? found - x.size : found;
+    const real log_s = near_smaller ? found : found + x.size;
+    const real of_p = b * (less ? log_s : log_l), of_q = a * (less ? log_l : log_s);
+    const real change = (less ? -x.gap : x.gap) / m;
+    const real for_p = even ? 0 : (1 - beta) * k[SK_UNEVEN], for_q = even ? 0 : beta * k[SK_UNEVEN];
+    const real more_p = for_p * change, more_q = for_q * change;
+    const bool inside = even | (w != 0); /* else M is p or q, and p (p - q)/M = p - q */
+    const SK_PAIR_RESULT result = {
+        x.larger * (value + (middle | (of_larger != 0) ? first : 0)),
+        (even | (for_p == 0) ? 0 : more_p) - (middle | (b != 0) ? of_p : 0),
+        (even | (for_q == 0) ? 0 : more_q) - (middle | (a != 0) ? of_q : 0),
+        inside ? 0 : -for_p * x.larger * x.gap,
+        inside ? 0 : for_q * x.larger * x.gap,
+    };
     return result;
 }

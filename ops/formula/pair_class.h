@@ -4,14 +4,14 @@
 #pragma once
 #include "core/both.h"
 
-/* larger = max(p, q); ratio = min(p, q) / larger, gap = 1 - ratio, and rest = |d| - gap >= 0, which
- * is of second order, with d = log p - log q. p and q are exactly 0 in a class whose logit is -inf:
- * if one of them is, d is as large as can be, rest infinite; if both are, larger is 0 and the rest
- * finite. */
-#define SK_PAIR_CLASS_FIELDS real p, q, d, larger, ratio, gap, rest
+/* d = log p - log q and size = |d|; larger = max(p, q), ratio = min(p, q) / larger = e^-size, gap = 1 -
+ * ratio, and rest = size - gap >= 0, which is of second order. p and q are exactly 0 in a class whose logit is -inf:
+ * if one of them is, d and rest are 2^100/T or more; if both are, larger is 0 and the rest finite. */
+#define SK_PAIR_CLASS_FIELDS real p, q, d, size, larger, ratio, gap, rest
 
-/* The term of a class and its derivatives by p and by q. */
-#define SK_PAIR_RESULT_FIELDS real value, slope_p, slope_q
+/* The term of a class, phi; its derivatives by p and by q; and what p dphi/dp is where p is too small
+ * for a number, and q dphi/dq where q is: mostly 0. */
+#define SK_PAIR_RESULT_FIELDS real value, slope_p, slope_q, limit_p, limit_q
 
 #ifdef __cplusplus
 template <typename real>

@@ -1,0 +1,15 @@
+/* The forward CUDA kernels of ops/js_divergence.h, by the formulas in ops/formula.
+ *
+ * Test: python -m pytest tests/test_simt.py -k js_divergence
+ * Machine code: make sass OP=js_divergence */
+#include "js_divergence.cuh"
+
+extern "C" {
+SK_PARAMS(js_divergence)
+}
+
+SK_PAIR_FORWARD(js_divergence, student, teacher, temperature, teacher_temperature)
+
+extern "C" int sk_cuda_js_divergence(const struct js_divergence_params *p, void *stream) {
+    SK_LAUNCH_JS(SK_LAUNCH_FORWARD, js_divergence)
+}
