@@ -15,9 +15,7 @@
 enum { GRAIN = 32768 }; /* elements below which a second thread costs more than it brings */
 
 /* How the last call of this thread ran: words that are put together when somebody asks. */
-static _Thread_local struct {
-    const char *device, *variant, *loop;
-} path = {"", "", ""};
+static _Thread_local struct { const char *device, *variant, *loop; } path = {"", "", ""};
 
 const char *selfkd_last_path(void) {
     static _Thread_local char text[64];
@@ -80,7 +78,8 @@ int sk_call_from_c(const sk_op *op, const void *args, void *stream) {
     if (size < op->args_size)
         return sk_fail(SELFKD_ERROR_VALUE, "%s: struct_size is %u, expected at least %u", op->name,
                        (unsigned)size, (unsigned)op->args_size);
-    sk_call call = {.op = op};
+    sk_call call; /* 5 KB, of which a call writes what it has; none is read before that */
+    call.op = op;
     int64_t compact[SK_MAX_ITEMS][SK_MAX_RANK];
     for (int i = 0; i < op->count; i++) {
         const sk_item *const it = &op->items[i];
