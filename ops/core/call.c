@@ -16,9 +16,6 @@ const char *sk_shape_of(const sk_op *op, int item) {
     return it->kind == SK_LIKE ? op->items[sk_find_item(op, it->shape)].shape : it->shape;
 }
 
-int sk_fixed_rank(const char *shape) { return (int)strcspn(shape, "*"); }
-bool sk_has_trailing(const char *shape) { return shape[sk_fixed_rank(shape)] == '*'; }
-
 /* The number of maps that a '#' stands for. */
 static int count_maps(const sk_call *call) {
     int count = 0;

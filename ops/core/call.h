@@ -45,8 +45,15 @@ bool sk_is_absent(const sk_call *call, int item);
 
 /* The shape that the contract gives a tensor: its letters; for a LIKE, those of its input. */
 const char *sk_shape_of(const sk_op *op, int item);
-int sk_fixed_rank(const char *shape);    /* the number of its dimensions before a '*' */
-bool sk_has_trailing(const char *shape); /* whether it ends with '*' */
+
+/* The number of its dimensions before a '*', and whether it ends with one. A shape is 4 characters
+ * at most, for which string functions are a long way. */
+static inline int sk_fixed_rank(const char *shape) {
+    int k = 0;
+    while (shape[k] && shape[k] != '*') k++;
+    return k;
+}
+static inline bool sk_has_trailing(const char *shape) { return shape[sk_fixed_rank(shape)] == '*'; }
 
 /* The size of dimension k of such a shape, and the dtype of an item that may have only one, in this
  * call. */

@@ -8,17 +8,8 @@ static const struct {
     const char *name;
     selfkd_dtype dtype;
 } DTYPES[SK_DT_OTHER] = {
-    [SK_DT_F16] = {"float16", {2, 16, 1}}, [SK_DT_BF16] = {"bfloat16", {4, 16, 1}},
-    [SK_DT_F32] = {"float32", {2, 32, 1}}, [SK_DT_F64] = {"float64", {2, 64, 1}},
-    [SK_DT_BOOL] = {"bool", {6, 8, 1}},    [SK_DT_I64] = {"int64", {0, 64, 1}},
-};
-
-enum sk_dtype sk_dtype_of(selfkd_dtype d) {
-    for (int i = 0; i < SK_DT_OTHER; i++)
-        if (DTYPES[i].dtype.code == d.code && DTYPES[i].dtype.bits == d.bits && d.lanes == 1)
-            return i;
-    return SK_DT_OTHER;
-}
+#define DTYPE(dtype, name, code, bits) [SK_DT_##dtype] = {name, {code, bits, 1}},
+    SK_DTYPES(DTYPE)};
 
 selfkd_dtype sk_dtype_to(enum sk_dtype dtype) { return DTYPES[dtype].dtype; }
 int64_t sk_dtype_size(enum sk_dtype dtype) { return DTYPES[dtype].dtype.bits / 8; }

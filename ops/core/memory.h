@@ -7,7 +7,27 @@
 
 /* ---- dtypes ---- */
 
-enum sk_dtype sk_dtype_of(selfkd_dtype dtype); /* SK_DT_OTHER: one that no kernel knows */
+/* X(dtype, name in PyTorch and NumPy, code, bits) of each that kernels know. */
+#define SK_DTYPES(X)           \
+    X(F16, "float16", 2, 16)   \
+    X(BF16, "bfloat16", 4, 16) \
+    X(F32, "float32", 2, 32)   \
+    X(F64, "float64", 2, 64)   \
+    X(BOOL, "bool", 6, 8)      \
+    X(I64, "int64", 0, 64)
+
+/* SK_DT_OTHER: one that no kernel knows. */
+static inline enum sk_dtype sk_dtype_of(selfkd_dtype d) {
+    switch ((uint32_t)d.lanes << 16 | (uint32_t)d.bits << 8 | d.code) {
+#define SK_DTYPE(dtype, name, code, bits) \
+    case 1 << 16 | (bits) << 8 | (code):  \
+        return SK_DT_##dtype;
+        SK_DTYPES(SK_DTYPE)
+#undef SK_DTYPE
+    default:
+        return SK_DT_OTHER;
+    }
+}
 selfkd_dtype sk_dtype_to(enum sk_dtype dtype);
 int64_t sk_dtype_size(enum sk_dtype dtype); /* bytes */
 /* The name that PyTorch and NumPy have for a dtype; valid until the next call of this thread. */

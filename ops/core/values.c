@@ -7,10 +7,10 @@
 
 /* ---- numbers ---- */
 
-static int count_choices(const char *names) {
-    int n = 1;
-    for (; *names; names++) n += *names == '|';
-    return n;
+/* Whether there are more names than `code`; those after it are not looked at. */
+static bool has_choice(const char *names, int64_t code) {
+    for (; code > 0 && *names; names++) code -= *names == '|';
+    return code == 0;
 }
 
 /* "none|mean|sum" as "0 (none), 1 (mean) or 2 (sum)" */
@@ -44,7 +44,7 @@ static int check_range(const sk_call *call, int item) {
     if (it->rule == SK_BELOW_ONE && !(x >= 0 && x < 1)) expected = "a number >= 0 and < 1";
     char choices[128];
     if ((it->kind == SK_CHOICE || it->kind == SK_RESIZE) &&
-        !(x >= 0 && x < count_choices(it->shape)))
+        !has_choice(it->shape, call->number[item].integer))
         expected = write_choices(it->shape, choices, sizeof choices);
     if (!expected) return SELFKD_OK;
     return sk_fail(SELFKD_ERROR_VALUE, "%s: %s is %g, expected %s", call->op->name, it->name, x,
