@@ -10,6 +10,7 @@
  */
 #pragma once
 #include "library.h"
+#include "memory.h"
 
 enum { SK_ABSENT = INT32_MIN };
 
@@ -21,9 +22,10 @@ typedef struct sk_call {
         int64_t integer;
     } number[SK_MAX_ITEMS];
     int first; /* index of the first FLOATING tensor, which gives the call its dtype and device */
-    int trailing_rank;       /* how many dimensions a '*' stands for; -1: not known yet */
-    const int64_t *trailing; /* their sizes */
-    bool bound[SK_LETTERS];  /* the letters whose size is known */
+    int trailing_rank;              /* how many dimensions a '*' stands for; -1: not known yet */
+    const int64_t *trailing;        /* their sizes */
+    bool bound[SK_LETTERS];         /* the letters whose size is known */
+    sk_window window[SK_MAX_ITEMS]; /* of each tensor that was checked; else none */
     union {
         sk_dims dims;
         max_align_t align;

@@ -55,7 +55,7 @@ static int check_device(const sk_call *call, int item) {
 
 /* Only a C caller can get this wrong: a descriptor that describes no memory. Its dtype is known. Of
  * more than SK_MAX_RANK dimensions none is looked at, since check_rank() refuses them. */
-static int check_descriptor(const sk_call *call, int item) {
+static int check_descriptor(sk_call *call, int item) {
     const selfkd_tensor *const t = &call->tensor[item];
     const char *const op = call->op->name, *const name = call->op->items[item].name;
     const int64_t element = sk_dtype_size(sk_dtype_of(t->dtype));
@@ -63,20 +63,22 @@ static int check_descriptor(const sk_call *call, int item) {
         return sk_fail(SELFKD_ERROR_VALUE, "%s: %s is no tensor (ndim %d)", op, name, t->ndim);
     if (t->ndim > SK_MAX_RANK) return SELFKD_OK;
     int64_t bytes = element;
+    bool empty = false;
     for (int k = 0; k < t->ndim; k++) {
         const int64_t size = t->shape[k];
+        empty = empty || size == 0;
         if (size < 0 || __builtin_mul_overflow(bytes, size > 1 ? size : 1, &bytes))
             return sk_fail(SELFKD_ERROR_VALUE,
                            "%s: %s has size %lld in dimension %d, which is negative or too large",
                            op, name, (long long)size, k);
     }
-    if (sk_is_empty(t)) return SELFKD_OK;
+    if (empty) return SELFKD_OK;
     if (!t->data) return sk_fail(SELFKD_ERROR_VALUE, "%s: %s has no data", op, name);
-    if (!sk_has_addresses(t))
+    if (!sk_find_window(t, &call->window[item]))
         return sk_fail(SELFKD_ERROR_VALUE,
                        "%s: %s has strides or a byte_offset that leave the address space", op,
                        name);
-    if ((uintptr_t)sk_data(t) % (uintptr_t)element != 0)
+    if (((uintptr_t)t->data + t->byte_offset) % (uintptr_t)element != 0)
         return sk_fail(SELFKD_ERROR_VALUE,
                        "%s: %s has data that is not aligned to its elements of %d bytes", op, name,
                        (int)element);
@@ -99,17 +101,19 @@ int sk_check_contiguous(const sk_call *call, int item) {
 
 int sk_check_own_memory(const sk_call *call, int item) {
     const sk_op *const op = call->op;
+    const sk_window own = call->window[item];
+    const bool output = sk_is_output(&op->items[item]);
     const char *const name = op->items[item].name;
-    if (sk_is_absent(call, item)) return SELFKD_OK;
-    if (!sk_has_distinct_elements(&call->tensor[item]))
+    if (own.bytes == 0) return SELFKD_OK;
+    if (op->items[item].kind != SK_OUT && !sk_has_distinct_elements(&call->tensor[item]))
         return sk_fail(SELFKD_ERROR_VALUE,
                        "%s: %s has elements that share memory, expected memory of its own",
                        op->name, name);
     for (int i = 0; i < op->count; i++) {
-        const bool before =
-            sk_is_output(&op->items[item]) && sk_is_output(&op->items[i]) && i < item;
-        if (i == item || !(sk_is_input(&op->items[i]) || before) || sk_is_absent(call, i) ||
-            sk_are_apart(&call->tensor[item], &call->tensor[i]))
+        const bool before = output && sk_is_output(&op->items[i]) && i < item;
+        if (i == item || !(sk_is_input(&op->items[i]) || before) ||
+            sk_are_apart(own, call->window[i]) ||
+            sk_are_interleaved(&call->tensor[item], &call->tensor[i]))
             continue;
         return sk_fail(SELFKD_ERROR_VALUE,
                        "%s: %s shares memory with %s, expected memory of its own", op->name, name,

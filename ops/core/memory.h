@@ -37,9 +37,22 @@ const char *sk_dtype_name(selfkd_dtype dtype);
 
 bool sk_is_empty(const selfkd_tensor *t);
 char *sk_data(const selfkd_tensor *t); /* the address of element 0; NULL: the tensor is empty */
-bool sk_has_addresses(const selfkd_tensor *t);         /* all elements lie between 0 and 2^63 */
 bool sk_has_distinct_elements(const selfkd_tensor *t); /* no two are known to share memory */
-bool sk_are_apart(const selfkd_tensor *a, const selfkd_tensor *b);
+
+/* The bytes of a tensor, from its lowest address on; of an empty one, none. */
+typedef struct sk_window {
+    int64_t begin, bytes;
+} sk_window;
+
+/* Leaves the window of a tensor that is not empty; false: not all of it lies between 0 and 2^63. */
+bool sk_find_window(const selfkd_tensor *t, sk_window *window);
+static inline bool sk_are_apart(sk_window a, sk_window b) {
+    return a.bytes == 0 || b.bytes == 0 || a.begin + a.bytes <= b.begin ||
+           b.begin + b.bytes <= a.begin;
+}
+/* Whether two tensors that are not empty are apart although their windows are not: two column
+ * blocks of one matrix, or every other element. */
+bool sk_are_interleaved(const selfkd_tensor *a, const selfkd_tensor *b);
 
 /* ---- strides ---- */
 
