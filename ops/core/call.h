@@ -42,11 +42,20 @@ static inline selfkd_device sk_device_of(const sk_call *call) {
     return call->tensor[call->first].device;
 }
 
+/* The tensor that an item is measured by: itself; for a LIKE, its input. */
+static inline int sk_model_of(const sk_op *op, int item) {
+    return op->items[item].kind == SK_LIKE ? op->items[item].place : item;
+}
+
 /* Whether an item is a tensor that is not there: an OPT that is not given, or an output LIKE it. */
-bool sk_is_absent(const sk_call *call, int item);
+static inline bool sk_is_absent(const sk_call *call, int item) {
+    return call->tensor[sk_model_of(call->op, item)].ndim == SK_ABSENT;
+}
 
 /* The shape that the contract gives a tensor: its letters; for a LIKE, those of its input. */
-const char *sk_shape_of(const sk_op *op, int item);
+static inline const char *sk_shape_of(const sk_op *op, int item) {
+    return op->items[sk_model_of(op, item)].shape;
+}
 
 /* The number of its dimensions before a '*', and whether it ends with one. A shape is 4 characters
  * at most, for which string functions are a long way. */

@@ -20,7 +20,7 @@ static int check_dtype(const sk_call *call, int item) {
         return SELFKD_OK;
     char has[32]; /* sk_dtype_name() is called twice */
     snprintf(has, sizeof has, "%s", sk_dtype_name(call->tensor[item].dtype));
-    const int like = it->kind == SK_LIKE ? sk_find_item(call->op, it->shape) : call->first;
+    const int like = it->kind == SK_LIKE ? it->place : call->first;
     return sk_fail(
         SELFKD_ERROR_TYPE, "%s: %s has dtype %s, expected %s%s%s", call->op->name, it->name, has,
         floating ? "float16, bfloat16, float32 or float64" : sk_dtype_name(sk_dtype_to(expected)),
@@ -102,17 +102,14 @@ int sk_check_contiguous(const sk_call *call, int item) {
 int sk_check_own_memory(const sk_call *call, int item) {
     const sk_op *const op = call->op;
     const sk_window own = call->window[item];
-    const bool output = sk_is_output(&op->items[item]);
     const char *const name = op->items[item].name;
-    if (own.bytes == 0) return SELFKD_OK;
+    if (own.begin == own.end) return SELFKD_OK;
     if (op->items[item].kind != SK_OUT && !sk_has_distinct_elements(&call->tensor[item]))
         return sk_fail(SELFKD_ERROR_VALUE,
                        "%s: %s has elements that share memory, expected memory of its own",
                        op->name, name);
-    for (int i = 0; i < op->count; i++) {
-        const bool before = output && sk_is_output(&op->items[i]) && i < item;
-        if (i == item || !(sk_is_input(&op->items[i]) || before) ||
-            sk_are_apart(own, call->window[i]) ||
+    for (int i = 0; i < op->count; i++) { /* no window: a number, absent, or an output to come */
+        if (sk_are_apart(own, call->window[i]) || i == item ||
             sk_are_interleaved(&call->tensor[item], &call->tensor[i]))
             continue;
         return sk_fail(SELFKD_ERROR_VALUE,

@@ -44,7 +44,7 @@ char *sk_data(const selfkd_tensor *t) {
 bool sk_find_window(const selfkd_tensor *t, sk_window *w) {
     const int64_t element = bytes_of(t);
     int64_t reach = element; /* from the first byte to the last, if all strides were positive */
-    int64_t below = 0, bytes = element;
+    int64_t below = 0, above = element;
     for (int k = 0; k < t->ndim; k++) {
         int64_t all = t->strides[k];
         if (t->shape[k] == 1) continue;
@@ -54,25 +54,25 @@ bool sk_find_window(const selfkd_tensor *t, sk_window *w) {
             return false;
         const int64_t last = all - t->strides[k] * element; /* where the last one begins */
         below += last < 0 ? last : 0;
-        bytes += magnitude(last);
+        above += last < 0 ? 0 : last;
     }
     uint64_t address;
     if (__builtin_add_overflow((uint64_t)(uintptr_t)t->data, t->byte_offset, &address) ||
         address > (uint64_t)(INT64_MAX - reach))
         return false;
-    *w = (sk_window){(int64_t)address + below, bytes};
+    *w = (sk_window){(int64_t)address + below, (int64_t)address + above};
     return true;
 }
 
 /* The window of one period of a tensor in a repeated pattern: dimensions that step by whole periods
  * are left out. */
 static sk_window window_in(const selfkd_tensor *t, int64_t period) {
-    sk_window w = {(int64_t)(uintptr_t)sk_data(t), bytes_of(t)};
+    const int64_t data = (int64_t)(uintptr_t)sk_data(t);
+    sk_window w = {data, data + bytes_of(t)};
     for (int k = 0; k < t->ndim; k++) {
         const int64_t step = t->strides[k] * bytes_of(t), reach = step * (t->shape[k] - 1);
         if (t->shape[k] == 1 || step % period == 0) continue;
-        if (reach < 0) w.begin += reach;
-        w.bytes += magnitude(reach);
+        *(reach < 0 ? &w.begin : &w.end) += reach;
     }
     return w;
 }
@@ -84,7 +84,7 @@ static bool interleave(const selfkd_tensor *a, const selfkd_tensor *b, const sel
         if (of->shape[k] == 1 || period == 0) continue;
         const sk_window x = window_in(a, period), y = window_in(b, period);
         const int64_t gap = ((y.begin - x.begin) % period + period) % period;
-        if (gap >= x.bytes && gap <= period - y.bytes) return true;
+        if (gap >= x.end - x.begin && gap <= period - (y.end - y.begin)) return true;
     }
     return false;
 }

@@ -54,7 +54,7 @@ static int check_range(const sk_call *call, int item) {
 /* Height and width of the input of a RESIZE. */
 static int check_size(const sk_call *call, int item) {
     const sk_item *const it = &call->op->items[item];
-    const int of = sk_find_item(call->op, it->of), code = (int)call->number[item].integer;
+    const int of = it->place, code = (int)call->number[item].integer;
     for (int k = 2; k < 4 && call->tensor[of].ndim != SK_ABSENT; k++) {
         const long long found = call->tensor[of].shape[k], to = call->tensor[call->first].shape[k];
         char expected[64] = "";
