@@ -25,7 +25,9 @@ typedef struct sk_call {
     int trailing_rank;              /* how many dimensions a '*' stands for; -1: not known yet */
     const int64_t *trailing;        /* their sizes */
     bool bound[SK_LETTERS];         /* the letters whose size is known */
-    sk_window window[SK_MAX_ITEMS]; /* of each tensor that was checked; else none */
+    int windows;                    /* how many tensors that are not empty were checked, */
+    sk_window window[SK_MAX_ITEMS]; /* where they lie, */
+    int window_of[SK_MAX_ITEMS];    /* and which items they are */
     union {
         sk_dims dims;
         max_align_t align;

@@ -74,7 +74,8 @@ static int check_descriptor(sk_call *call, int item) {
     }
     if (empty) return SELFKD_OK;
     if (!t->data) return sk_fail(SELFKD_ERROR_VALUE, "%s: %s has no data", op, name);
-    if (!sk_find_window(t, &call->window[item]))
+    call->window_of[call->windows] = item;
+    if (!sk_find_window(t, &call->window[call->windows++]))
         return sk_fail(SELFKD_ERROR_VALUE,
                        "%s: %s has strides or a byte_offset that leave the address space", op,
                        name);
@@ -100,23 +101,24 @@ int sk_check_contiguous(const sk_call *call, int item) {
 }
 
 int sk_check_own_memory(const sk_call *call, int item) {
-    const sk_op *const op = call->op;
-    const sk_window own = call->window[item];
-    const char *const name = op->items[item].name;
-    if (own.begin == own.end) return SELFKD_OK;
-    if (op->items[item].kind != SK_OUT && !sk_has_distinct_elements(&call->tensor[item]))
+    const sk_item *const items = call->op->items;
+    int own = call->windows - 1, shared = SK_MAX_ITEMS;
+    while (own >= 0 && call->window_of[own] != item) own--;
+    if (own < 0) return SELFKD_OK; /* absent or empty */
+    if (items[item].kind != SK_OUT && !sk_has_distinct_elements(&call->tensor[item]))
         return sk_fail(SELFKD_ERROR_VALUE,
                        "%s: %s has elements that share memory, expected memory of its own",
-                       op->name, name);
-    for (int i = 0; i < op->count; i++) { /* no window: a number, absent, or an output to come */
-        if (sk_are_apart(own, call->window[i]) || i == item ||
-            sk_are_interleaved(&call->tensor[item], &call->tensor[i]))
+                       call->op->name, items[item].name);
+    for (int k = 0; k < call->windows; k++) {
+        const int other = call->window_of[k];
+        if (sk_are_apart(call->window[own], call->window[k]) || k == own ||
+            sk_are_interleaved(&call->tensor[item], &call->tensor[other]))
             continue;
-        return sk_fail(SELFKD_ERROR_VALUE,
-                       "%s: %s shares memory with %s, expected memory of its own", op->name, name,
-                       op->items[i].name);
+        if (other < shared) shared = other;
     }
-    return SELFKD_OK;
+    if (shared == SK_MAX_ITEMS) return SELFKD_OK;
+    return sk_fail(SELFKD_ERROR_VALUE, "%s: %s shares memory with %s, expected memory of its own",
+                   call->op->name, items[item].name, items[shared].name);
 }
 
 /* ---- shape ---- */
@@ -160,9 +162,11 @@ static int check_sizes(sk_call *call, int item, const char *shape) {
             call->params.dims.size[letter] = t->shape[k];
             if (shape[k] == 'C' && t->shape[k] == 0)
                 return wrong_size(call, item, shape, k, "at least ", 1);
+            continue;
         }
         if (k >= fixed && call->trailing_rank < 0) break;
-        const int64_t expected = sk_size_at(call, shape, k);
+        const int64_t expected =
+            letter >= 0 ? call->params.dims.size[letter] : sk_size_at(call, shape, k);
         if (t->shape[k] != expected) return wrong_size(call, item, shape, k, "", expected);
     }
     if (!sk_has_trailing(shape) || call->trailing_rank >= 0) return SELFKD_OK;

@@ -39,16 +39,15 @@ bool sk_is_empty(const selfkd_tensor *t);
 char *sk_data(const selfkd_tensor *t); /* the address of element 0; NULL: the tensor is empty */
 bool sk_has_distinct_elements(const selfkd_tensor *t); /* no two are known to share memory */
 
-/* The memory of a tensor, from its lowest address to where its last byte ends; of an empty one, 0
- * and 0. */
+/* The memory of a tensor that is not empty, from its lowest address to where its last byte ends. */
 typedef struct sk_window {
     int64_t begin, end;
 } sk_window;
 
-/* Leaves the window of a tensor that is not empty; false: not all of it lies between 0 and 2^63. */
+/* Leaves the window of a tensor; false: not all of it lies between 0 and 2^63. */
 bool sk_find_window(const selfkd_tensor *t, sk_window *window);
 static inline bool sk_are_apart(sk_window a, sk_window b) {
-    return a.end <= b.begin || b.end <= a.begin || a.begin == a.end || b.begin == b.end;
+    return a.end <= b.begin || b.end <= a.begin;
 }
 /* Whether two tensors that are not empty are apart although their windows are not: two column
  * blocks of one matrix, or every other element. */

@@ -127,14 +127,19 @@ static int64_t first_negative(const sk_arg *x, int64_t at, int64_t step, int64_t
 
 /* An operator with a GRAD has the weights that its forward operator was given. An operator with an
  * INOUT may get weights that were multiplied by an incoming gradient. Neither is looked at. */
+static bool takes_any_weight(const sk_op *op) {
+    for (int i = 0; i < op->count; i++)
+        if (op->items[i].kind == SK_GRAD || op->items[i].kind == SK_INOUT) return true;
+    return false;
+}
+
 int sk_check_weights(const sk_call *call) {
     const sk_op *const op = call->op;
-    for (int i = 0; i < op->count; i++)
-        if (op->items[i].kind == SK_GRAD || op->items[i].kind == SK_INOUT) return SELFKD_OK;
     const int64_t N = call->params.dims.size['N' - 'A'];
     for (int i = 0; i < op->count; i++) {
         const sk_arg *const x = sk_arg_of(call, i);
         if (!sk_is_input(&op->items[i]) || op->items[i].rule != SK_WEIGHT || !x->data) continue;
+        if (takes_any_weight(op)) return SELFKD_OK;
         const int64_t S =
             sk_has_trailing(op->items[i].shape) ? call->params.dims.size['S' - 'A'] : 1;
         const bool merged = S == 1 || x->stride[0] == S * x->stride[1]; /* one run of N * S */
