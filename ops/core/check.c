@@ -79,7 +79,7 @@ static int check_descriptor(sk_call *call, int item) {
         return sk_fail(SELFKD_ERROR_VALUE,
                        "%s: %s has strides or a byte_offset that leave the address space", op,
                        name);
-    if (((uintptr_t)t->data + t->byte_offset) % (uintptr_t)element != 0)
+    if (((uintptr_t)t->data + t->byte_offset) & (uintptr_t)(element - 1)) /* a power of two */
         return sk_fail(SELFKD_ERROR_VALUE,
                        "%s: %s has data that is not aligned to its elements of %d bytes", op, name,
                        (int)element);
@@ -123,11 +123,10 @@ int sk_check_own_memory(const sk_call *call, int item) {
 
 /* ---- shape ---- */
 
-static int check_rank(const sk_call *call, int item, const char *shape) {
+static int check_rank(const sk_call *call, int item, int fixed, bool trailing) {
     const int found = call->tensor[item].ndim;
-    const bool open = sk_has_trailing(shape) && call->trailing_rank < 0; /* any number follows */
-    const int least =
-        sk_fixed_rank(shape) + (sk_has_trailing(shape) && !open ? call->trailing_rank : 0);
+    const bool open = trailing && call->trailing_rank < 0; /* any number follows */
+    const int least = fixed + (trailing && !open ? call->trailing_rank : 0);
     const bool fits = open ? found >= least : found == least;
     if (fits && found <= SK_MAX_RANK) return SELFKD_OK;
     return sk_fail(SELFKD_ERROR_VALUE, "%s: %s has %d dimension%s, expected %s%d", call->op->name,
@@ -152,9 +151,8 @@ static int wrong_size(const sk_call *call, int item, const char *shape, int k, c
 
 /* Enters the sizes of letters and trailing dimensions that are not known yet; compares the others.
  */
-static int check_sizes(sk_call *call, int item, const char *shape) {
+static int check_sizes(sk_call *call, int item, const char *shape, int fixed, bool trailing) {
     const selfkd_tensor *const t = &call->tensor[item];
-    const int fixed = sk_fixed_rank(shape);
     for (int k = 0; k < t->ndim; k++) {
         const int letter = k < fixed ? shape[k] - 'A' : -1;
         if (letter >= 0 && !call->bound[letter]) {
@@ -169,7 +167,7 @@ static int check_sizes(sk_call *call, int item, const char *shape) {
             letter >= 0 ? call->params.dims.size[letter] : sk_size_at(call, shape, k);
         if (t->shape[k] != expected) return wrong_size(call, item, shape, k, "", expected);
     }
-    if (!sk_has_trailing(shape) || call->trailing_rank >= 0) return SELFKD_OK;
+    if (!trailing || call->trailing_rank >= 0) return SELFKD_OK;
     call->trailing_rank = t->ndim - fixed;
     call->trailing = t->ndim > fixed ? t->shape + fixed : NULL;
     int64_t *const merged = &call->params.dims.size['S' - 'A'];
@@ -185,8 +183,10 @@ int sk_check_tensor(sk_call *call, int item) {
     if (!status) status = check_descriptor(call, item);
     if (status || (it->kind == SK_GRAD && call->tensor[item].ndim == 0)) return status;
     const char *const shape = sk_shape_of(call->op, item);
-    status = check_rank(call, item, shape);
-    if (!status) status = check_sizes(call, item, shape);
+    const int fixed = sk_fixed_rank(shape);
+    const bool trailing = shape[fixed] == '*';
+    status = check_rank(call, item, fixed, trailing);
+    if (!status) status = check_sizes(call, item, shape, fixed, trailing);
     const int64_t classes = call->params.dims.size['C' - 'A'];
     if (!status && it->rule == SK_INDEX &&
         classes > INT32_MAX) /* kernels keep a class in 32 bits */
