@@ -185,8 +185,9 @@ static inline real sk_log1p(real x) {
 #endif
 }
 
-/* x - log m for m = 1 + x, which is better known than its sum, of 2 at most: as sk_log_of, but where
- * x is small it is of second order and cancels nothing. Infinite where m is 0 or subnormal. */
+/* x - log m for m = 1 + x, which is better known than its sum, of 2 at most: as sk_log_of, but
+ * where x is small it is of second order and cancels nothing. Infinite where m is 0 or subnormal.
+ */
 static inline real sk_log_rest(real x, real m) {
 #ifdef SK_REAL_IS_DOUBLE
     const uint64_t root = 0x3fe6a09e667f3bcd, one = 0x3ff0000000000000, two52 = 0x4330000000000000;

@@ -52,8 +52,8 @@ static inline int sk_model_of(const sk_op *op, int item) {
 /* Whether an item is an output LIKE an input that a BOOL needs_<input> says is not wanted. */
 bool sk_is_unwanted(const sk_call *call, int item);
 
-/* Whether an item is a tensor that is not there: an OPT that is not given, an output LIKE it, or one
- * that is not wanted. */
+/* Whether an item is a tensor that is not there: an OPT that is not given, an output LIKE it, or
+ * one that is not wanted. */
 static inline bool sk_is_absent(const sk_call *call, int item) {
     return call->tensor[sk_model_of(call->op, item)].ndim == SK_ABSENT ||
            sk_is_unwanted(call, item);

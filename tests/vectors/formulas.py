@@ -7,52 +7,15 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import product
 from math import floor, prod
 from typing import Any
 
+from mixture import js_divergence
 from mpmath import mp, mpf
-
-mp.prec = 200
-Row = list[Any]
-
-
-@dataclass
-class Tensor:
-    """Numbers of mpmath, or integers."""
-
-    shape: tuple[int, ...]
-    values: list[Any]
-
-    def row(self, n: int, s: int) -> Row:
-        """The classes of row [n, s]."""
-        length = prod(self.shape[2:])
-        return [self.values[(n * self.shape[1] + c) * length + s] for c in range(self.shape[1])]
-
-    def set_row(self, n: int, s: int, row: Sequence[Any]) -> None:
-        length = prod(self.shape[2:])
-        for c, x in enumerate(row):
-            self.values[(n * self.shape[1] + c) * length + s] = x
-
-
-def zeros(*shape: int) -> Tensor:
-    return Tensor(shape, [mpf(0)] * prod(shape))
-
-
-def rows_of(x: Tensor) -> list[tuple[int, int, int]]:
-    """Number and indices of each row."""
-    length = prod(x.shape[2:])
-    return [(n * length + s, n, s) for n in range(x.shape[0]) for s in range(length)]
-
+from rows import Row, Tensor, log_softmax, reduced, rows_of, zeros
 
 # ---- rows of classes ----
-
-
-def log_softmax(z: Row, temperature: Any) -> Row:
-    top = max(z)
-    log_sum = mp.log(sum(mp.exp((x - top) / temperature) for x in z))
-    return [(x - top) / temperature - log_sum for x in z]
 
 
 def divergence(log_p: Row, log_q: Row) -> Any:
@@ -87,24 +50,6 @@ def cross_entropy_row(z: Row, target: int, smooth: Any) -> tuple[Any, Row]:
     return loss, [mp.exp(a) - b for a, b in zip(log_p, y, strict=True)]
 
 
-def reduced(
-    x: dict[str, Any], losses: Row, grads: dict[str, Tensor], shape: tuple[int, ...]
-) -> dict[str, Tensor]:
-    """The results of a row loss from those of its rows, with weights, reduction and incoming gradient."""
-    weight = x["weight"].values if "weight" in x else [mpf(1)] * len(losses)
-    rows = [w * a if w != 0 else mpf(0) for w, a in zip(weight, losses, strict=True)]
-    divisor = x["divisor"].values[0] if "divisor" in x else sum(weight)
-    denominator = divisor if x["reduction"] == "mean" else mpf(1)
-    found = {"loss": Tensor((), [sum(rows) / denominator]), "rows": Tensor(shape, rows)}
-    found["denominator"] = Tensor((), [denominator])
-    for name, grad in grads.items():
-        for i, n, s in rows_of(grad):
-            g = x["grad"].values[i if x["reduction"] == "none" else 0]
-            grad.set_row(n, s, [g * weight[i] / denominator * y for y in grad.row(n, s)])
-        found[f"grad_{name}"] = grad
-    return found
-
-
 def sd_dropout_kl(x: dict[str, Any]) -> dict[str, Tensor]:
     u, v = x["u"], x["v"]
     losses, grads = [], {"u": zeros(*u.shape), "v": zeros(*u.shape)}
@@ -113,40 +58,6 @@ def sd_dropout_kl(x: dict[str, Any]) -> dict[str, Tensor]:
         losses.append(loss)
         grads["u"].set_row(n, s, grad_u)
         grads["v"].set_row(n, s, grad_v)
-    return reduced(x, losses, grads, (u.shape[0], *u.shape[2:]))
-
-
-def js_divergence_row(u: Row, v: Row, x: dict[str, Any]) -> tuple[Any, Row, Row]:
-    """The loss of a row and its gradients."""
-    t, own = mpf(x["temperature"]), mpf(x["teacher_temperature"])
-    beta, a, b = (mpf(x[k]) for k in ("beta", "teacher_weight", "student_weight"))
-    loss, p_slopes, q_slopes = mpf(0), [], []
-    p, q = ([mp.exp(y) for y in log_softmax(z, k)] for z, k in ((u, t), (v, own)))
-    for y, z in zip(p, q, strict=True):
-        m, apart = beta * z + (1 - beta) * y, a * (1 - beta) - b * beta
-        if x["kind"] == "tv":
-            loss += abs(y - z) / 2
-            p_slopes.append(y * mp.sign(y - z) / 2)
-            q_slopes.append(-z * mp.sign(y - z) / 2)
-            continue
-        over_p, over_q = (mp.log(k / m) if k != 0 else mpf(0) for k in (y, z))
-        loss += a * z * over_q + b * y * over_p
-        change = (y - z) / m if m != 0 else mpf(0)
-        p_slopes.append(y * ((1 - beta) * apart * change + b * over_p))
-        q_slopes.append(z * (beta * apart * change + a * over_q))
-    grad_u = [(f - y * sum(p_slopes)) / t for f, y in zip(p_slopes, p, strict=True)]
-    grad_v = [(f - z * sum(q_slopes)) / own for f, z in zip(q_slopes, q, strict=True)]
-    return loss, grad_u, grad_v
-
-
-def js_divergence(x: dict[str, Any]) -> dict[str, Tensor]:
-    u, v = x["student"], x["teacher"]
-    losses, grads = [], {"student": zeros(*u.shape), "teacher": zeros(*u.shape)}
-    for _, n, s in rows_of(u):
-        loss, grad_u, grad_v = js_divergence_row(u.row(n, s), v.row(n, s), x)
-        losses.append(loss)
-        grads["student"].set_row(n, s, grad_u)
-        grads["teacher"].set_row(n, s, grad_v)
     return reduced(x, losses, grads, (u.shape[0], *u.shape[2:]))
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from formulas import FORMULAS, Tensor
+from formulas import FORMULAS
 from mpmath import mp, mpf
+from rows import Tensor, draw, integers, near, of, probabilities
 
 FOLDER = Path(__file__).parent
 Case = dict[str, Any]
@@ -94,35 +95,6 @@ PASSED = {
 }
 VALUES, GRADIENTS, CLOSE = "each 3e-6 1e-12", "row 1e-5 1e-12", "row 1e-4 1e-12"
 BOUNDS = {"fused": "all 1e-5 1e-12", "views": "each 1e-6 1e-15"}
-
-
-def draw(g: Random, *shape: int, spread: float = 8, step: float = 1 / 32) -> Tensor:
-    """Multiples of `step`, which every format from float16 on holds."""
-    values = [round((g.random() - 0.5) * spread / step) * step for _ in range(prod(shape))]
-    return Tensor(shape, [mpf(x) for x in values])
-
-
-def near(x: Tensor, g: Random, by: float) -> Tensor:
-    return Tensor(x.shape, [y + mpf(by) * g.randint(-9, 9) for y in x.values])
-
-
-def of(values: list[float], *shape: int) -> Tensor:
-    return Tensor(shape or (len(values),), [mpf(x) for x in values])
-
-
-def integers(*values: int) -> Tensor:
-    return Tensor((len(values),), list(values))
-
-
-def probabilities(g: Random, n: int, c: int) -> Tensor:
-    """Multiples of 1/64 that sum to 1; some are 0."""
-    values = []
-    for _ in range(n):
-        counts = [0] * c
-        for _ in range(64):
-            counts[int(g.random() ** 2 * c)] += 1
-        values += [mpf(k) / 64 for k in counts]
-    return Tensor((n, c), values)
 
 
 def pairs(g: Random) -> dict[str, Case]:
@@ -315,10 +287,12 @@ def mixtures(g: Random) -> dict[str, Case]:
         },
         "a divisor": both | {"divisor": of([2.5]), "grad": of([0.375])},
         "close rows": {"student": x, "teacher": near(x, g, 2.0**-13), "close": True},
-        "close rows, skewed": {"student": x, "teacher": near(x, g, 2.0**-13), "close": True} | skewed,
+        "close rows, skewed": {"student": x, "teacher": near(x, g, 2.0**-13), "close": True}
+        | skewed,
         "rows that are equal": {"student": x, "teacher": x},
         "classes at -inf on one side or both": {"student": hole, "teacher": other},
-        "large logits": {"student": draw(g, 2, 19, spread=64), "teacher": draw(g, 2, 19, spread=64)} | kl,
+        "large logits": {"student": draw(g, 2, 19, spread=64), "teacher": draw(g, 2, 19, spread=64)}
+        | kl,
     }
 
 
