@@ -72,12 +72,8 @@ SK_RARE void sk_careful_slopes(const sk_row_pair *row, const sk_pair_formula *f,
         const sk_pair_result y = f->terms(sk_careful_class(of), k);
         const double slope[2] = {of.p == 0 ? (double)y.limit_p : of.p * (y.slope_p - a),
                                  of.q == 0 ? (double)y.limit_q : of.q * (y.slope_q - b)};
-        for (int i = 0; i < 2; i++) {
-            const sk_arg *const grad = to->written[i];
-            if (!grad) continue;
-            const int64_t at = sk_class_at(row->r, grad, row->i, c);
-            sk_store_one(grad, at, (real)(factor[i] * slope[i]));
-        }
+        sk_store_wanted(row->r, to->written[0], row->i, c, (real)(factor[0] * slope[0]));
+        sk_store_wanted(row->r, to->written[1], row->i, c, (real)(factor[1] * slope[1]));
     }
 }
 
@@ -297,9 +293,8 @@ SK_OUTLINE void sk_differentiate_pair_loss(const sk_task *r, const sk_two_logits
     static void op##_backward_task(const struct op##_backward_params *p, const sk_task *r) {      \
         const real k[SK_PAIR_NUMBERS] = op##_NUMBERS(p);                                          \
         const sk_two_logits pair = sk_two_logits_of(&p->u, &p->v, p->T, p->T_v);                  \
-        const sk_streams streams = {                                                              \
-            {&p->u, &p->v},                                                                       \
-            {p->grad_##u.data ? &p->grad_##u : NULL, p->grad_##v.data ? &p->grad_##v : NULL}};    \
+        const sk_streams streams = {{&p->u, &p->v},                                               \
+                                    {SK_WANTED(p->grad_##u), SK_WANTED(p->grad_##v)}};            \
         sk_incoming in;                                                                           \
         sk_load_incoming(r, &p->grad, &p->weight, &p->saved, SK_SAVED, &in);                      \
         sk_differentiate_pair_loss(r, &pair, formula, k, &in, *(const real *)p->denominator.data, \

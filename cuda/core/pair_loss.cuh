@@ -302,9 +302,8 @@ SK_DEVICE void sk_pair_loss_backward(const Params &p, const sk_arg &to_u, const 
         const double per_row = in.grad * in.weight / in.denominator;
         const double factor = in.weight != 0 ? per_row : 0;
         const sk_pair_loss_row x = {in.saved(0), in.saved(1), in.saved(2), in.saved(3), 0};
-        T *const no = nullptr;
-        const sk_out_row<T> u = {to_u.data ? sk_keep(sk_row<T>(to_u, n, s)) : no, to_u.stride[1]};
-        const sk_out_row<T> v = {to_v.data ? sk_keep(sk_row<T>(to_v, n, s)) : no, to_v.stride[1]};
+        const sk_out_row<T> u = {sk_wanted_row<T>(to_u, n, s), to_u.stride[1]};
+        const sk_out_row<T> v = {sk_wanted_row<T>(to_v, n, s), to_v.stride[1]};
         sk_differentiate_pair_loss<Formula, T, kVec>(rows(n, s), x, factor, numbers, u, v);
     });
 }
@@ -344,9 +343,7 @@ SK_DEVICE void sk_pair_loss_backward(const Params &p, const sk_arg &to_u, const 
     sk_launch_rows(SK_INSTANCES(op##_kernel, formula), SK_ROWS(p), {&p->u, &p->v}, stream, *p)
 #define SK_LAUNCH_BACKWARD(op, u, v, formula)                               \
     sk_launch_rows(SK_INSTANCES(op##_backward_kernel, formula), SK_ROWS(p), \
-                   {&p->u, &p->v, p->grad_##u.data ? &p->grad_##u : &p->u,  \
-                    p->grad_##v.data ? &p->grad_##v : &p->v},               \
-                   stream, *p)
+                   {&p->u, &p->v, SK_OR(p->grad_##u, p->u), SK_OR(p->grad_##v, p->v)}, stream, *p)
 
 /* Defines all of it for a loss with one formula, op_terms. */
 #define SK_PAIR_LOSS(op, u, v, temperature, temperature_v)                                       \

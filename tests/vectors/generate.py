@@ -19,6 +19,8 @@ NUMBERS: dict[str, Case] = {
         "forward_weight": 1.0,
         "reverse_weight": 1.0,
         "detach_target": 0,
+        "needs_u": 1,
+        "needs_v": 1,
         "reduction": "mean",
     },
     "simreg": {"normalize": 1, "reduction": "mean"},
