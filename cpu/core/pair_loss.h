@@ -110,8 +110,8 @@ SK_SPECIAL void sk_add_pair_run(bool positions, sk_pair_terms_of terms, sk_pair_
     }
 }
 
-/* Leaves the gradients of a run. */
-SK_SPECIAL void sk_pair_loss_run(bool positions, sk_pair_terms_of terms, sk_pair_pass *x,
+/* Leaves the gradients of a run, that of v only if it is wanted. */
+SK_SPECIAL void sk_pair_loss_run(bool positions, bool of_v, sk_pair_terms_of terms, sk_pair_pass *x,
                                  const sk_slice *at) {
     real numbers[SK_PAIR_NUMBERS]; /* a copy that nothing written may be part of */
     sk_pair_classes classes;
@@ -134,7 +134,7 @@ SK_SPECIAL void sk_pair_loss_run(bool positions, sk_pair_terms_of terms, sk_pair
             const real to_u = s.factor_u * (y.p != 0 ? of_p : of.limit_p);
             const real to_v = s.factor_v * (y.q != 0 ? of_q : of.limit_q);
             grad_u[n + k] = s.factor_u != 0 ? to_u : 0;
-            grad_v[n + k] = s.factor_v != 0 ? to_v : 0;
+            if (of_v) grad_v[n + k] = s.factor_v != 0 ? to_v : 0;
         }
     }
 }
@@ -262,10 +262,15 @@ SK_OUTLINE void sk_differentiate_pair_loss(const sk_task *r, const sk_two_logits
             sk_add_pair_run(false, name##_terms, pass, at);                             \
     }                                                                                   \
     static void name##_write(void *pass, const sk_slice *at) {                          \
-        if (at->r->positions)                                                           \
-            sk_pair_loss_run(true, name##_terms, pass, at);                             \
+        const bool of_v = at->of->written[1] != NULL;                                   \
+        if (at->r->positions && of_v)                                                   \
+            sk_pair_loss_run(true, true, name##_terms, pass, at);                       \
+        else if (at->r->positions)                                                      \
+            sk_pair_loss_run(true, false, name##_terms, pass, at);                      \
+        else if (of_v)                                                                  \
+            sk_pair_loss_run(false, true, name##_terms, pass, at);                      \
         else                                                                            \
-            sk_pair_loss_run(false, name##_terms, pass, at);                            \
+            sk_pair_loss_run(false, false, name##_terms, pass, at);                     \
     }                                                                                   \
     static const sk_pair_formula name##_formula = {is_smooth, name##_terms, name##_set, \
                                                    name##_add, name##_write}
