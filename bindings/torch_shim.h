@@ -59,7 +59,7 @@ typedef uint64_t StableIValue;
      {5, 128}, {6, 8}, {255, 0}, {255, 0}, {255, 0}, {4, 16}}
 /* clang-format on */
 #define SK_TORCH_DTYPES \
-    { 5, 15, 6, 7, 11, 4 } /* Half, BFloat16, Float, Double, Bool, Long */
+    { 5, 15, 6, 7, 11, 4, 3 } /* Half, BFloat16, Float, Double, Bool, Long, Int */
 enum { SK_TORCH_CPU = 0, SK_TORCH_CUDA = 1, SK_TORCH_UINT8 = 0 };
 
 typedef struct sk_shim_table {

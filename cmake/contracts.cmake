@@ -2,7 +2,7 @@
 # are in ops/core/catalogue.c, which applies them when the library is loaded; these are found before it is built.
 # Alone: cmake -DHEADER=ops/simreg.h -P cmake/contracts.cmake
 function(sk_check_contracts header)
-  set(dtypes "FLOATING|SAME|ACC|F64|WEIGHT|CONSTANT|TEACHER|INDEX|SEED")
+  set(dtypes "FLOATING|SAME|ACC|F64|WEIGHT|CONSTANT|TEACHER|INDEX|CLASSES|SEED")
   set(ranges "ANY|POSITIVE|NONNEGATIVE|FRACTION|BELOW_ONE")
   file(STRINGS ${header} lines REGEX "^#define [a-z0-9_]+_CONTRACT\\(|^ *X\\(")
   string(REPLACE "\\" "" lines "${lines}") # a final backslash would escape the list's separator

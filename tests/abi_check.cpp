@@ -73,7 +73,8 @@ static_assert(dtypes[SK_DT_F16] == int(ScalarType::Half) &&
 static_assert(dtypes[SK_DT_F32] == int(ScalarType::Float) &&
               dtypes[SK_DT_F64] == int(ScalarType::Double));
 static_assert(dtypes[SK_DT_BOOL] == int(ScalarType::Bool) &&
-              dtypes[SK_DT_I64] == int(ScalarType::Long));
+              dtypes[SK_DT_I64] == int(ScalarType::Long) &&
+              dtypes[SK_DT_I32] == int(ScalarType::Int));
 constexpr struct { int code, bits; } scalars[] = SK_TORCH_SCALARS;
 constexpr bool is(ScalarType type, int code, int bits) {
     return scalars[int(type)].code == code && scalars[int(type)].bits == bits;

@@ -41,7 +41,7 @@ def backward_calls(op: str) -> int:
 def zeros(op: str) -> dict[str, Any]:
     """Arguments that any operator takes: small tensors of zeros, all that there are, and numbers."""
     sizes = dict.fromkeys("HWIJKL", 2) | {"N": 50, "M": 50, "C": 4, "D": 4, "#": 3}
-    dtypes = {"F64": torch.float64, "INDEX": torch.int64, "SEED": torch.int64}
+    dtypes = {"F64": torch.float64} | dict.fromkeys(("INDEX", "CLASSES", "SEED"), torch.int64)
     found: dict[str, Any] = {}
     for item in contract(op).items:
         if item.is_number:

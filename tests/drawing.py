@@ -111,7 +111,14 @@ def divided(make: Make) -> Make:
 
 def rows_of(op: str) -> list[str]:
     """The inputs that are rows of classes or of features."""
-    return [x.name for x in contract(op).items if x.is_input and x.shape[:2] in ("NC", "ND")]
+    return [x.name for x in contract(op).items if x.is_input and x.shape[:2] in ("NC", "ND", "NK")]
+
+
+def listed_classes(
+    shape: tuple[int, ...], k: int, g: torch.Generator | None = None
+) -> torch.Tensor:
+    """k classes for each row of (N, C, ...), in any order and none of them twice."""
+    return torch.rand(shape, generator=g).argsort(1)[:, :k]
 
 
 # ---- how it is stored ----
@@ -146,9 +153,9 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
 
 def every_other(x: torch.Tensor) -> torch.Tensor:
     """Classes at a stride of 2, in a larger block."""
-    wide = torch.full(
-        (*x.shape[:1], 2 * x.shape[1], *x.shape[2:]), torch.nan, dtype=x.dtype, device=x.device
-    )
+    gap = torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).min
+    sizes = (*x.shape[:1], 2 * x.shape[1], *x.shape[2:])
+    wide = torch.full(sizes, gap, dtype=x.dtype, device=x.device)
     wide[:, ::2] = x
     return wide[:, ::2]
 

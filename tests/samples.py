@@ -11,6 +11,7 @@ from typing import Any
 
 import selfkd
 import torch
+from drawing import listed_classes
 from selfkd import nn
 from selfkd.contract import contract, modules
 from torch import Tensor
@@ -89,9 +90,13 @@ def by_contract(op: str) -> Call:
     fixed = [x.name for x in of.items if x.is_input and x.name not in (*live, "divisor")]
 
     def draw(name: str, n: int) -> Tensor:
-        if of[name].rule == "INDEX":
+        item = of[name]
+        if item.rule == "INDEX":
             return classes(n)
-        return torch.rand(n) if of[name].rule == "WEIGHT" else torch.randn(n, 12)
+        if item.rule == "CLASSES":
+            return listed_classes((n, 12), 5)
+        sizes = {"NC*": (n, 12), "NK*": (n, 5), "N*": (n,)}[item.shape]
+        return torch.rand(sizes) if item.rule == "WEIGHT" else torch.randn(sizes)
 
     return Call(
         lambda n: [draw(name, n) for name in live],

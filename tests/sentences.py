@@ -19,6 +19,7 @@ ACCEPTED = {
     "SAME": (torch.float16, "float32 like {first}"),
     "WEIGHT": (torch.float64, "float32 or bool"),
     "INDEX": (torch.int32, "int64"),
+    "CLASSES": (torch.int16, "int32 or int64"),
 }
 RANGES = {
     "POSITIVE": (0.0, "0, expected a finite number > 0"),
@@ -71,7 +72,7 @@ def implied(op: str, given: Mapping[str, torch.Tensor]) -> dict[str, Wrong]:
     live, first = live_inputs(op, given), given[of.first]
     found: list[tuple[str, Wrong]] = []
     items = [x for x in of.items if x.is_input and x.name in given and x.name in names]
-    rows = [x.name for x in of.items if x.name in given and x.shape[1:2] in ("C", "D")]
+    rows = [x.name for x in of.items if x.name in given and x.shape[1:2] in ("C", "D", "K")]
     least = len(of[of.first].shape.removesuffix("*"))
     if of[of.first].shape.endswith("*"):
         few = {name: torch.ones([6] * (least - 1)) for name in rows}

@@ -88,7 +88,8 @@ def of_values(loss: Loss) -> list[Callable[..., None]]:
         """Of what does not learn; the arithmetic is that of what does."""
         prepare(backend)
         tensors = loss.tensors(shape, generator, dtype, backend.device)
-        tensors |= {name: tensors[name].to(DTYPES[fixed]) for name in loss.fixed()}
+        names = [name for name in loss.fixed() if name in tensors]
+        tensors |= {name: tensors[name].to(DTYPES[fixed]) for name in names}
         case = loss.judge()
         for other in rows_of(op) if len(shape) > 2 else ["none"]:
             last = (

@@ -36,11 +36,18 @@ def by_contract(op: str, n: int) -> dict[str, Any]:
     draws: dict[str, Callable[[], Tensor]] = {
         **dict.fromkeys(("FLOATING", "SAME", "CONSTANT", "TEACHER"), z),
         "INDEX": lambda: torch.randint(5, (n,)),
+        "CLASSES": lambda: harness.listed_classes((n, 5), 5),
         "SEED": lambda: torch.tensor(7),
         "WEIGHT": w,
         "ACC": lambda: torch.tensor(3.0),  # a divisor
     }
-    return {item.name: draws[item.rule]() for item in contract_of(op).items if item.is_input}
+    found = {x.name: draws[x.rule]() for x in contract_of(op).items if x.is_input}
+    for item in contract_of(op).items:
+        if item.rule == "CONSTANT" and item.shape == "NK*":  # log-probabilities
+            found[item.name] = found[item.name].log_softmax(1)
+        if item.rule == "CONSTANT" and item.shape == "N*":  # one number for each row
+            found[item.name] = found[item.name][:, 0]
+    return found
 
 
 def given(op: str, n: int = 4) -> dict[str, Any]:

@@ -38,9 +38,12 @@ def inputs(op: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     found: dict[str, torch.Tensor] = {}
     for item in contract(op).items:
         if item.kind == "IN" and item.rule in ("FLOATING", "SAME", "CONSTANT"):
-            x = torch.randn(shapes.get(op, (2000, 200)), generator=g)
+            usual = (2000, 20 if item.shape == "NK*" else 200)
+            x = torch.randn(shapes.get(op, usual), generator=g)
             x[: len(x) // 2] *= TINY
             found[item.name] = x
+        if item.rule == "CLASSES":
+            found[item.name] = harness.listed_classes((2000, 200), 20, g)
     if op == "distill":
         found["target"] = torch.arange(2000) % 200
     if op == "bifpn_fuse":

@@ -59,6 +59,7 @@ def calls(draw: st.DrawFn, op: str) -> tuple[dict[str, torch.Tensor], dict[str, 
     of = contract(op)
     dtype = harness.DTYPES[draw(st.sampled_from(list(harness.DTYPES)))]
     sizes = {letter: draw(st.integers(1, 40)) for letter in "CD"}
+    sizes["K"] = draw(st.integers(1, sizes["C"]))
     sizes["N"] = draw(st.integers(0 if op != "dropout_views" else 1, 6))
     trailing = tuple(draw(st.lists(st.integers(1, 6), max_size=2)))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -71,6 +72,9 @@ def calls(draw: st.DrawFn, op: str) -> tuple[dict[str, torch.Tensor], dict[str, 
         shape += trailing if item.shape.endswith("*") else ()
         if item.rule == "INDEX":
             tensors[item.name] = torch.randint(sizes["C"], shape, generator=g)
+        elif item.rule == "CLASSES":
+            every = (shape[0], sizes["C"], *shape[2:])
+            tensors[item.name] = harness.listed_classes(every, shape[1], g)
         elif item.rule == "SEED":
             tensors[item.name] = torch.randint(2**62, shape, generator=g)
         else:
@@ -83,7 +87,7 @@ def calls(draw: st.DrawFn, op: str) -> tuple[dict[str, torch.Tensor], dict[str, 
     tensors = harness.cast(tensors, op, dtype)
     for item in of.items:
         if item.name in tensors and item.shape[:1] == "N" and sizes["N"] > 0:
-            kinds = LAYOUTS if item.shape[1:2] in ("C", "D") else ("contiguous", "expanded")
+            kinds = LAYOUTS if item.shape[1:2] in ("C", "D", "K") else ("contiguous", "expanded")
             tensors[item.name] = LAYOUTS[draw(st.sampled_from(list(kinds)))](tensors[item.name])
     options: dict[str, Any] = {}
     for item in of.items:

@@ -32,6 +32,8 @@ WIDE_BLOCKS = {
     "distill_backward_kernel": 2,
     "js_divergence_kernel": 2,
     "sd_dropout_head_kernel": 2,
+    "topk_divergence_kernel": 2,  # the listed classes are measured in double
+    "topk_divergence_backward_kernel": 2,
 }
 # 16-byte loads of the rows that have the kernel's dtype, loads of those with one of their own (once
 # for each dtype there is), 16-byte stores. Of distill, the second is for each teacher. Of what is not

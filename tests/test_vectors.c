@@ -130,12 +130,15 @@ static entry *find(test_case *c, const char *name, const char *kind) {
 }
 
 static size_t element_size(const field *f, bool doubles) {
-    return f->rule == SK_F64 || f->rule == SK_INDEX || f->rule == SK_SEED || doubles ? 8 : 4;
+    return f->rule == SK_F64 || f->rule == SK_INDEX || f->rule == SK_CLASSES ||
+                   f->rule == SK_SEED || doubles
+               ? 8
+               : 4;
 }
 
 /* The tensor of an entry: an input gets its numbers, an output NaN, so that none is left out. */
 static selfkd_tensor *tensor_of(entry *e, const field *f, bool doubles) {
-    const bool integer = f->rule == SK_INDEX || f->rule == SK_SEED;
+    const bool integer = f->rule == SK_INDEX || f->rule == SK_CLASSES || f->rule == SK_SEED;
     const size_t size = element_size(f, doubles);
     if (e->tensor.data) return &e->tensor; /* of the forward pass */
     memset(e->memory, 0xff, sizeof e->memory);

@@ -41,7 +41,9 @@ def shape_of(word: str) -> tuple[int, ...]:
 
 
 def element_type(rule: str, dtype: type) -> type:
-    return {"INDEX": np.int64, "SEED": np.int64, "F64": np.float64}.get(rule, dtype)
+    return {"INDEX": np.int64, "CLASSES": np.int64, "SEED": np.int64, "F64": np.float64}.get(
+        rule, dtype
+    )
 
 
 def number_of(word: str) -> float:

@@ -26,6 +26,10 @@ def arguments(op: str, dtype: torch.dtype, *trailing: int) -> dict[str, torch.Te
     for item in contract(op).items:
         if item.kind == "IN" and item.shape == "NC*":
             found[item.name] = torch.randn(3, 5, *trailing, dtype=torch.float64).to(dtype)
+        elif item.rule == "CLASSES":
+            found[item.name] = harness.listed_classes((3, 5, *trailing), 2)
+        elif item.shape == "NK*":
+            found[item.name] = torch.randn(3, 2, *trailing, dtype=torch.float64).to(dtype)
     if op == "distill":
         found["target"] = torch.zeros(3, *trailing, dtype=torch.int64)
     acc = torch.float64 if dtype == torch.float64 else torch.float32

@@ -119,6 +119,9 @@ def draw(of: Contract, optional: bool) -> dict[str, Any]:
         count = math.prod(shape)
         if item.rule == "INDEX":
             found[item.name] = Array("int64", shape, [k % SIZES["C"] for k in range(count)])
+        elif item.rule == "CLASSES":
+            places = [k // math.prod(shape[2:]) % shape[1] for k in range(count)]
+            found[item.name] = Array("int64", shape, places)
         elif item.rule == "SEED":
             found[item.name] = Array("int64", shape, [2022])
         else:

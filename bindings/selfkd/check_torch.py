@@ -59,6 +59,9 @@ def draw(op: str, of: Contract) -> dict[str, Tensor]:
         shape = shape_of(item, LARGER)
         if item.rule == "INDEX":
             found[item.name] = torch.randint(LARGER["C"], shape, generator=source)
+        elif item.rule == "CLASSES":
+            every = (shape[0], LARGER["C"], *shape[2:])
+            found[item.name] = torch.rand(every, generator=source).argsort(1)[:, : shape[1]]
         elif item.rule == "SEED":
             found[item.name] = torch.tensor(2022)
         elif item.rule in ("WEIGHT", "ACC"):

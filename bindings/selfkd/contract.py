@@ -28,6 +28,7 @@ _KNOWN = {
 }
 _KNOWN |= {"complex32", "complex64", "complex128"}
 MAX_RANK = 8
+MOST_LISTED = 4096  # classes of a row
 _NUMBERS: dict[str, Callable[[str], float | int | bool]] = {
     "REAL": float,
     "INT": int,
@@ -196,6 +197,7 @@ class _Checker:
             "CONSTANT": _FLOATING,
             "TEACHER": _FLOATING,
             "INDEX": ("int64",),
+            "CLASSES": ("int32", "int64"),
             "SEED": ("int64",),
         }[item.rule]
         if found not in accepted:
@@ -246,6 +248,11 @@ class _Checker:
                 self.trailing = tuple(sizes[len(letters) :])
             for k, size in enumerate(self.trailing, len(letters)):
                 self.size(item, str(k), sizes[k], size)
+
+        if item.rule == "CLASSES" and not 1 <= sizes[1] <= MOST_LISTED:
+            raise ValueError(
+                f"{op}: {item.name} has size {sizes[1]} in dimension K, expected 1 to {MOST_LISTED}"
+            )
 
     def size(self, item: Item, where: str, found: Any, expected: Any) -> None:
         if found != expected:

@@ -59,7 +59,7 @@ def _section(title: str, *entries: str) -> str:
 def _constants(of: Contract) -> list[str]:
     """The inputs that get no gradient, though they hold numbers with a fraction."""
     live = {item.name for item in contract.contract(f"{of.name}_backward").outputs}
-    rules = ("INDEX", "SEED")
+    rules = ("INDEX", "CLASSES", "SEED")
     inputs = [item for item in of.items if item.is_input and item.rule not in rules]
     return [item.name for item in inputs if f"grad_{item.name}" not in live]
 
@@ -220,16 +220,19 @@ class _RowLoss:
             )
         self.checked = [name for name in names if name not in _OF_ROWS]
         inputs = [item for item in self.of.items if item.is_input]
-        self.wide = [item.name for item in inputs if item.shape == "NC*"]
+        self.wide = [item.name for item in inputs if item.shape in ("NC*", "NK*")]
+        self.listed = [item.name for item in inputs if item.shape == "NK*"]
         self.narrow = [item.name for item in inputs if item.shape == "N*"]
-        self.constant = [x for x in _constants(self.of) if x in self.wide]
+        rules = {item.name: item.rule for item in inputs}
+        self.constant = [x for x in self.wide + self.narrow if rules[x] in ("CONSTANT", "TEACHER")]
+        self.live = [x for x in self.wide if rules[x] in ("FLOATING", "SAME")]
         choices = [item.name for item in self.of.items if item.choices]
         self.choices = {name: contract.Choice(self.op, name) for name in choices}
 
     def text(self) -> str:
         """The body of the public function."""
         op, first = repr(self.op), self.wide[0]
-        live = [name for name in self.wide if name not in self.constant]
+        live = self.live
         lines = [f"code_of_{name} = _code_of_{name}({name})" for name in self.choices]
         if self.numbers:
             lines.append(f"{', '.join(self.numbers)} = _numbers({', '.join(self.numbers)})")
@@ -261,16 +264,20 @@ class _RowLoss:
         acc = arguments.accumulator(given[first])
         for name in self.wide:
             x = arguments.classes_first(self.op, name, given[name], given["dim"])
-            given[name] = x.to(acc)
+            given[name] = x.to(acc) if x.is_floating_point() else x
         if self.check:
             self.formula.__globals__[self.check](*(given[name] for name in self.checked))
         for name in self.wide[1:]:
-            arguments.expect_shape(self.op, name, given[name], given[first].shape)
+            like = given[self.listed[0] if name in self.listed else first]
+            shape = torch.Size((*given[first].shape[:1], like.shape[1], *given[first].shape[2:]))
+            arguments.expect_shape(self.op, name, given[name], shape)
         for name in self.narrow:
             arguments.expect_shape(self.op, name, given[name], given[first][:, 0].shape)
         if weight is not None:  # what is skipped must not reach the gradient either
             skipped = (weight == 0).unsqueeze(1)
-            given |= {name: given[name].masked_fill(skipped, 1) for name in self.wide}
+            for name in self.live + self.constant:
+                if (x := given[name]) is not None:
+                    given[name] = x.masked_fill(skipped if name in self.wide else skipped[:, 0], 1)
         rows = self.formula(**given)
         if weight is not None:
             rows = weight.to(acc) * rows

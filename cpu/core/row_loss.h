@@ -41,8 +41,10 @@ static inline bool sk_load_weights(const sk_task *r, const sk_arg *x, real *weig
 static inline int64_t sk_row_in_plane(const sk_task *r) { return r->n * r->S + r->s; }
 
 /* Defines the forward kernel of a row loss with the outputs rows, saved (of `planes` planes), loss
- * and denominator, by find and value. */
-#define SK_ROW_FORWARD(op, all, tensors, planes, find, value)                                     \
+ * and denominator, by find and value; first_bad is that of sk_cpu_kernel. */
+#define SK_ROW_FORWARD(op, all, tensors, planes, find, value) \
+    SK_CHECKED_ROW_FORWARD(op, all, tensors, planes, find, value, NULL)
+#define SK_CHECKED_ROW_FORWARD(op, all, tensors, planes, find, value, first_bad)                  \
     static void op##_task(const struct op##_params *p, const sk_task *r) {                        \
         SK_ALIGNED sk_found found;                                                                \
         SK_ALIGNED real weight[SK_PITCH];                                                         \
@@ -73,7 +75,7 @@ static inline int64_t sk_row_in_plane(const sk_task *r) { return r->n * r->S + r
         *(real *)p->loss.data = (real)(sk_sum_rows(sum) / count);                                 \
         *(real *)p->denominator.data = (real)count;                                               \
     }                                                                                             \
-    SK_ROW_KERNEL(op, all, tensors, op##_task, op##_finish, NULL)
+    SK_ROW_KERNEL(op, all, tensors, op##_task, op##_finish, first_bad)
 
 /* ---- Backward ---- */
 

@@ -251,9 +251,10 @@ struct sk_layout {
 /* Of what is no row: a thread for each. */
 constexpr sk_layout kOneEach = {1, false};
 
-/* The layout that suits all of the "NC*" tensors of a call; those not given do not matter. */
+/* The layout that suits all of the "NC*" tensors of a call, of `least` threads for a row at least;
+ * those not given do not matter. */
 static inline sk_layout sk_layout_of(const sk_dims &dims, int64_t element,
-                                     std::initializer_list<const sk_arg *> args) {
+                                     std::initializer_list<const sk_arg *> args, int least = 1) {
     const int64_t N = dims.size['N' - 'A'], C = dims.size['C' - 'A'], S = dims.size['S' - 'A'];
     const int64_t wide = 16 / element;
     bool adjacent_rows = true, wide_rows = C % wide == 0;
@@ -264,7 +265,7 @@ static inline sk_layout sk_layout_of(const sk_dims &dims, int64_t element,
         wide_rows = wide_rows && stride[1] == 1 && (uintptr_t)arg->data % 16 == 0 &&
                     (N <= 1 || stride[0] % wide == 0) && (S <= 1 || stride[2] % wide == 0);
     }
-    if (adjacent_rows) return kOneEach;
+    if (adjacent_rows && least == 1) return kOneEach;
     return {C <= 2048 ? SK_WARP : SK_BLOCK, wide_rows};
 }
 
@@ -310,14 +311,14 @@ static cudaError_t sk_zero_ticket(const Params &, void *, long) {
 
 /* Launches what serves `count` rows of some "NC*" tensors, T being the dtype of the first, with
  * 16-byte accesses where all of them allow it. The kernel is given params, and more. */
-template <typename Instances, typename Params, typename... More>
+template <int kLeast = 1, typename Instances, typename Params, typename... More>
 static int sk_launch_rows(Instances instances, int64_t count,
                           std::initializer_list<const sk_arg *> tensors, void *stream,
                           const Params &params, const More &...more) {
     const int zeroed = sk_zero_ticket(params, stream, 0);
     if (zeroed != cudaSuccess) return zeroed;
     SK_SWITCH_FLOATING((*tensors.begin())->dtype, T, {
-        const sk_layout layout = sk_layout_of(params.dims, sizeof(T), tensors);
+        const sk_layout layout = sk_layout_of(params.dims, sizeof(T), tensors, kLeast);
         const auto kernel = layout.vector
                                 ? instances(T(), std::integral_constant<int, 16 / sizeof(T)>())
                                 : instances(T(), std::integral_constant<int, 1>());

@@ -42,6 +42,7 @@ enum sk_dtype sk_expected_dtype(const sk_call *call, int item) {
     case SK_F64:
         return SK_DT_F64;
     case SK_INDEX:
+    case SK_CLASSES:
     case SK_SEED:
         return SK_DT_I64;
     default:

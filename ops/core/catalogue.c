@@ -87,6 +87,11 @@ static int check_rule(const sk_op *op, const sk_item *it) {
             return FAIL(op, it, "an IN or INOUT with classes, C");
         if (strcmp(it->shape, "N") == 0 || strcmp(it->shape, "N*") == 0) return SELFKD_OK;
         return FAIL(op, it, "the shape N or N*");
+    case SK_CLASSES:
+        if (it->kind == SK_IN && is_bound(op, 'C') &&
+            (strcmp(it->shape, "NK") == 0 || strcmp(it->shape, "NK*") == 0))
+            return SELFKD_OK;
+        return FAIL(op, it, "an IN of shape NK or NK*, and an IN or INOUT with classes, C");
     default:
         return FAIL(op, it, "a dtype that there is");
     }

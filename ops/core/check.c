@@ -16,18 +16,23 @@ static int check_dtype(const sk_call *call, int item) {
     const bool floating =
         it->rule == SK_FLOATING || it->rule == SK_CONSTANT || it->rule == SK_TEACHER;
     const bool weight = it->rule == SK_WEIGHT, same = it->rule == SK_SAME;
-    if (floating ? found <= SK_DT_F64 : found == expected || (weight && found == SK_DT_BOOL))
+    const bool classes = it->rule == SK_CLASSES;
+    if (floating ? found <= SK_DT_F64
+                 : found == expected || (weight && found == SK_DT_BOOL) ||
+                       (classes && found == SK_DT_I32))
         return SELFKD_OK;
     char has[32]; /* sk_dtype_name() is called twice */
     snprintf(has, sizeof has, "%s", sk_dtype_name(call->tensor[item].dtype));
     const int like = it->kind == SK_LIKE ? it->place : call->first;
-    return sk_fail(
-        SELFKD_ERROR_TYPE, "%s: %s has dtype %s, expected %s%s%s", call->op->name, it->name, has,
-        floating ? "float16, bfloat16, float32 or float64" : sk_dtype_name(sk_dtype_to(expected)),
-        weight ? " or bool"
-        : same ? " like "
-               : "",
-        same ? call->op->items[like].name : "");
+    return sk_fail(SELFKD_ERROR_TYPE, "%s: %s has dtype %s, expected %s%s%s", call->op->name,
+                   it->name, has,
+                   floating  ? "float16, bfloat16, float32 or float64"
+                   : classes ? "int32 or int64"
+                             : sk_dtype_name(sk_dtype_to(expected)),
+                   weight ? " or bool"
+                   : same ? " like "
+                          : "",
+                   same ? call->op->items[like].name : "");
 }
 
 /* "cpu" or "cuda:1" */
@@ -188,7 +193,12 @@ int sk_check_tensor(sk_call *call, int item) {
     status = check_rank(call, item, fixed, trailing);
     if (!status) status = check_sizes(call, item, shape, fixed, trailing);
     const int64_t classes = call->params.dims.size['C' - 'A'];
-    if (!status && it->rule == SK_INDEX &&
+    if (!status && it->rule == SK_CLASSES &&
+        (call->tensor[item].shape[1] < 1 || call->tensor[item].shape[1] > SK_MOST_LISTED))
+        return sk_fail(SELFKD_ERROR_VALUE, "%s: %s has size %lld in dimension K, expected 1 to %d",
+                       call->op->name, it->name, (long long)call->tensor[item].shape[1],
+                       SK_MOST_LISTED);
+    if (!status && (it->rule == SK_INDEX || it->rule == SK_CLASSES) &&
         classes > INT32_MAX) /* kernels keep a class in 32 bits */
         return sk_fail(SELFKD_ERROR_VALUE, "%s: %s has %lld classes, expected at most %d",
                        call->op->name, it->name, (long long)classes, INT32_MAX);

@@ -33,9 +33,10 @@
  * float64), WEIGHT ACC or bool. F64 is always float64. CONSTANT is any floating dtype, whatever the
  * call's, of a tensor that never gets a gradient; TEACHER the same, with classes that sum to 1 if
  * CHOICE <name>_kind says that it holds probabilities. INDEX is int64, each a class, 0 .. C - 1, or
- * the INT ignore_index. A WEIGHT is >= 0 (of an operator with a GRAD or an INOUT it may be anything).
- * Values are looked at on the CPU only: weights by sk_check_weights(), teachers and indices by the
- * kernel's `first_bad`. SEED is int64, of any value.
+ * the INT ignore_index. CLASSES is int32 or int64 of shape NK or NK*: of each row 1 to SK_MOST_LISTED
+ * classes, no class twice, and -1 where there is none. A WEIGHT is >= 0 (of an operator with a GRAD or an INOUT it may be anything).
+ * Values are looked at on the CPU only: weights by sk_check_weights(), teachers, indices and
+ * classes by the kernel's `first_bad`. SEED is int64, of any value.
  *
  * Ranges of numbers: ANY, POSITIVE, NONNEGATIVE, FRACTION (0 to 1), BELOW_ONE (0 to 1, but not 1);
  * all finite. */
@@ -70,6 +71,7 @@ enum sk_dtype_rule {
     SK_CONSTANT,
     SK_TEACHER,
     SK_INDEX,
+    SK_CLASSES,
     SK_SEED
 };
 
@@ -78,6 +80,7 @@ enum sk_number_rule { SK_ANY, SK_POSITIVE, SK_NONNEGATIVE, SK_FRACTION, SK_BELOW
 /* The names of a RESIZE in their order. */
 enum sk_resize { SK_RESIZE_NONE, SK_RESIZE_NEAREST, SK_RESIZE_BILINEAR, SK_RESIZE_MAXPOOL };
 
+enum { SK_MOST_LISTED = 4096 };
 enum { SK_MAX_ITEMS = 40, SK_MAX_RANK = 8, SK_LETTERS = 26 };
 
 /* Scratch of a reduction inside a kernel: one ticket (16 bytes), then `sums` doubles for each

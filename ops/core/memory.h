@@ -14,7 +14,8 @@
     X(F32, "float32", 2, 32)   \
     X(F64, "float64", 2, 64)   \
     X(BOOL, "bool", 6, 8)      \
-    X(I64, "int64", 0, 64)
+    X(I64, "int64", 0, 64)    \
+    X(I32, "int32", 0, 32)
 
 /* SK_DT_OTHER: one that no kernel knows. */
 static inline enum sk_dtype sk_dtype_of(selfkd_dtype d) {

@@ -103,10 +103,18 @@ int sk_fail_value(const sk_call *call, int item, int64_t row, double value) {
     if (it->rule == SK_WEIGHT)
         return sk_fail(SELFKD_ERROR_VALUE, "%s: %s is %g at position [%s], expected a number >= 0",
                        op, it->name, isnan(value) ? (double)NAN : value, end);
+    const long long most = (long long)call->params.dims.size['C' - 'A'] - 1;
+    if (it->rule == SK_CLASSES && value >= 0 && value <= (double)most)
+        return sk_fail(SELFKD_ERROR_VALUE, "%s: %s has %.0f twice at position [%s], expected once",
+                       op, it->name, value, end);
+    if (it->rule == SK_CLASSES)
+        return sk_fail(SELFKD_ERROR_VALUE,
+                       "%s: %s has %.0f at position [%s], expected 0 to %lld, or -1", op, it->name,
+                       value, end, most);
     const long long ignored = call->number[sk_find_item(call->op, "ignore_index")].integer;
     return sk_fail(SELFKD_ERROR_VALUE,
                    "%s: %s is %.0f at position [%s], expected 0 to %lld, or ignore_index, %lld", op,
-                   it->name, value, end, (long long)call->params.dims.size['C' - 'A'] - 1, ignored);
+                   it->name, value, end, most, ignored);
 }
 
 static double weight_at(const sk_arg *x, int64_t at) {

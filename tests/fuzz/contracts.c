@@ -25,9 +25,9 @@ static sk_item items[ITEMS];
 static char shapes[ITEMS][8];
 
 static void random_shape(char *to) {
-    static const char *const usual[] = {"NC*", "N*", "NC", "N", "", "4N*", "#", "NCHW"};
+    static const char *const usual[] = {"NC*", "N*", "NC", "N", "", "4N*", "#", "NCHW", "NK*"};
     static const char any[] = "NCHWSZan0149#*?";
-    strcpy(to, usual[below(8)]);
+    strcpy(to, usual[below(9)]);
     if (below(8) == 0) {
         const unsigned length = below(7);
         for (unsigned k = 0; k < length; k++) to[k] = any[below(sizeof any - 1)];
@@ -50,7 +50,7 @@ static void random_contract(void) {
                         .shape = shapes[i],
                         .of = names[below(14)],
                         .kind = below(3) ? (int)below(6) : (int)below(13),
-                        .rule = (int)below(10),
+                        .rule = (int)below(11),
                         .bytes = below(4) ? 8 : 0,
                         .in_args = (size_t)(ARGUMENT * (i + 1)),
                         .in_params = sizeof(sk_dims) + (size_t)(PARAMETER * i)};
@@ -103,7 +103,8 @@ static void rows(const void *params, int64_t begin, int64_t end) {
 static sk_bad first_bad(const void *params) {
     for (int i = 0; i < op.count; i++) {
         const sk_arg *const arg = (const sk_arg *)((const char *)params + items[i].in_params);
-        const bool value = items[i].rule == SK_INDEX || items[i].rule == SK_TEACHER;
+        const bool value =
+            items[i].rule == SK_INDEX || items[i].rule == SK_CLASSES || items[i].rule == SK_TEACHER;
         if (items[i].kind <= SK_OPT && value && arg->data && below(2))
             return (sk_bad){(int64_t)below(3), items[i].in_params, 7};
     }
@@ -114,16 +115,16 @@ static sk_bad first_bad(const void *params) {
 
 /* A tensor for an item, most often one that fits; NULL: not given. */
 static selfkd_tensor *random_tensor(const sk_item *it, const int64_t *size) {
-    static const selfkd_dtype dtypes[] = {
-        {2, 32, 1}, {2, 64, 1}, {2, 16, 1}, {6, 8, 1}, {0, 64, 1}};
-    static const unsigned fitting[] = {0, 0, 0, 1, 0, 0, 0, 4, 4, 0};
+    static const selfkd_dtype dtypes[] = {{2, 32, 1}, {2, 64, 1}, {2, 16, 1},
+                                          {6, 8, 1},  {0, 64, 1}, {0, 32, 1}};
+    static const unsigned fitting[] = {0, 0, 0, 1, 0, 0, 0, 4, 5, 4, 0};
     if (below(it->kind == SK_OPT ? 2 : 40) == 0) return NULL;
     const char *shape = it->shape;
     for (int i = 0; it->kind == SK_LIKE && i < op.count; i++)
         if (strcmp(items[i].name, it->shape) == 0) shape = items[i].shape;
     selfkd_tensor *const t = calloc(1, sizeof *t);
     t->shape = malloc(SK_MAX_RANK * sizeof *t->shape);
-    t->dtype = dtypes[below(12) ? fitting[it->rule] : below(5)];
+    t->dtype = dtypes[below(12) ? fitting[it->rule] : below(6)];
     t->device.device_type = SELFKD_CPU;
     int64_t count = 1;
     for (; shape[t->ndim] && shape[t->ndim] != '*'; t->ndim++) {

@@ -88,6 +88,8 @@ static enum sk_dtype dtype_by_rule(source *s, int rule, enum sk_dtype call) {
     case SK_CONSTANT:
     case SK_TEACHER:
         return byte(s) % 4;
+    case SK_CLASSES:
+        return byte(s) % 2 ? SK_DT_I32 : SK_DT_I64;
     case SK_INDEX:
     case SK_SEED:
         return SK_DT_I64;

@@ -171,4 +171,9 @@ T atomicAdd(T *at, T value) {
     *at = old + value;
     return old;
 }
+inline unsigned atomicOr(unsigned *at, unsigned value) {
+    const unsigned old = *at;
+    *at = old | value;
+    return old;
+}
 #endif

@@ -5,6 +5,7 @@ Where two forms are natural both are timed, and the faster counts.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -128,6 +129,32 @@ def distill_by_liger(
     for t, T in zip(teachers, temperatures, strict=True):
         loss = loss + T * T * liger_kl(F.log_softmax(z / T, 1), F.log_softmax(t / T, 1))
     return loss
+
+
+# ---- topk_divergence, of logits (N, C) and K classes: Jensen-Shannon, the tail as one class more ----
+
+
+def js_with_tails(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """In the form of TRL's code, which clamps both tails."""
+
+    def with_tail(x: Tensor) -> Tensor:
+        listed = x.logsumexp(1, keepdim=True).clamp(max=-1e-7)
+        return torch.cat([x, (-torch.expm1(listed)).log()], 1)
+
+    p, q = with_tail(log_p), with_tail(log_q)
+    m = torch.stack([p, q]).logsumexp(0) - math.log(2)
+    both = (F.kl_div(m, x, reduction="sum", log_target=True) for x in (p, q))
+    return sum(both, start=m.new_zeros(())) / (2 * len(m))
+
+
+def topk_of_log_softmax(z: Tensor, indices: Tensor, teacher: Tensor) -> Tensor:
+    """From all log-probabilities."""
+    return js_with_tails(F.log_softmax(z, 1).gather(1, indices), teacher)
+
+
+def topk_of_logsumexp(z: Tensor, indices: Tensor, teacher: Tensor) -> Tensor:
+    """From the logits that are listed and the log-sum-exp of all."""
+    return js_with_tails(z.gather(1, indices) - z.logsumexp(1, keepdim=True), teacher)
 
 
 # ---- bifpn_fuse, of three maps with learned weights ----

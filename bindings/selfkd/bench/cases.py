@@ -171,6 +171,32 @@ def distill(
     )
 
 
+def topk_divergence(*shape: int, k: int = 100, **need: float) -> Case:
+    """Logits 3 * randn, and the log-probabilities of a teacher's k likeliest classes.
+
+    Forward reads the logits; backward reads them again and writes their gradient.
+    """
+    listed = max(1, min(k, shape[1] // 2))  # TRL has a tail where all are listed
+
+    def inputs() -> list[Tensor]:
+        teacher, indices = (3 * torch.randn(shape)).log_softmax(1).topk(listed, 1)
+        return [3 * torch.randn(shape), indices, teacher]
+
+    return Case(
+        name=f"topk_divergence {text(shape)} k {listed}",
+        fused=SELFKD.topk_divergence,
+        reference=SELFKD.reference.topk_divergence,
+        baselines={
+            "log_softmax": baselines.topk_of_log_softmax,
+            "logsumexp": baselines.topk_of_logsumexp,
+        },
+        inputs=inputs,
+        learning=1,
+        values_moved=3 * math.prod(shape),
+        need=need,
+    )
+
+
 def bifpn_fuse(*shape: int, resize: str = "nearest", **need: float) -> Case:
     """Maps randn with learned weights, the third half ("nearest") or twice ("maxpool") as large.
 
@@ -333,6 +359,7 @@ FORMS = {
     "sd_dropout_head": Form(sd_dropout_head, "NKC"),
     "sd_dropout_kl": Form(sd_dropout_kl, "NC", True),
     "simreg": Form(simreg, "ND"),
+    "topk_divergence": Form(topk_divergence, "NC"),
     "BiFPN": Form(self_teacher, "N"),
 }
 FORMS |= {

@@ -48,6 +48,10 @@ def on_cpu() -> list[Case]:
             compile=4,
             copy=2.2,
         ),
+        replace(
+            make("topk_divergence", 512, 32000, eager=5, compile=3, copy=2.2),
+            environment=KEEP_MEMORY,
+        ),
         make("simreg", 256, 2048, eager=4.5, compile=2.3),
         make(*("attention", 128, 64, 32, 32), teacher_channels=128, eager=5, compile=1.5, copy=1.7),
         make("attention", 128, 512, 4, 4, teacher_channels=1024),
@@ -82,6 +86,7 @@ def on_cuda() -> list[Case]:
         half("distill", 8192, 50257),
         half("distill", 8192, 128256, copy=roofline),
         make("distill", 16, 21, 512, 512, ignore_index=255, dtype="bfloat16", compile=1.5),
+        half("topk_divergence", 4096, 32000, copy=roofline),
         half("simreg", 4096, 2048),
         half("attention", 128, 256, 56, 56),
         make("bifpn_fuse", 128, 128, 32, 32, resize="nearest", dtype="bfloat16", compile=1.5),
