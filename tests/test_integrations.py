@@ -15,11 +15,19 @@ import pytest
 import selfkd
 import torch
 import torch.nn.functional as F
-from selfkd.integrations import mdistiller, mmrazor, self_kd_lib, timm, torchdistill, transformers
+from selfkd.integrations import (
+    mdistiller,
+    mmrazor,
+    self_kd_lib,
+    timm,
+    torchdistill,
+    transformers,
+    trl,
+)
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.filterwarnings("ignore:size_average and reduce args")
-TOOLKITS = ["lightning", "mdistiller", "mmrazor", "timm", "torchdistill", "transformers"]
+TOOLKITS = ["lightning", "mdistiller", "mmrazor", "timm", "torchdistill", "transformers", "trl"]
 SHAPES = [(6, 10), (3, 7, 4, 5)]
 Pair = tuple[Tensor, Tensor]
 
@@ -100,7 +108,7 @@ def test_imports_without_the_toolkits() -> None:
     script = f"""
 import sys
 sys.modules.update(dict.fromkeys({TOOLKITS}))  # None: cannot be imported
-from selfkd.integrations import mdistiller, mmrazor, self_kd_lib, timm, torchdistill, transformers
+from selfkd.integrations import mdistiller, mmrazor, self_kd_lib, timm, torchdistill, transformers, trl
 try:
     torchdistill.register()
 except ImportError as error:
@@ -797,6 +805,7 @@ def classes(logits: Any) -> Tensor:
     return torch.zeros((*shape[:1], *shape[2:]), dtype=torch.int64)
 
 
+TOP = {"distillation_topk": 3, "distillation_alpha": 0.3, "distillation_add_tail": True}
 OF_LOGITS: dict[str, tuple[Call, str, str]] = {
     "kd_loss": (lambda s, t: mdistiller.kd_loss(s, t, 4.0), "logits_student", "logits_teacher"),
     "KLDivergence": (mmrazor.KLDivergence(), "preds_S", "preds_T"),
@@ -821,6 +830,27 @@ OF_LOGITS: dict[str, tuple[Call, str, str]] = {
         lambda s, t: task_of(s, t),
         "the student's output",
         "the teacher's output",
+    ),
+    "generalized_jsd_loss": (trl.generalized_jsd_loss, "student_logits", "teacher_logits"),
+    "generalized_jsd_loss ": (
+        lambda s, t: trl.generalized_jsd_loss(s, t, reduction="none"),
+        "student_logits",
+        "teacher_logits",
+    ),
+    "compute_full_logit_self_distillation_loss": (
+        lambda s, t: trl.compute_full_logit_self_distillation_loss(s, t, distillation_alpha=0.3),
+        "student_logits",
+        "teacher_logits",
+    ),
+    "compute_topk_self_distillation_loss": (
+        lambda s, t: trl.compute_topk_self_distillation_loss(s, t, **TOP),
+        "student_logits",
+        "teacher_logits",
+    ),
+    "compute_divergence": (
+        lambda s, t: trl.compute_divergence(s, t, 0.3),
+        "student_log_probs",
+        "teacher_log_probs",
     ),
 }
 OF_MAPS: dict[str, tuple[Call, str, str]] = {
@@ -926,6 +956,21 @@ NUMBERS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
         "eps",
         lambda x: torchdistill.LogitStdKDLoss(*LOGITS, 4.0, x),
     ),
+    "beta of generalized_jsd_loss": (
+        "generalized_jsd_loss",
+        "beta",
+        lambda x: trl.generalized_jsd_loss(*ones(), beta=x),
+    ),
+    "temperature of generalized_jsd_loss": (
+        "generalized_jsd_loss",
+        "temperature",
+        lambda x: trl.generalized_jsd_loss(*ones(), temperature=x),
+    ),
+    "alpha of compute_divergence": (
+        "compute_divergence",
+        "alpha",
+        lambda x: trl.compute_divergence(*ones(), x),
+    ),
 }
 POSITIVE = [name for name in NUMBERS if name.split()[0] in ("temperature", "tau", "T")]
 
@@ -970,6 +1015,17 @@ OPTIONS: dict[str, Callable[[], Any]] = {
     "KDLoss: weight is": lambda: torchdistill.KDLoss(*LOGITS, 4.0, weight=[1.0]),
     "KDLoss: ignore_index is": lambda: torchdistill.KDLoss(*LOGITS, 4.0, ignore_index=0.5),
     "KDLoss: label_smoothing is 2,": lambda: torchdistill.KDLoss(*LOGITS, 4.0, label_smoothing=2),
+    'generalized_jsd_loss: reduction is the string "rows",': lambda: trl.generalized_jsd_loss(
+        *ones(), reduction="rows"
+    ),
+    "generalized_jsd_loss: labels is a list": lambda: trl.generalized_jsd_loss(*ones(), [0, 0]),
+    r"generalized_jsd_loss: labels have shape \(3,\),": lambda: trl.generalized_jsd_loss(
+        *ones(), torch.zeros(3, dtype=torch.int64)
+    ),
+    "generalized_jsd_loss: beta is 2,": lambda: trl.generalized_jsd_loss(*ones(), beta=2),
+    "compute_topk_self_distillation_loss: distillation_topk is 4,": lambda: (
+        trl.compute_topk_self_distillation_loss(*ones(), **TOP | {"distillation_topk": 4})
+    ),
 }
 
 
@@ -1000,6 +1056,6 @@ def test_two_dtypes(
     for given in (teacher, teacher.detach()):
         loss = call(student, given)
         torch.testing.assert_close(loss.float(), expected, rtol=2e-3, atol=1e-6)
-        loss.backward()
+        loss.sum().backward()
     assert student.grad is not None
     assert student.grad.dtype == dtypes[0]
