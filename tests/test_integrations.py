@@ -493,6 +493,45 @@ def test_torchdistill_own_losses(generator: torch.Generator) -> None:
     assert_equal(pair(io(views=(u, v)), {}, None), theirs, (u, v))
 
 
+def js(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """The divergence of two rows of probabilities from their mixture."""
+    mixture = beta * teacher + (1 - beta) * student
+    of_teacher, of_student = ((x * (x / mixture).log()).sum(1) for x in (teacher, student))
+    return beta * of_teacher + (1 - beta) * of_student
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_torchdistill_divergences(shape: tuple[int, ...], generator: torch.Generator) -> None:
+    """Of all classes; of the teacher's top 3 and the tail, and of these renormalised."""
+    options: dict[str, Any] = {"beta": 0.3, "temperature": 2.0}
+
+    def ours(kind: type[nn.Module], **more: Any) -> Callable[..., Tensor]:
+        loss = kind(*LOGITS, **options, **more)
+        return lambda s, t: loss(io(fc=s), io(fc=t), None)
+
+    def theirs(project: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def loss(s: Tensor, t: Tensor) -> Tensor:
+            p, q = (F.softmax(x / 2, 1) for x in (s, t))
+            indices = t.topk(3, dim=1).indices
+            return js(project(p, indices), project(q, indices), 0.3).mean()
+
+        return loss
+
+    def with_tail(p: Tensor, indices: Tensor) -> Tensor:
+        top = p.gather(1, indices)
+        return torch.cat([top, 1 - top.sum(1, keepdim=True)], 1)
+
+    inputs = draw(generator, *shape)
+    top = torchdistill.TopKDivergenceLoss
+    assert_same(ours(torchdistill.JSDivergenceLoss), theirs(lambda p, _: p), inputs)
+    assert_same(ours(top, k=3), theirs(with_tail), inputs)
+    assert_same(
+        ours(top, k=3, tail="renormalize"),
+        theirs(lambda p, indices: F.normalize(p.gather(1, indices), p=1, dim=1)),
+        inputs,
+    )
+
+
 TORCHDISTILL = "needs torchdistill, which needs torchvision: `make compat`"
 
 
@@ -821,6 +860,14 @@ OF_LOGITS: dict[str, tuple[Call, str, str]] = {
         *SEEN,
     ),
     "SimRegLoss": (lambda s, t: torchdistill.SimRegLoss(*LOGITS)(io(fc=s), io(fc=t)), *SEEN),
+    "JSDivergenceLoss": (
+        lambda s, t: torchdistill.JSDivergenceLoss(*LOGITS)(io(fc=s), io(fc=t)),
+        *SEEN,
+    ),
+    "TopKDivergenceLoss": (
+        lambda s, t: torchdistill.TopKDivergenceLoss(*LOGITS, k=3)(io(fc=s), io(fc=t)),
+        *SEEN,
+    ),
     "SDDropoutLoss": (
         lambda s, t: torchdistill.SDDropoutLoss("fc")(io(fc=(s, t))),
         f"{SEEN[0]}[0]",

@@ -234,32 +234,34 @@ def top_k(
     teacher: torch.Tensor,
     k: int,
     *,
-    tail: str = "bucket",
     of_student: bool = False,
     temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    dim: int = 1,
     **options: Any,
 ) -> torch.Tensor:
     """:func:`selfkd.topk_divergence` over the k likeliest classes of the teacher, or of the student.
 
-    Both are logits with the classes in the last dimension. A teacher that asks for a gradient gets one.
+    Both are logits. A teacher that asks for a gradient gets one.
     """
     if (teacher.dtype, teacher.shape) != (student.dtype, student.shape):
         check_logits("top_k", ("student", "teacher"), student, teacher)
-    indices = (student if of_student else teacher).detach().topk(k, dim=-1).indices
+    indices = (student if of_student else teacher).detach().topk(k, dim=dim).indices
     accumulator = arguments.accumulator(student)
+    own = temperature if teacher_temperature is None else teacher_temperature
     whole = None
-    if tail != "renormalize":  # which reads nothing of the teacher but its k classes
+    if options.get("tail") != "renormalize":  # which reads the k classes alone
         wide = teacher.to(accumulator)
-        whole = (wide if temperature == 1 else wide / temperature).logsumexp(-1)
+        whole = (wide if own == 1 else wide / own).logsumexp(dim)
     learns = arguments.wants_gradient(teacher)
     return (topk_reference if learns else topk_divergence)(
         student,
         indices,
-        teacher.gather(-1, indices).to(accumulator),
+        teacher.gather(dim, indices).to(accumulator),
         teacher_logsumexp=whole,
-        tail=tail,
         temperature=temperature,
-        dim=-1,
+        teacher_temperature=own,
+        dim=dim,
         **options,
     )
 

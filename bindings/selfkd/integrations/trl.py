@@ -264,4 +264,5 @@ def compute_topk_self_distillation_loss(
         of_student=True,
         beta=distillation_alpha,
         reduction="none",
+        dim=-1,
     )
