@@ -776,6 +776,32 @@ def test_transformers_counts(count: Any, generator: torch.Generator) -> None:
     assert_equal(loss, theirs, (z,))
 
 
+@pytest.mark.parametrize("count", [None, 7])
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_transformers_divergences(
+    top_k: int | None, beta: float, count: int | None, generator: torch.Generator
+) -> None:
+    """Another divergence counts as the KL divergence does, which beta = 0 of all classes is."""
+    z, t = draw(generator, 3, 4, 10)
+    labels = torch.randint(10, (3, 4), generator=generator)
+    labels[1] = -100
+    taught = labels != -100
+    p, q = (F.softmax(x[taught] / 2, 1) for x in (z, t.detach()))
+    if top_k is not None:
+        indices = q.topk(top_k, dim=1).indices
+        p, q = (
+            torch.cat([top, 1 - top.sum(1, keepdim=True)], 1)
+            for top in (x.gather(1, indices) for x in (p, q))
+        )
+    hard = F.cross_entropy(z[taught], labels[taught], label_smoothing=0.1, reduction="sum")
+    soft = 4 * (js(p, q, beta) if beta else (q * (q / p).log()).sum(1)).sum()
+    theirs = (0.6 * hard + 0.8 * soft) / (taught.sum() if count is None else count)
+    ours, model = trainer(z, t.detach(), beta=beta, top_k=top_k, ce_weight=0.6)
+    loss = ours.compute_loss(model, {"labels": labels}, num_items_in_batch=count)
+    assert_equal(loss, theirs, (z,))
+
+
 @pytest.mark.parametrize("shift_labels", [True, False])
 def test_transformers_without_labels(shift_labels: bool, generator: torch.Generator) -> None:
     z, t = draw(generator, 3, 4, 10)
@@ -789,7 +815,7 @@ def test_transformers_without_labels(shift_labels: bool, generator: torch.Genera
 
 def test_transformers_numbers(generator: torch.Generator) -> None:
     z, t = draw(generator, 3, 10)
-    for name in ("teacher_weight", "temperature", "ce_weight"):
+    for name in ("teacher_weight", "temperature", "ce_weight", "beta"):
         with pytest.raises(
             ValueError, match=f"^DistillMixin: {name} requires grad, .*reference.distill"
         ):
