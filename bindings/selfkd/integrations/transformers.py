@@ -171,7 +171,7 @@ class DistillMixin:
             return loss
         loss = self._soft(outputs.logits, labels, num_items_in_batch)
         if self.ce_weight:
-            loss += distill(outputs.logits, labels, ce_weight=self.ce_weight, **of_labels)  # type: ignore[operator]
+            loss += distill(outputs.logits, labels, ce_weight=self.ce_weight, **of_labels)  # type: ignore[arg-type]
         return loss
 
     def _soft(self, logits: torch.Tensor, labels: Any, count: Any) -> torch.Tensor:
