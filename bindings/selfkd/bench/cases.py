@@ -108,7 +108,7 @@ def topk_divergence(*shape: int, k: int = 100, **need: float) -> Case:
 
     Forward reads the logits; backward reads them again and writes their gradient.
     """
-    listed = min(k, shape[1])
+    listed = max(1, min(k, shape[1] - 1))  # all classes would leave no tail
 
     def inputs() -> list[Tensor]:
         teacher, indices = (3 * torch.randn(shape)).log_softmax(1).topk(listed, 1)
