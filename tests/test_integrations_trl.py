@@ -10,11 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import harness
 import pytest
 import torch
 import torch.nn.functional as F
 from selfkd.integrations import trl
-from test_integrations import assert_same, draw, learned
+from test_integrations import assert_equal, assert_same, draw, learned
 from torch import Tensor
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
@@ -193,6 +194,36 @@ def test_topk_logits(tail: bool, k: int, alpha: float, generator: torch.Generato
         lambda s, t: top(s, t, k, alpha, tail),
         inputs,
     )
+
+
+@harness.needs_operators
+def test_compiles_in_one_graph(generator: torch.Generator) -> None:
+    """Whether the teacher learns or not."""
+    labels, options = labels_of(generator), {"distillation_topk": 4, "distillation_alpha": 0.3}
+
+    def loss(z: Tensor, t: Tensor) -> Tensor:
+        of_all = trl.compute_full_logit_self_distillation_loss(z, t, distillation_alpha=0.3)
+        of_top = trl.compute_topk_self_distillation_loss(
+            z, t, **options, distillation_add_tail=True
+        )
+        return trl.generalized_jsd_loss(z, t, labels) + (of_all + of_top).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    student, teacher = draw(generator, *SHAPE)
+    for t in (teacher, teacher.detach()):
+        assert_equal(compiled(student, t), loss(student, t), (student, teacher))
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_sides_that_hardly_differ(beta: float, generator: torch.Generator) -> None:
+    """In float32, logits 1e-3 apart: ours is the divergence, and the lines of trl lose its digits."""
+    student = (3 * torch.randn(64, 1000, generator=generator)).requires_grad_()
+    teacher = student.detach() + 1e-3 * torch.randn(student.shape, generator=generator)
+    exact = jsd(student.detach().double(), teacher.double(), beta=beta)
+    ours = trl.generalized_jsd_loss(student, teacher, beta=beta)
+    torch.testing.assert_close(ours.double(), exact, rtol=3e-6, atol=0, check_dtype=False)
+    plain = jsd(student, teacher, beta=beta).double()
+    assert abs(plain / exact - 1) > 1e-4
 
 
 # ---- trl's trainers ----
