@@ -38,7 +38,7 @@ from torch import Tensor, nn
 BETA, TOP_K = 0.5, 16
 CLASSES, SEPARATOR = 256, 0
 PROMPT, ANSWER, BATCH = 24, 16, 32
-BEFORE = 100  # steps at least: sides that hardly differ leave the plain formula too few digits to compare
+BEFORE = 200  # steps at least: sides that hardly differ leave the plain formula too few digits to compare
 MODULES = ("argparse", "asyncio.events", "datetime", "decimal", "inspect", "pathlib", "typing")
 
 

@@ -106,6 +106,7 @@ def test_self_distill_lm(
     taught, *_, before = check_curves(out, tmp_path / "runs" / file, least=0, steps=steps)
     if steps == 300:
         assert taught > before + 3
+        return
     example("self_distill_lm", "--impl", "eager", *options, "--out", "eager")
     with (tmp_path / "runs" / file).open() as fused, (tmp_path / "eager" / file).open() as eager:
         rows = list(zip(csv.DictReader(fused), csv.DictReader(eager), strict=True))
