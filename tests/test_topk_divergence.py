@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import harness
@@ -114,6 +117,7 @@ CASES = [
     Case("all_but_one", draw(9, 40, k=39)),
     Case("int32", draw(9, 50, index=torch.int32)),
     Case("most", draw(3, 6000, k=4096)),
+    Case("two_windows", draw(2, 40000, k=60)),  # of the CUDA kernel's bits
     Case("many_classes", draw(2, 262144, k=100), big=True),
     Case("beyond_buckets", draw(1, 300000, k=4000), big=True),
     Case("weighted", weighted(draw(33, 100))),
@@ -354,3 +358,21 @@ def test_far_rows(backend: harness.Backend, generator: torch.Generator) -> None:
             harness.check_tensors(OP, case, backend, tensors)
             tensors["logits"] += 1e4
             harness.check_tensors(OP, case, backend, tensors)
+
+
+@pytest.mark.simt
+@pytest.mark.skipif(not harness.SIMT_LIBRARY, reason="of the emulator: tests/test_simt.py runs it")
+@pytest.mark.parametrize(
+    ("listed", "said"), [([0, 6], "a class that there is not"), ([1, 1], "a class twice")]
+)
+def test_what_the_device_asserts(listed: list[int], said: str) -> None:
+    """Each ends the process, as an assertion ends a kernel."""
+    call = f"""
+import harness, torch
+tensors = {{"logits": torch.zeros(1, 6), "teacher": -torch.ones(1, 2)}}
+tensors["indices"] = torch.tensor([{listed}])
+harness.backends()[0].values[0].call("{OP}", tensors, {{}})"""
+    command = [sys.executable, "-c", call]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.returncode != 0
+    assert f"topk_divergence: indices has {said}" in done.stderr

@@ -100,6 +100,9 @@ def topk_divergence(
     >>> logits = model(batch["tokens"]).logits                    # (B, L, V)
     >>> loss = selfkd.topk_divergence(logits, indices, log_q, beta=0.5, weight=mask, dim=-1)
     """
+    assert teacher_temperature is not None  # numbers_of has found them
+    assert teacher_weight is not None
+    assert student_weight is not None
     listed = indices >= 0
     chosen = (logits / temperature).gather(1, indices.clamp(min=0).long())
     if tail == "renormalize":
