@@ -30,7 +30,7 @@ BENCH ?=
 TESTS ?= -n 2 --dist worksteal
 REPORT ?= bench/results/gpu-check.txt
 SANITIZED ?=
-COMPAT ?= $(TORCH_VERSIONS) $(PYTHON_VERSIONS) torchdistill
+COMPAT ?= $(TORCH_VERSIONS) $(PYTHON_VERSIONS) torchdistill trl
 COMPAT_TABLE ?= bench/results/compat.md
 COMPAT_WHEEL ?=
 HUB_WHEEL ?=
@@ -168,6 +168,8 @@ COMPAT_PYTHON_python-3.13 := python3.13
 COMPAT_torchdistill := torchdistill==1.1.5 timm==1.0.31
 COMPAT_NEEDS_torchdistill = $(COMPAT_FILE)[test]
 COMPAT_TESTS_torchdistill := tests/test_integrations.py tests/test_integrations_training.py
+COMPAT_trl := trl==1.16.0 torch==2.13.0
+COMPAT_TESTS_trl := tests/test_integrations_trl.py
 COMPAT_FILE = $(or $(COMPAT_WHEEL),$(shell echo build/compat/*.whl))
 COMPAT_NEEDS := expecttest hypothesis numpy pytest
 COMPAT_TESTS := $(addprefix tests/test_,library.py check.py pytorch.py arguments.py sd_dropout_kl.py distill.py) \

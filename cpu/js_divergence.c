@@ -23,6 +23,5 @@ static const sk_pair_formula *const formulas[] = {
     [SK_TOTAL_VARIATION] = &total_variation_formula,
 };
 
-SK_PAIR_KERNELS(
-    js_divergence, student, teacher, temperature, teacher_temperature,
-    formulas[sk_js_formula_of(p->kind, p->beta, p->teacher_weight, p->student_weight)]);
+SK_PAIR_KERNELS(js_divergence, student, teacher, temperature, teacher_temperature,
+                formulas[sk_js_formula_of(p->kind, p->beta, p->teacher_weight, p->student_weight)]);

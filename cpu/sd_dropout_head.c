@@ -117,7 +117,7 @@ SK_OUTLINE void differentiate_views(const row_params *p, const sk_task *r, const
         const sk_divergence row = sk_found_row(x, run.row);
         if (factor[run.row] != 0 && !sk_is_ordinary(row, factor[run.row])) {
             if (run.c == 0)
-                sk_careful_gradient(r, pair, run.row, row, factor[run.row], k.w, &p->u, &p->v);
+                sk_careful_gradient(r, pair, run.row, row, factor[run.row], k.w, streams.written);
             continue;
         }
         const real *const u = sk_read_run(r, &p->u, run, buffer[0]);

@@ -51,12 +51,12 @@ static void backward_task(const backward_params *p, const sk_task *r) {
         careful += (factor[i] != 0) & !sk_is_ordinary(row, factor[i]) ? 1 : 0;
     }
     sk_set_pair(r, in.saved, factor, &of);
-    const sk_streams streams = {{&p->u, &p->v}, {&p->grad_u, &p->grad_v}};
+    const sk_streams streams = {{&p->u, &p->v}, {SK_WANTED(p->grad_u), SK_WANTED(p->grad_v)}};
     sk_write_gradients(r, &streams, sk_pair_run, &of);
     for (int64_t i = 0; i < r->width && careful != 0; i++) {
         const sk_divergence row = sk_found_row(in.saved, i);
         if (factor[i] != 0 && !sk_is_ordinary(row, factor[i]))
-            sk_careful_gradient(r, &pair, i, row, factor[i], of.w, &p->grad_u, &p->grad_v);
+            sk_careful_gradient(r, &pair, i, row, factor[i], of.w, streams.written);
     }
 }
 

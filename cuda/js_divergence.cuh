@@ -38,12 +38,12 @@ struct sk_of_total_variation {
     }
 };
 
-#define SK_LAUNCH_JS(launch, op)                                                               \
-    switch (sk_js_formula_of(p->kind, p->beta, p->teacher_weight, p->student_weight)) {        \
-    case SK_TOTAL_VARIATION:                                                                   \
-        return launch(op, student, teacher, sk_of_total_variation);                            \
-    case SK_JENSEN_SHANNON:                                                                    \
-        return launch(op, student, teacher, sk_of_jensen_shannon);                             \
-    default:                                                                                   \
-        return launch(op, student, teacher, sk_of_mixture);                                    \
+#define SK_LAUNCH_JS(launch, op)                                                        \
+    switch (sk_js_formula_of(p->kind, p->beta, p->teacher_weight, p->student_weight)) { \
+    case SK_TOTAL_VARIATION:                                                            \
+        return launch(op, student, teacher, sk_of_total_variation);                     \
+    case SK_JENSEN_SHANNON:                                                             \
+        return launch(op, student, teacher, sk_of_jensen_shannon);                      \
+    default:                                                                            \
+        return launch(op, student, teacher, sk_of_mixture);                             \
     }

@@ -49,22 +49,22 @@ __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)
         const sk_two_rows<T> r = rows_at<T>(p, n, s);
         if (in.weight != 0 && sk_is_far<real>(x, forward, reverse)) {
             sk_differentiate_far<T>(r, x, forward, reverse, p.detach_target,
-                                    sk_row<T>(p.grad_u, n, s), p.grad_u.stride[1],
-                                    sk_row<T>(p.grad_v, n, s), p.grad_v.stride[1]);
+                                    sk_wanted_row<T>(p.grad_u, n, s), p.grad_u.stride[1],
+                                    sk_wanted_row<T>(p.grad_v, n, s), p.grad_v.stride[1]);
             return;
         }
         const sk_pair_slope<real> k = sk_pair_slope_of<real>(x, p.temperature, forward, reverse,
                                                              p.detach_target, in.weight == 0);
         const T *const u = sk_keep(r.u), *const v = sk_keep(r.v);
-        T *const grad_u = sk_keep(sk_row<T>(p.grad_u, n, s));
-        T *const grad_v = sk_keep(sk_row<T>(p.grad_v, n, s));
+        T *const grad_u = sk_wanted_row<T>(p.grad_u, n, s);
+        T *const grad_v = sk_wanted_row<T>(p.grad_v, n, s);
         SK_ROLLED for (int64_t base = 0; base < r.C; base += sk_step<T>()) {
             real a[sk_items<T>], b[sk_items<T>];
             sk_load_logits<T, kVec>(u, r.u_stride, base, r.C, a);
             sk_load_logits<T, kVec>(v, r.v_stride, base, r.C, b);
             sk_differentiate<T, kVec>(k, base, r.C, a, b);
-            sk_store<T, kVec>(grad_u, p.grad_u.stride[1], base, r.C, a);
-            sk_store<T, kVec>(grad_v, p.grad_v.stride[1], base, r.C, b);
+            if (grad_u) sk_store<T, kVec>(grad_u, p.grad_u.stride[1], base, r.C, a);
+            if (grad_v) sk_store<T, kVec>(grad_v, p.grad_v.stride[1], base, r.C, b);
         }
     });
 }
@@ -77,5 +77,6 @@ extern "C" int sk_cuda_sd_dropout_kl(const struct sd_dropout_kl_params *p, void 
 extern "C" int sk_cuda_sd_dropout_kl_backward(const struct sd_dropout_kl_backward_params *p,
                                               void *stream) {
     return sk_launch_rows(SK_INSTANCES(sd_dropout_kl_backward_kernel), SK_ROWS(p),
-                          {&p->u, &p->v, &p->grad_u, &p->grad_v}, stream, *p);
+                          {&p->u, &p->v, SK_OR(p->grad_u, p->u), SK_OR(p->grad_v, p->v)}, stream,
+                          *p);
 }

@@ -96,6 +96,8 @@ int main(void) {
         .temperature = T,
         .forward_weight = 1,
         .reverse_weight = 1,
+        .needs_u = 1,
+        .needs_v = 1,
         .grad_u = &grad_u_t,
         .grad_v = &grad_v_t,
     };

@@ -235,15 +235,29 @@ def clock(tensor: Tensor) -> float:
 
 
 def parse(
-    argv: list[str] | None, description: str, weight: float, long: bool = False
+    argv: list[str] | None,
+    description: str,
+    weight: float,
+    long: bool = False,
+    *,
+    impls: tuple[str, ...] = (),
+    more: Callable[[argparse.ArgumentParser], Any] | None = None,
 ) -> argparse.Namespace:
-    """Read the command line that every example understands; `long`: that may run for hours, too."""
+    """Read the command line that every example understands; `long`: that may run for hours, too.
+
+    `impls` are implementations beside "fused" and "reference"; `more` adds options.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
-    add("--impl", choices=["fused", "reference", "both"], default="both", help="default: both")
+    add(
+        "--impl",
+        choices=["fused", "reference", *impls, "both"],
+        default="both",
+        help="default: both",
+    )
     add("--weight", type=float, default=weight, help=f"of the extra loss, default: {weight}")
     add("--control", action="store_true", help="train a third time, with weight 0")
     add("--steps", type=int, default=400, help="training steps, default: 400")
@@ -255,6 +269,8 @@ def parse(
         add("--data", type=Path, help="folder of CIFAR-100 (or VOC), default: digits")
         add("--checkpoint", type=Path, help="file to save to and to go on from")
         add("--every", type=int, default=100, help="steps between two saves, default: 100")
+    if more:
+        more(parser)
     return parser.parse_args(argv)
 
 

@@ -41,7 +41,7 @@ def main() -> int:
             u, v, none, False, none, False, *numbers, MEAN
         )
         grad_u, grad_v = selfkd.sd_dropout_kl_backward(
-            torch.ones(()), u, v, none, False, saved, denominator, *numbers
+            torch.ones(()), u, v, none, False, saved, denominator, *numbers, True, True
         )
     try:
         selfkd.sd_dropout_kl(u, v, none, False, none, False, *numbers, MEAN)

@@ -72,7 +72,7 @@ Backward = arguments(
     "selfkd_sd_dropout_kl_backward_args",
     **{"grad": T, "u": T, "v": T, "weight": T, "saved": T, "denominator": T},
     **SETTINGS,
-    **{"detach_target": c_int64, "grad_u": T, "grad_v": T},
+    **{"detach_target": c_int64, "needs_u": c_int64, "needs_v": c_int64, "grad_u": T, "grad_v": T},
 )
 
 
@@ -104,6 +104,7 @@ def main() -> int:
     grad, grad_u, grad_v = np.ones((), np.float32), np.empty_like(u), np.empty_like(v)
     inputs = {"grad": grad, "u": u, "v": v, "saved": saved, "denominator": denominator}
     outputs = {"grad_u": grad_u, "grad_v": grad_v}
+    settings |= {"needs_u": 1, "needs_v": 1}
     call(library, "selfkd_sd_dropout_kl_backward", Backward, **inputs, **settings, **outputs)
 
     a, b = u.astype(np.float64) / TEMPERATURE, v.astype(np.float64) / TEMPERATURE

@@ -9,6 +9,7 @@
  *   dl/du = T * ( wf * p * (d - KL(p||q)) + wr * (p - q))     with d = log p - log q
  *   dl/dv = T * (-wr * q * (d + KL(q||p)) - wf * (p - q))
  *   detach_target drops the first term of each: every KL then sees its target as a constant.
+ *   needs_u, needs_v: 0 where that gradient is not wanted.
  *
  * saved holds, for each row, lse(u/T), log-ratio dl = lse(u/T) - lse(v/T), KL(p||q), KL(q||p).
  * Where u is nothing but -inf, as in a part of the classes it may be, lse(v/T) stands in the place
@@ -48,5 +49,7 @@
     X(REAL,    forward_weight, NONNEGATIVE, 1.0)          \
     X(REAL,    reverse_weight, NONNEGATIVE, 1.0)          \
     X(BOOL,    detach_target,  ANY, 0)                    \
+    X(BOOL,    needs_u,        ANY, 1)                    \
+    X(BOOL,    needs_v,        ANY, 1)                    \
     X(LIKE,    grad_u,         u)                         \
     X(LIKE,    grad_v,         v)

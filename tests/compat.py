@@ -18,7 +18,7 @@ By `make compat`, one wheel for all of them: "library" is the beginning of the S
 | date | commit | library | environment | Python | packages | result |
 | --- | --- | --- | --- | --- | --- | --- |
 """
-NAMED = ("torch", "torchvision", "torchdistill", "timm", "transformers", "lightning")
+NAMED = ("torch", "torchvision", "torchdistill", "timm", "transformers", "lightning", "trl")
 
 
 def packages() -> str:

@@ -218,6 +218,8 @@ static void gradients_side_by_side(void **state) {
                                                      .temperature = 3,
                                                      .forward_weight = 1,
                                                      .reverse_weight = 1,
+                                                     .needs_u = 1,
+                                                     .needs_v = 1,
                                                      .grad_u = &first,
                                                      .grad_v = &second};
     second.data = both + C;
@@ -300,6 +302,8 @@ static void pool_has_the_mode_of_the_caller(void **state) {
                                                      .temperature = 3,
                                                      .forward_weight = 1,
                                                      .reverse_weight = 1,
+                                                     .needs_u = 1,
+                                                     .needs_v = 1,
                                                      .grad_u = &t_grad_u,
                                                      .grad_v = &t_grad_v};
     for (int threads = 1; threads <= 4; threads++) {

@@ -143,6 +143,7 @@ def situations() -> dict[str, Any]:
     real, fake = torch.randn(2, 8)
     class_weights, learned = torch.rand(5), torch.nn.Parameter(torch.tensor(2.0))
     cosine_classifier = torch.nn.Sequential(fc)
+    log_q, classes = t.log_softmax(1).topk(3, dim=1)
     h, q, count, mask, epoch = torch.randn(8, 6), t.softmax(1), 11, targets != -100, 41
     return locals() | {"F": F}
 

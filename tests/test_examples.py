@@ -95,6 +95,24 @@ def test_first_steps(name: str, steps: int, example: Callable[..., str], tmp_pat
     check_curves(out, file, 0, steps=steps, score=score, warm_up=warm_up)
 
 
+@pytest.mark.parametrize("steps", [15, pytest.param(300, marks=pytest.mark.full)])
+@pytest.mark.parametrize("divergence", ["full", "topk"])
+def test_self_distill_lm(
+    divergence: str, steps: int, example: Callable[..., str], tmp_path: Path
+) -> None:
+    """A language model learns a text from itself, which has read the answer; by trl's lines, too."""
+    options = ("--divergence", divergence, "--steps", steps)
+    out, file = example("self_distill_lm", "--control", *options), Path("self_distilled_lm.csv")
+    taught, *_, before = check_curves(out, tmp_path / "runs" / file, least=0, steps=steps)
+    if steps == 300:
+        assert taught > before + 3
+        return
+    example("self_distill_lm", "--impl", "eager", *options, "--out", "eager")
+    with (tmp_path / "runs" / file).open() as fused, (tmp_path / "eager" / file).open() as eager:
+        rows = list(zip(csv.DictReader(fused), csv.DictReader(eager), strict=True))
+    assert all(abs(float(a["fused"]) / float(b["eager"]) - 1) < 1e-4 for a, b in rows[:50])
+
+
 @pytest.mark.full
 def test_simreg(example: Callable[..., str]) -> None:
     """A student without labels learns the features of a teacher."""

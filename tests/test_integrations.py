@@ -15,11 +15,19 @@ import pytest
 import selfkd
 import torch
 import torch.nn.functional as F
-from selfkd.integrations import mdistiller, mmrazor, self_kd_lib, timm, torchdistill, transformers
+from selfkd.integrations import (
+    mdistiller,
+    mmrazor,
+    self_kd_lib,
+    timm,
+    torchdistill,
+    transformers,
+    trl,
+)
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.filterwarnings("ignore:size_average and reduce args")
-TOOLKITS = ["lightning", "mdistiller", "mmrazor", "timm", "torchdistill", "transformers"]
+TOOLKITS = ["lightning", "mdistiller", "mmrazor", "timm", "torchdistill", "transformers", "trl"]
 SHAPES = [(6, 10), (3, 7, 4, 5)]
 Pair = tuple[Tensor, Tensor]
 
@@ -100,7 +108,7 @@ def test_imports_without_the_toolkits() -> None:
     script = f"""
 import sys
 sys.modules.update(dict.fromkeys({TOOLKITS}))  # None: cannot be imported
-from selfkd.integrations import mdistiller, mmrazor, self_kd_lib, timm, torchdistill, transformers
+from selfkd.integrations import mdistiller, mmrazor, self_kd_lib, timm, torchdistill, transformers, trl
 try:
     torchdistill.register()
 except ImportError as error:
@@ -485,6 +493,45 @@ def test_torchdistill_own_losses(generator: torch.Generator) -> None:
     assert_equal(pair(io(views=(u, v)), {}, None), theirs, (u, v))
 
 
+def js(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """The divergence of two rows of probabilities from their mixture."""
+    mixture = beta * teacher + (1 - beta) * student
+    of_teacher, of_student = ((x * (x / mixture).log()).sum(1) for x in (teacher, student))
+    return beta * of_teacher + (1 - beta) * of_student
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_torchdistill_divergences(shape: tuple[int, ...], generator: torch.Generator) -> None:
+    """Of all classes; of the teacher's top 3 and the tail, and of these renormalised."""
+    options: dict[str, Any] = {"beta": 0.3, "temperature": 2.0}
+
+    def ours(kind: type[nn.Module], **more: Any) -> Callable[..., Tensor]:
+        loss = kind(*LOGITS, **options, **more)
+        return lambda s, t: loss(io(fc=s), io(fc=t), None)
+
+    def theirs(project: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def loss(s: Tensor, t: Tensor) -> Tensor:
+            p, q = (F.softmax(x / 2, 1) for x in (s, t))
+            indices = t.topk(3, dim=1).indices
+            return js(project(p, indices), project(q, indices), 0.3).mean()
+
+        return loss
+
+    def with_tail(p: Tensor, indices: Tensor) -> Tensor:
+        top = p.gather(1, indices)
+        return torch.cat([top, 1 - top.sum(1, keepdim=True)], 1)
+
+    inputs = draw(generator, *shape)
+    top = torchdistill.TopKDivergenceLoss
+    assert_same(ours(torchdistill.JSDivergenceLoss), theirs(lambda p, _: p), inputs)
+    assert_same(ours(top, k=3), theirs(with_tail), inputs)
+    assert_same(
+        ours(top, k=3, tail="renormalize"),
+        theirs(lambda p, indices: F.normalize(p.gather(1, indices), p=1, dim=1)),
+        inputs,
+    )
+
+
 TORCHDISTILL = "needs torchdistill, which needs torchvision: `make compat`"
 
 
@@ -729,6 +776,32 @@ def test_transformers_counts(count: Any, generator: torch.Generator) -> None:
     assert_equal(loss, theirs, (z,))
 
 
+@pytest.mark.parametrize("count", [None, 7])
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_transformers_divergences(
+    top_k: int | None, beta: float, count: int | None, generator: torch.Generator
+) -> None:
+    """Another divergence counts as the KL divergence does, which beta = 0 of all classes is."""
+    z, t = draw(generator, 3, 4, 10)
+    labels = torch.randint(10, (3, 4), generator=generator)
+    labels[1] = -100
+    taught = labels != -100
+    p, q = (F.softmax(x[taught] / 2, 1) for x in (z, t.detach()))
+    if top_k is not None:
+        indices = q.topk(top_k, dim=1).indices
+        p, q = (
+            torch.cat([top, 1 - top.sum(1, keepdim=True)], 1)
+            for top in (x.gather(1, indices) for x in (p, q))
+        )
+    hard = F.cross_entropy(z[taught], labels[taught], label_smoothing=0.1, reduction="sum")
+    soft = 4 * (js(p, q, beta) if beta else (q * (q / p).log()).sum(1)).sum()
+    theirs = (0.6 * hard + 0.8 * soft) / (taught.sum() if count is None else count)
+    ours, model = trainer(z, t.detach(), beta=beta, top_k=top_k, ce_weight=0.6)
+    loss = ours.compute_loss(model, {"labels": labels}, num_items_in_batch=count)
+    assert_equal(loss, theirs, (z,))
+
+
 @pytest.mark.parametrize("shift_labels", [True, False])
 def test_transformers_without_labels(shift_labels: bool, generator: torch.Generator) -> None:
     z, t = draw(generator, 3, 4, 10)
@@ -742,7 +815,7 @@ def test_transformers_without_labels(shift_labels: bool, generator: torch.Genera
 
 def test_transformers_numbers(generator: torch.Generator) -> None:
     z, t = draw(generator, 3, 10)
-    for name in ("teacher_weight", "temperature", "ce_weight"):
+    for name in ("teacher_weight", "temperature", "ce_weight", "beta"):
         with pytest.raises(
             ValueError, match=f"^DistillMixin: {name} requires grad, .*reference.distill"
         ):
@@ -797,6 +870,7 @@ def classes(logits: Any) -> Tensor:
     return torch.zeros((*shape[:1], *shape[2:]), dtype=torch.int64)
 
 
+TOP = {"distillation_topk": 3, "distillation_alpha": 0.3, "distillation_add_tail": True}
 OF_LOGITS: dict[str, tuple[Call, str, str]] = {
     "kd_loss": (lambda s, t: mdistiller.kd_loss(s, t, 4.0), "logits_student", "logits_teacher"),
     "KLDivergence": (mmrazor.KLDivergence(), "preds_S", "preds_T"),
@@ -812,6 +886,14 @@ OF_LOGITS: dict[str, tuple[Call, str, str]] = {
         *SEEN,
     ),
     "SimRegLoss": (lambda s, t: torchdistill.SimRegLoss(*LOGITS)(io(fc=s), io(fc=t)), *SEEN),
+    "JSDivergenceLoss": (
+        lambda s, t: torchdistill.JSDivergenceLoss(*LOGITS)(io(fc=s), io(fc=t)),
+        *SEEN,
+    ),
+    "TopKDivergenceLoss": (
+        lambda s, t: torchdistill.TopKDivergenceLoss(*LOGITS, k=3)(io(fc=s), io(fc=t)),
+        *SEEN,
+    ),
     "SDDropoutLoss": (
         lambda s, t: torchdistill.SDDropoutLoss("fc")(io(fc=(s, t))),
         f"{SEEN[0]}[0]",
@@ -821,6 +903,27 @@ OF_LOGITS: dict[str, tuple[Call, str, str]] = {
         lambda s, t: task_of(s, t),
         "the student's output",
         "the teacher's output",
+    ),
+    "generalized_jsd_loss": (trl.generalized_jsd_loss, "student_logits", "teacher_logits"),
+    "generalized_jsd_loss ": (
+        lambda s, t: trl.generalized_jsd_loss(s, t, reduction="none"),
+        "student_logits",
+        "teacher_logits",
+    ),
+    "compute_full_logit_self_distillation_loss": (
+        lambda s, t: trl.compute_full_logit_self_distillation_loss(s, t, distillation_alpha=0.3),
+        "student_logits",
+        "teacher_logits",
+    ),
+    "compute_topk_self_distillation_loss": (
+        lambda s, t: trl.compute_topk_self_distillation_loss(s, t, **TOP),
+        "student_logits",
+        "teacher_logits",
+    ),
+    "compute_divergence": (
+        lambda s, t: trl.compute_divergence(s, t, 0.3),
+        "student_log_probs",
+        "teacher_log_probs",
     ),
 }
 OF_MAPS: dict[str, tuple[Call, str, str]] = {
@@ -926,6 +1029,21 @@ NUMBERS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
         "eps",
         lambda x: torchdistill.LogitStdKDLoss(*LOGITS, 4.0, x),
     ),
+    "beta of generalized_jsd_loss": (
+        "generalized_jsd_loss",
+        "beta",
+        lambda x: trl.generalized_jsd_loss(*ones(), beta=x),
+    ),
+    "temperature of generalized_jsd_loss": (
+        "generalized_jsd_loss",
+        "temperature",
+        lambda x: trl.generalized_jsd_loss(*ones(), temperature=x),
+    ),
+    "alpha of compute_divergence": (
+        "compute_divergence",
+        "alpha",
+        lambda x: trl.compute_divergence(*ones(), x),
+    ),
 }
 POSITIVE = [name for name in NUMBERS if name.split()[0] in ("temperature", "tau", "T")]
 
@@ -970,6 +1088,17 @@ OPTIONS: dict[str, Callable[[], Any]] = {
     "KDLoss: weight is": lambda: torchdistill.KDLoss(*LOGITS, 4.0, weight=[1.0]),
     "KDLoss: ignore_index is": lambda: torchdistill.KDLoss(*LOGITS, 4.0, ignore_index=0.5),
     "KDLoss: label_smoothing is 2,": lambda: torchdistill.KDLoss(*LOGITS, 4.0, label_smoothing=2),
+    'generalized_jsd_loss: reduction is the string "rows",': lambda: trl.generalized_jsd_loss(
+        *ones(), reduction="rows"
+    ),
+    "generalized_jsd_loss: labels is a list": lambda: trl.generalized_jsd_loss(*ones(), [0, 0]),
+    r"generalized_jsd_loss: labels have shape \(3,\),": lambda: trl.generalized_jsd_loss(
+        *ones(), torch.zeros(3, dtype=torch.int64)
+    ),
+    "generalized_jsd_loss: beta is 2,": lambda: trl.generalized_jsd_loss(*ones(), beta=2),
+    "compute_topk_self_distillation_loss: distillation_topk is 4,": lambda: (
+        trl.compute_topk_self_distillation_loss(*ones(), **TOP | {"distillation_topk": 4})
+    ),
 }
 
 
@@ -1000,6 +1129,6 @@ def test_two_dtypes(
     for given in (teacher, teacher.detach()):
         loss = call(student, given)
         torch.testing.assert_close(loss.float(), expected, rtol=2e-3, atol=1e-6)
-        loss.backward()
+        loss.sum().backward()
     assert student.grad is not None
     assert student.grad.dtype == dtypes[0]

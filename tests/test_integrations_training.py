@@ -149,7 +149,7 @@ def test_torchdistill_training() -> None:
     from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT, register_mid_level_loss
 
     import_dependencies(["selfkd.integrations.torchdistill"])
-    for name in ("KDLoss", "LogitStdKDLoss", "ATLoss", "SDDropoutLoss", "SimRegLoss"):
+    for name in (name for name in torchdistill.__all__ if name.endswith("Loss")):
         assert MIDDLE_LEVEL_LOSS_DICT[f"selfkd.{name}"] is getattr(torchdistill, name)
     assert MIDDLE_LEVEL_LOSS_DICT["KDLoss"] is not torchdistill.KDLoss
     register_mid_level_loss(PlainSDDropout, key="SDDropoutLoss")

@@ -66,7 +66,7 @@ static void measure(rows *x, enum sk_form form, double T, double T_v, sk_conclud
         sk_raise(&r, x->u[n], WIDE / SK_LANES, n, m.hu);
         sk_raise(&r, x->v[n], WIDE / SK_LANES, n, m.hv);
         const sk_two_tiles tiles = {x->u[n], x->v[n], next, next, WIDE / SK_LANES, n, e};
-        sk_compare_group(form, true, SK_KEEP, &r, &t, &t_v, &tiles, &m);
+        sk_compare_group(form, SK_BOTH_KL, SK_KEEP, &r, &t, &t_v, &tiles, &m);
         to[n] = sk_conclude(form, true, &m, n, &t, &t_v);
     }
 }
@@ -223,7 +223,7 @@ static void close_gradients_lose_nothing(void **state) {
         close++;
         for (int c = 0; c < C; c++) {
             const long double d = ((long double)x.u[0][c] - x.v[0][c]) - e.dl;
-            const sk_pair_class found = sk_pair_at(true, &t, k.of, 0, x.u[0][c], x.v[0][c]);
+            const sk_pair_terms found = sk_pair_at(true, &t, k.of, 0, x.u[0][c], x.v[0][c]);
             most = fmax(most, (double)(fabsl(found.d - d) / sqrtl(2 * fminl(e.pq, e.qp))));
         }
     }

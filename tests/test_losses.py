@@ -44,6 +44,8 @@ def drawn(dtype: torch.dtype = F64) -> Names:
     names |= {"y": torch.randint(C, (N,), generator=g), "d": virtual(torch.arange(N) % C, dtype)}
     names |= {key: randn(N, C).softmax(1) for key in ("P", "P0", "P1", "previous")}
     names |= {"pretrained": scores(), "a": 0.3, "m": 50.0, "lam": 3.0, "alpha": 0.7, "w": 0.2}
+    listed = names["z"].topk(4, dim=1).indices
+    names |= {"I": listed, "L": names["t"].log_softmax(1).gather(1, listed)}
     names |= {"T": 2.5, "tau": 0.4, "eps": 0.1, "k": int(names["y"][0]), "mode": "bce"}
     names |= {"N": N, "C": C, "D": D, "H": H, "W": W, "standardised": standardised}
     names |= {op: getattr(selfkd, op) for op in selfkd.contract.modules()}
@@ -172,6 +174,45 @@ def reverse(n: Names) -> Tensor:
     return kl(F.softmax(n["z"] / n["T"], 1), F.softmax(n["t"] / n["T"], 1)).mean()
 
 
+def mixture(n: Names, beta: float, rows: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    """The generalised Jensen-Shannon divergence of p and q, of which `rows` makes others."""
+    p, q = (rows(F.softmax(n[name], 1)) for name in "zt")
+    m = beta * q + (1 - beta) * p
+    return (beta * kl(q, m) + (1 - beta) * kl(p, m)).mean()
+
+
+def skewed(n: Names, lam: float, reverse: bool) -> Tensor:
+    """KL from a mixture that has `lam` of the side itself."""
+    p, q = (F.softmax(n[name], 1) for name in ("zt" if reverse else "tz"))
+    return kl(p, lam * p + (1 - lam) * q).mean()
+
+
+def renormalised(n: Names) -> Callable[[Tensor], Tensor]:
+    return lambda x: F.normalize(x.gather(1, n["I"]), p=1, dim=1)
+
+
+def with_tail(n: Names) -> Callable[[Tensor], Tensor]:
+    def rows(x: Tensor) -> Tensor:
+        listed = x.gather(1, n["I"])
+        return torch.cat([listed, 1 - listed.sum(1, keepdim=True)], 1)
+
+    return rows
+
+
+def sparse(n: Names) -> Tensor:
+    """KL(q||p) over the listed classes, q over its sum and p as it is."""
+    return kl(renormalised(n)(F.softmax(n["t"], 1)), F.softmax(n["z"], 1).gather(1, n["I"])).mean()
+
+
+def sparse_with_tail(n: Names) -> Tensor:
+    p, q = (with_tail(n)(F.softmax(n[name], 1)) for name in "zt")
+    return kl(q, p).mean()
+
+
+def variation(n: Names) -> Tensor:
+    return (F.softmax(n["z"], 1) - F.softmax(n["t"], 1)).abs().sum(1).mean() / 2
+
+
 def frskd_pixels(n: Names) -> Tensor:
     """Cross-entropy over the labelled, KL over all."""
     labelled = n["y"] != 255
@@ -247,6 +288,16 @@ PUBLISHED: dict[str, Formula | tuple[Formula, Formula]] = {  # and a constant th
     "R-Drop, its ViT code": lambda n: n["alpha"] * both_ways(n).sum(),
     "reverse KL": reverse,
     "mixed KL": mixed,
+    "GKD": lambda n: mixture(n, n["w"]),
+    "MiniLLM": lambda n: reverse(n | {"T": 1.0}),
+    "DistiLLM, skewed KL": lambda n: skewed(n, 0.1, reverse=False),
+    "DistiLLM, skewed reverse KL": lambda n: skewed(n, 0.1, reverse=True),
+    "f-distill": variation,
+    "SDFT, SDPO of all classes": lambda n: mixture(n, n["alpha"]),
+    "SDFT, SDPO of the top k, renormalised": lambda n: mixture(n, n["alpha"], renormalised(n)),
+    "SDFT, SDPO of the top k and a tail": lambda n: mixture(n, n["alpha"], with_tail(n)),
+    "DistillKit, sparse KL, missing classes zero": sparse,
+    "DistillKit, sparse KL, missing classes uniform on both sides": sparse_with_tail,
     "SimReg": lambda n: (2 - 2 * cosines(n)).mean(),
     "hidden-state cosine": lambda n: (1 - cosines(n)).mean(),
     "FitNets": lambda n: F.mse_loss(n["s"], n["f"]),

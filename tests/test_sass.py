@@ -30,6 +30,7 @@ BLOCKS = {
 WIDE_BLOCKS = {
     "distill_kernel": 2,
     "distill_backward_kernel": 2,
+    "js_divergence_kernel": 2,
     "sd_dropout_head_kernel": 2,
     "topk_divergence_kernel": 2,  # the listed classes are measured in double
     "topk_divergence_backward_kernel": 2,
@@ -41,6 +42,7 @@ WIDE = {
     "distill_kernel": (1, 1, 0),
     "distill_backward_kernel": (1, 1, 1),
     "sd_dropout_head_kernel": (6, 0, 3),
+    "js_divergence_kernel": (6, 0, 0),  # for sums, for close rows, and for the loss
     "simreg_kernel": (2, 2, 0),  # for the lengths, and for the differences of close rows
     "dropout_views_kernel": (1, 0, 2),
     "dropout_views_backward_kernel": (3, 0, 1),

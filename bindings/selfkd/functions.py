@@ -184,7 +184,8 @@ def row_loss(
         Raises what the contract cannot say. It takes all arguments in their order, but for weight,
         reduction and divisor, and is looked up by its name in the definition's module.
     numbers
-        Returns its arguments, which are numbers of the definition, with those that None stands for.
+        Returns its arguments, which are numbers of the definition, with those that None stands for: so
+        the operator is given them. The body calls it itself.
     """
 
     def decorate(definition: Callable[_P, torch.Tensor]) -> Callable[_P, torch.Tensor]:
@@ -209,8 +210,7 @@ class _RowLoss:
         numbers: Callable[..., tuple[Any, ...]] | None,
     ) -> None:
         self.op, self.formula, self.check = definition.__name__, definition, check
-        self.numbers = numbers or (lambda: ())
-        self.found = list(inspect.signature(self.numbers).parameters)
+        self.numbers = list(inspect.signature(numbers).parameters) if numbers else []
         self.of = contract.contract(self.op)
         names = inspect.signature(definition).parameters
         wanted = {item.name for item in self.of.items if item.is_input or item.is_number} | {"dim"}
@@ -234,8 +234,8 @@ class _RowLoss:
         op, first = repr(self.op), self.wide[0]
         live = self.live
         lines = [f"code_of_{name} = _code_of_{name}({name})" for name in self.choices]
-        if self.found:
-            lines.append(f"{', '.join(self.found)} = _numbers({', '.join(self.found)})")
+        if self.numbers:
+            lines.append(f"{', '.join(self.numbers)} = _numbers({', '.join(self.numbers)})")
         for name in self.constant:
             lines.append(f"_arguments.without_gradient({op}, {name!r}, {name})")
         if len(live) > 1:
@@ -260,8 +260,6 @@ class _RowLoss:
         """The reduced result for arguments by name."""
         for name, choice in self.choices.items():
             choice(given[name])
-        found = self.numbers(*(given[name] for name in self.found))
-        given |= dict(zip(self.found, found, strict=True))
         first, weight = self.wide[0], given["weight"]
         acc = arguments.accumulator(given[first])
         for name in self.wide:

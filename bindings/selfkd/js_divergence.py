@@ -1,4 +1,4 @@
-"""Divergence of student and teacher from their mixture: the generalised Jensen-Shannon divergence and its relatives."""
+"""Divergence of student and teacher from their mixture: generalised Jensen-Shannon and its relatives."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ def numbers_of(
     teacher_temperature: float | None,
 ) -> tuple[float, float, float, float, float]:
     """The numbers of a call, with those that None stands for."""
-    beta = arguments.number(_OP, "beta", beta)
+    if not arguments.wants_gradient(beta):  # it may in the reference
+        beta = arguments.number(_OP, "beta", beta)
     if teacher_weight is None and student_weight is None:
-        teacher_weight = 1.0 if beta == 0 else 0.0 if beta == 1 else beta
-        student_weight = 0.0 if beta == 0 else 1.0 if beta == 1 else 1 - beta
+        first, last = arguments.is_zero(beta), arguments.is_zero(1 - beta)
+        teacher_weight = 1.0 if first else 0.0 if last else beta
+        student_weight = 0.0 if first else 1.0 if last else 1 - beta
     a = 0.0 if teacher_weight is None else teacher_weight
     b = 0.0 if student_weight is None else student_weight
     own = temperature if teacher_temperature is None else teacher_temperature
@@ -40,8 +42,8 @@ def _log_mixture(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch
         return log_p if arguments.is_zero(beta) else log_q
     nowhere = (log_p == -torch.inf) & (log_q == -torch.inf)  # would leave a gradient of NaN
     a, b = log_p.masked_fill(nowhere, 0), log_q.masked_fill(nowhere, 0)
-    beta = torch.as_tensor(beta, dtype=log_p.dtype, device=log_p.device)
-    return torch.logaddexp(a + torch.log1p(-beta), b + beta.log())
+    of_q = torch.as_tensor(beta, dtype=log_p.dtype, device=log_p.device)
+    return torch.logaddexp(a + torch.log1p(-of_q), b + of_q.log())
 
 
 @functions.row_loss(numbers=numbers_of)
@@ -100,15 +102,17 @@ def js_divergence(
     ...     teacher = model(prompt_with_answer).logits
     >>> loss = selfkd.js_divergence(logits, teacher, beta=0.5, weight=mask, dim=-1)
     """
-    log_p = F.log_softmax(student / temperature, 1)
-    log_q = F.log_softmax(teacher / teacher_temperature, 1)
+    beta, a, b, temperature, own = numbers_of(
+        beta, teacher_weight, student_weight, temperature, teacher_temperature
+    )
+    log_p, log_q = F.log_softmax(student / temperature, 1), F.log_softmax(teacher / own, 1)
     if kind == "tv":
         return (log_p.exp() - log_q.exp()).abs().sum(1) / 2
     log_m, rows = _log_mixture(log_p, log_q, beta), torch.zeros_like(log_p[:, 0])
-    if not arguments.is_zero(teacher_weight):
-        rows = rows + teacher_weight * _kl(log_q, log_m)
-    if not arguments.is_zero(student_weight):
-        rows = rows + student_weight * _kl(log_p, log_m)
+    if not arguments.is_zero(a):
+        rows = rows + a * _kl(log_q, log_m)
+    if not arguments.is_zero(b):
+        rows = rows + b * _kl(log_p, log_m)
     return rows
 
 

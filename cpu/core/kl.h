@@ -125,8 +125,7 @@ typedef struct sk_two_tiles {
 
 /* Adds a group of lanes; asks for the next ones. */
 SK_SPECIAL void sk_compare_group(enum sk_form form, enum sk_wanted wanted, enum sk_exps exps,
-                                 const sk_task *r,
-                                 const sk_scale *scale, const sk_scale *scale_v,
+                                 const sk_task *r, const sk_scale *scale, const sk_scale *scale_v,
                                  const sk_two_tiles *x, sk_comparison *m) {
     const sk_scale t = *scale, t_v = *scale_v;
     const real *const u = x->u, *const v = x->v;

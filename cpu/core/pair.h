@@ -230,8 +230,7 @@ SK_OUTLINE void sk_pair_run(void *context, const sk_slice *at) {
 /* The gradient of a row that is far or holds infinities or NaN: terms of weight 0 are left out, 0
  * log 0 = 0. */
 SK_RARE void sk_careful_gradient(const sk_task *r, const sk_pair *x, int64_t i, sk_divergence row,
-                                 double factor, sk_term_weights w, const sk_arg *grad_u,
-                                 const sk_arg *grad_v) {
+                                 double factor, sk_term_weights w, const sk_arg *const *to) {
     const sk_row_pair found = sk_row_pair_of(r, x->u, x->v, x->t.T, x->t.T, i);
     const sk_row_pair both = sk_row_pair_within(found, row.lse_u, row.dl);
     for (int64_t c = 0; c < r->C; c++) {
@@ -243,8 +242,8 @@ SK_RARE void sk_careful_gradient(const sk_task *r, const sk_pair *x, int64_t i, 
         if (w.qp != 0) to_u += w.qp * (k.p - k.q);
         if (w.target_qp != 0) to_v -= w.target_qp * kl_qp;
         if (w.pq != 0) to_v -= w.pq * (k.p - k.q);
-        sk_store_one(grad_u, sk_class_at(r, grad_u, i, c), (real)(factor * to_u));
-        sk_store_one(grad_v, sk_class_at(r, grad_v, i, c), (real)(factor * to_v));
+        sk_store_wanted(r, to[0], i, c, (real)(factor * to_u));
+        sk_store_wanted(r, to[1], i, c, (real)(factor * to_v));
     }
 }
 

@@ -53,6 +53,14 @@ static inline void sk_put_run(const sk_task *r, const sk_arg *x, sk_run run, con
 
 /* ---- a pass that reads and writes ---- */
 
+/* A gradient that is to be written, or NULL where it is not wanted. */
+#define SK_WANTED(x) ((x).data ? &(x) : NULL)
+
+static inline void sk_store_wanted(const sk_task *r, const sk_arg *x, int64_t i, int64_t c,
+                                   real value) {
+    if (x) sk_store_one(x, sk_class_at(r, x, i, c), value);
+}
+
 /* The tensors of a pass, those that are read and those that are written. A NULL is none. */
 enum { SK_READ = 3, SK_WRITTEN = 2 };
 typedef struct sk_streams {

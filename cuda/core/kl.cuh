@@ -376,7 +376,7 @@ SK_DEVICE void sk_differentiate_far(const sk_two_rows<T> &r, const sk_divergence
         double to_u = rev != 0 ? rev * diff : 0, to_v = f != 0 ? -f * diff : 0;
         if (!detach && f != 0) to_u += p == 0 && isinf(a) ? 0 : f * p * (d - of.kl_pq);
         if (!detach && rev != 0) to_v -= q == 0 && isinf(b) ? 0 : rev * q * (d + of.kl_qp);
-        sk_narrow((real)(t * to_u), grad_u + c * u_stride);
-        sk_narrow((real)(t * to_v), grad_v + c * v_stride);
+        if (grad_u) sk_narrow((real)(t * to_u), grad_u + c * u_stride);
+        if (grad_v) sk_narrow((real)(t * to_v), grad_v + c * v_stride);
     }
 }

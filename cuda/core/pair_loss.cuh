@@ -2,12 +2,8 @@
  * formula holds here. One kernel each way: forward reads the logits twice, the second time from
  * cache, backward once. */
 #pragma once
-#include "core/row.cuh"
+#include "core/pair_class.cuh"
 #include "core/row_loss.cuh"
-
-#include <float.h>
-
-#include "formula/pair_class.h"
 
 /* Formula is a type with
  *   static bool smooth(k)             what cpu/core/pair_loss.h says of it
@@ -18,13 +14,6 @@ struct sk_pair_loss_row {
     double lse, dl, a, b, loss;
 };
 
-template <typename T>
-struct sk_two_rows_of {
-    const T *u, *v;
-    int64_t u_stride, v_stride, C;
-    double T_u, T_v;
-};
-
 /* Where a gradient goes; at is NULL where it is not wanted. */
 template <typename T>
 struct sk_out_row {
@@ -32,104 +21,11 @@ struct sk_out_row {
     int64_t stride;
 };
 
-/* ---- a class ---- */
-
-/* -inf is computed with as -2^110: 0 * y stays 0. */
-constexpr double kExcluded = -0x1p110;
-
-/* A number as the sum of two that is kept in registers: it comes from double, and a loop needs it.
- */
-template <typename real>
-struct sk_high_low {
-    real high, low;
-};
-template <typename real>
-SK_DEVICE sk_high_low<real> sk_high_low_of(double x) {
-    const real high = (real)x;
-    return {sk_keep(high), sk_keep((real)(x - high))};
-}
-
-/* What the classes of a row need of its sides: 1/T, lse to base 2 and log2(e)/T of u and v; dl; and a
- * d below which is no more than the rounding of a constant between u and v, and counts as 0. */
-template <typename real>
-struct sk_pair_sides {
-    sk_high_low<real> per_T, per_T_v, log2_u, log2_v, dl;
-    real log2e, log2e_v, agree;
-};
-
-template <typename T>
-SK_DEVICE sk_pair_sides<sk_real<T>> sk_sides_at(const sk_two_rows_of<T> &r, double lse, double dl) {
-    typedef sk_real<T> real;
-    const real log2e = sk_keep((real)(1.4426950408889634 / r.T_u)),
-               log2e_v = sk_keep((real)(1.4426950408889634 / r.T_v));
-    return {sk_high_low_of<real>(1 / r.T_u),
-            sk_high_low_of<real>(1 / r.T_v),
-            sk_high_low_of<real>(lse * r.T_u * log2e), /* so that its rounding is no more than that */
-            sk_high_low_of<real>((lse - dl) * r.T_v * log2e_v), /* of a difference */
-            sk_high_low_of<real>(dl),
-            log2e,
-            log2e_v,
-            sk_keep((real)(4 * DBL_EPSILON * fabs(dl)))};
-}
-
-/* a/T - b/T' - dl to the last digits: the products and their difference are exact but for the square
- * of an epsilon. Exactly -dl where a = b and T = T'. */
-template <typename real>
-SK_DEVICE real sk_log_ratio_at(const sk_pair_sides<real> &k, real a, real b) {
-    const real u = a * k.per_T.high, v = b * k.per_T_v.high;
-    const real u_low = fma(a, k.per_T.high, -u) + a * k.per_T.low;
-    const real v_low = fma(b, k.per_T_v.high, -v) + b * k.per_T_v.low;
-    const real high = u - v, minus_v = high - u; /* u - v, exactly (Knuth) */
-    const real low = ((u - (high - minus_v)) - (v + minus_v)) + (u_low - v_low);
-    return (high - k.dl.high) + (low - k.dl.low);
-}
-
-/* From p, q and d; the smaller of p and q is found from the larger. */
-template <typename real>
-SK_DEVICE sk_pair_class<real> sk_class_from(real d, real larger) {
-    const real size = d < 0 ? -d : d;
-    const bool near = size < (real)0.75;
-    const real ratio = sk_exp2(-size * (real)1.4426950408889634), smaller = larger * ratio;
-    const real second = size * size * sk_curvature(-size), gap = near ? size - second : 1 - ratio;
-    return {d < 0 ? smaller : larger, d < 0 ? larger : smaller, d,   size,
-            larger,                   ratio,                    gap, near ? second : size - gap};
-}
-
-/* A class with the logits a and b, from kExcluded up. */
-template <typename real>
-SK_DEVICE sk_pair_class<real> sk_class_at(const sk_pair_sides<real> &k, real a, real b) {
-    const real found = sk_log_ratio_at(k, a, b), size = found < 0 ? -found : found;
-    const real d = size < k.agree ? 0 : found;
-    const bool less = d < 0;
-    const sk_high_low<real> lse = less ? k.log2_v : k.log2_u;
-    const real z = fma(less ? b : a, less ? k.log2e_v : k.log2e, -lse.high) - lse.low;
-    return sk_class_from(d, sk_exp2(z));
-}
-
-/* A class in double; what the formula makes of it is in `real`. */
-template <typename T>
-SK_DEVICE sk_pair_class<double> sk_careful_class(const sk_two_rows_of<T> &r, int64_t c,
-                                                 const sk_side &x, const sk_side &y) {
-    const double u = sk_widen(r.u[c * r.u_stride]), v = sk_widen(r.v[c * r.v_stride]);
-    const double p = exp(sk_log_p(u, r.T_u, x)), q = exp(sk_log_p(v, r.T_v, y));
-    const bool nowhere = isinf(u) && isinf(v);
-    const double d = nowhere ? 0 : sk_log_ratio_of(u, v, r.T_u, r.T_v, x, y);
-    const double size = fabs(d), gap = -expm1(-size);
-    const double rest = size < 0.5 ? size * size * sk_curvature(-size) : size - gap;
-    return {p, q, d, size, nowhere ? 0 : fmax(p, q), exp(-size), gap, rest};
-}
-
 template <typename Formula, typename real>
 SK_DEVICE sk_pair_result<real> sk_terms_of(const sk_pair_class<double> &x, const real *k) {
     const sk_pair_class<real> y = {(real)x.p,      (real)x.q,     (real)x.d,   (real)x.size,
                                    (real)x.larger, (real)x.ratio, (real)x.gap, (real)x.rest};
     return Formula::at(y, k);
-}
-
-template <typename T>
-SK_DEVICE void sk_sides_of_rows(const sk_two_rows_of<T> &r, sk_side *x, sk_side *y) {
-    const sk_stored_row<T> u = {r.u, r.u_stride}, v = {r.v, r.v_stride};
-    sk_sides_of(u, v, r.C, r.T_u, r.T_v, x, y);
 }
 
 /* ---- forward ---- */
@@ -190,7 +86,8 @@ SK_DEVICE sk_pair_loss_row sk_row_of_sums(const sk_two_rows_of<T> &r,
     return {u + log_u, (u - v) + (log_u - log(x.sum[1])), 0, 0, 0};
 }
 
-/* What dl is off by: log(sum p / sum q) by what it is now, from sum (p - q), of which nothing cancels.
+/* What dl is off by: log(sum p / sum q) by what it is now, from sum (p - q), of which nothing
+ * cancels.
  */
 template <typename T, int kVec>
 SK_DEVICE double sk_error_of_dl(const sk_two_rows_of<T> &r, const sk_pair_loss_row &row) {
@@ -299,8 +196,8 @@ SK_DEVICE sk_pair_loss_row sk_careful_pair_loss(const sk_two_rows_of<T> &r,
     const double lse = sk_lse_of(x, r.T_u), lse_v = sk_lse_of(y, r.T_v);
     if (!isfinite(x.log_sum) || !isfinite(y.log_sum))
         return {lse, lse == -INFINITY ? lse_v : lse - lse_v, NAN, NAN, NAN};
-    const double dl = r.T_u == r.T_v ? (x.top - y.top) / r.T_u + (x.log_sum - y.log_sum)
-                                     : lse - lse_v;
+    const double dl =
+        r.T_u == r.T_v ? (x.top - y.top) / r.T_u + (x.log_sum - y.log_sum) : lse - lse_v;
     double sum[3] = {0, 0, 0};
     SK_ROLLED for (int64_t c = sk_lane(); c < r.C; c += sk_group()) {
         const sk_pair_class<double> k = sk_careful_class(r, c, x, y);
@@ -321,12 +218,13 @@ SK_DEVICE sk_pair_loss_row sk_pair_loss_of(const sk_two_rows_of<T> &r, const sk_
     const sk_pair_class<real> apart = {1, e, 1, 1, 1, e, 1 - e, e};
     const sk_pair_sums<real> sums = sk_sum_pair<T, kVec>(r);
     sk_pair_loss_row row = sk_row_of_sums(r, sums);
-    const bool smooth = Formula::smooth(numbers);
-    if (!smooth) row.dl += sk_error_of_dl<T, kVec>(r, row);
-    sk_add_pair_loss<Formula, T, kVec>(r, numbers, &row);
-    if (smooth && row.loss < 1e-6 * Formula::at(apart, numbers).value) { /* the row is close */
-        row.dl += sk_error_of_dl<T, kVec>(r, row);
+    bool exact = !Formula::smooth(numbers);
+    SK_ROLLED for (int visits = 0; visits < 2; visits++) {
+        if (exact) row.dl += sk_error_of_dl<T, kVec>(r, row);
         sk_add_pair_loss<Formula, T, kVec>(r, numbers, &row);
+        const bool close = row.loss < 1e-6 * Formula::at(apart, numbers).value;
+        if (exact || !close) break;
+        exact = true;
     }
     const bool side = sums.top[0] > (real)kExcluded && sums.top[1] > (real)kExcluded;
     if (side && row.loss < 1e13 && !sk_is_far_pair<real>(row.lse, row.dl, 0)) return row;
@@ -358,7 +256,8 @@ SK_DEVICE void sk_differentiate_pair_loss(const sk_two_rows_of<T> &r, const sk_p
         return;
     }
     const sk_pair_sides<real> k = sk_sides_at(r, of.lse, of.dl);
-    const sk_high_low<real> mean_p = sk_high_low_of<real>(of.a), mean_q = sk_high_low_of<real>(of.b);
+    const sk_high_low<real> mean_p = sk_high_low_of<real>(of.a),
+                            mean_q = sk_high_low_of<real>(of.b);
     const real f_u = sk_keep((real)by_u), f_v = sk_keep((real)by_v);
     const T *const u = sk_keep(r.u), *const v = sk_keep(r.v);
     SK_ROLLED for (int64_t base = 0; base < r.C; base += sk_step<T>()) {
@@ -403,35 +302,33 @@ SK_DEVICE void sk_pair_loss_backward(const Params &p, const sk_arg &to_u, const 
         const double per_row = in.grad * in.weight / in.denominator;
         const double factor = in.weight != 0 ? per_row : 0;
         const sk_pair_loss_row x = {in.saved(0), in.saved(1), in.saved(2), in.saved(3), 0};
-        T *const no = nullptr;
-        const sk_out_row<T> u = {to_u.data ? sk_keep(sk_row<T>(to_u, n, s)) : no, to_u.stride[1]};
-        const sk_out_row<T> v = {to_v.data ? sk_keep(sk_row<T>(to_v, n, s)) : no, to_v.stride[1]};
+        const sk_out_row<T> u = {sk_wanted_row<T>(to_u, n, s), to_u.stride[1]};
+        const sk_out_row<T> v = {sk_wanted_row<T>(to_v, n, s), to_v.stride[1]};
         sk_differentiate_pair_loss<Formula, T, kVec>(rows(n, s), x, factor, numbers, u, v);
     });
 }
 
 /* The rows of inputs u and v, whose temperatures are the parameters T and T_v. */
-#define SK_PAIR_ROWS(type, p, u, v, T, T_v)                                      \
-    [&](int64_t n, int64_t s) {                                                  \
-        return sk_two_rows_of<type>{sk_row<type>((p).u, n, s),                   \
-                                    sk_row<type>((p).v, n, s),                   \
-                                    (p).u.stride[1],                             \
-                                    (p).v.stride[1],                             \
-                                    SK_DIM(&(p), C),                             \
-                                    (p).T,                                       \
-                                    (p).T_v};                                    \
+#define SK_PAIR_ROWS(type, p, u, v, T, T_v)                    \
+    [&](int64_t n, int64_t s) {                                \
+        return sk_two_rows_of<type>{sk_row<type>((p).u, n, s), \
+                                    sk_row<type>((p).v, n, s), \
+                                    (p).u.stride[1],           \
+                                    (p).v.stride[1],           \
+                                    SK_DIM(&(p), C),           \
+                                    (p).T,                     \
+                                    (p).T_v};                  \
     }
 
-/* Defines the kernel op_kernel<T, kVec, Formula> of a loss, and that of its gradient; and how they are
- * launched for the parameters *p. */
-#define SK_PAIR_FORWARD(op, u, v, temperature, temperature_v)                                    \
-    template <typename T, int kVec, typename Formula>                                            \
-    __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)                            \
-        op##_kernel(const struct op##_params p) {                                                \
-        typedef sk_real<T> real;                                                                 \
-        const real k[] = op##_NUMBERS(&p);                                                       \
-        sk_pair_loss_forward<Formula, T, kVec>(                                                  \
-            p, k, SK_PAIR_ROWS(T, p, u, v, temperature, temperature_v));                         \
+/* Defines the kernel op_kernel<T, kVec, Formula> of a loss, and that of its gradient; and how they
+ * are launched for the parameters *p. */
+#define SK_PAIR_FORWARD(op, u, v, temperature, temperature_v)                                \
+    template <typename T, int kVec, typename Formula>                                        \
+    __global__ void __launch_bounds__(SK_BLOCK, 2) op##_kernel(const struct op##_params p) { \
+        typedef sk_real<T> real;                                                             \
+        const real k[] = op##_NUMBERS(&p);                                                   \
+        sk_pair_loss_forward<Formula, T, kVec>(                                              \
+            p, k, SK_PAIR_ROWS(T, p, u, v, temperature, temperature_v));                     \
     }
 #define SK_PAIR_BACKWARD(op, u, v, temperature, temperature_v)                                   \
     template <typename T, int kVec, typename Formula>                                            \
@@ -444,29 +341,27 @@ SK_DEVICE void sk_pair_loss_backward(const Params &p, const sk_arg &to_u, const 
     }
 #define SK_LAUNCH_FORWARD(op, u, v, formula) \
     sk_launch_rows(SK_INSTANCES(op##_kernel, formula), SK_ROWS(p), {&p->u, &p->v}, stream, *p)
-#define SK_LAUNCH_BACKWARD(op, u, v, formula)                                                    \
-    sk_launch_rows(SK_INSTANCES(op##_backward_kernel, formula), SK_ROWS(p),                      \
-                   {&p->u, &p->v, p->grad_##u.data ? &p->grad_##u : &p->u,                       \
-                    p->grad_##v.data ? &p->grad_##v : &p->v},                                    \
-                   stream, *p)
+#define SK_LAUNCH_BACKWARD(op, u, v, formula)                               \
+    sk_launch_rows(SK_INSTANCES(op##_backward_kernel, formula), SK_ROWS(p), \
+                   {&p->u, &p->v, SK_OR(p->grad_##u, p->u), SK_OR(p->grad_##v, p->v)}, stream, *p)
 
 /* Defines all of it for a loss with one formula, op_terms. */
-#define SK_PAIR_LOSS(op, u, v, temperature, temperature_v)                                      \
-    struct op##_formula {                                                                       \
-        template <typename real>                                                                \
-        static __device__ bool smooth(const real *) {                                           \
-            return false;                                                                       \
-        }                                                                                       \
-        template <typename real>                                                                \
+#define SK_PAIR_LOSS(op, u, v, temperature, temperature_v)                                       \
+    struct op##_formula {                                                                        \
+        template <typename real>                                                                 \
+        static __device__ bool smooth(const real *) {                                            \
+            return false;                                                                        \
+        }                                                                                        \
+        template <typename real>                                                                 \
         static __device__ sk_pair_result<real> at(const sk_pair_class<real> &x, const real *k) { \
-            return op##_terms(x, k);                                                            \
-        }                                                                                       \
-    };                                                                                          \
-    SK_PAIR_FORWARD(op, u, v, temperature, temperature_v)                                       \
-    SK_PAIR_BACKWARD(op, u, v, temperature, temperature_v)                                      \
-    extern "C" int sk_cuda_##op(const struct op##_params *p, void *stream) {                    \
-        return SK_LAUNCH_FORWARD(op, u, v, op##_formula);                                       \
-    }                                                                                           \
+            return op##_terms(x, k);                                                             \
+        }                                                                                        \
+    };                                                                                           \
+    SK_PAIR_FORWARD(op, u, v, temperature, temperature_v)                                        \
+    SK_PAIR_BACKWARD(op, u, v, temperature, temperature_v)                                       \
+    extern "C" int sk_cuda_##op(const struct op##_params *p, void *stream) {                     \
+        return SK_LAUNCH_FORWARD(op, u, v, op##_formula);                                        \
+    }                                                                                            \
     extern "C" int sk_cuda_##op##_backward(const struct op##_backward_params *p, void *stream) { \
-        return SK_LAUNCH_BACKWARD(op, u, v, op##_formula);                                      \
+        return SK_LAUNCH_BACKWARD(op, u, v, op##_formula);                                       \
     }

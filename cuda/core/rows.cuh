@@ -16,6 +16,14 @@ template <typename T>
 SK_DEVICE T *sk_row(const sk_arg &x, int64_t n, int64_t s) {
     return (T *)x.data + n * x.stride[0] + s * x.stride[2];
 }
+/* Of a gradient, or NULL where it is not wanted; and what stands for that among a launch's tensors.
+ */
+template <typename T>
+SK_DEVICE T *sk_wanted_row(const sk_arg &x, int64_t n, int64_t s) {
+    return x.data ? sk_keep(sk_row<T>(x, n, s)) : nullptr;
+}
+#define SK_OR(x, other) ((x).data ? &(x) : &(other))
+
 template <typename T>
 SK_DEVICE T *sk_cell(const sk_arg &x, int64_t n, int64_t s) {
     return (T *)x.data + n * x.stride[0] + s * x.stride[1];

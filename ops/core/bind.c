@@ -13,6 +13,7 @@ int sk_check(sk_call *call) {
     const sk_op *const op = call->op;
     call->trailing_rank = -1;
     memset(call->bound, 0, sizeof call->bound);
+    call->windows = 0;
     memset(&call->params, 0, op->params_size);
     call->first = 0;
     while (!sk_is_input(&op->items[call->first]) || op->items[call->first].rule != SK_FLOATING)

@@ -14,20 +14,6 @@ bool sk_is_unwanted(const sk_call *call, int item) {
     return false;
 }
 
-bool sk_is_absent(const sk_call *call, int item) {
-    const sk_item *const it = &call->op->items[item];
-    const int of = it->kind == SK_LIKE ? sk_find_item(call->op, it->shape) : item;
-    return call->tensor[of].ndim == SK_ABSENT || sk_is_unwanted(call, item);
-}
-
-const char *sk_shape_of(const sk_op *op, int item) {
-    const sk_item *const it = &op->items[item];
-    return it->kind == SK_LIKE ? op->items[sk_find_item(op, it->shape)].shape : it->shape;
-}
-
-int sk_fixed_rank(const char *shape) { return (int)strcspn(shape, "*"); }
-bool sk_has_trailing(const char *shape) { return shape[sk_fixed_rank(shape)] == '*'; }
-
 /* The number of maps that a '#' stands for. */
 static int count_maps(const sk_call *call) {
     int count = 0;
@@ -61,7 +47,7 @@ enum sk_dtype sk_expected_dtype(const sk_call *call, int item) {
         return SK_DT_I64;
     default:
         if (it->kind != SK_LIKE) return dtype;
-        return sk_dtype_of(call->tensor[sk_find_item(call->op, it->shape)].dtype);
+        return sk_dtype_of(call->tensor[it->place].dtype);
     }
 }
 
@@ -77,7 +63,7 @@ void sk_output_like(const sk_call *call, int item, selfkd_tensor *out) {
         sk_compact_strides(out->ndim, out->shape, out->strides);
         return;
     }
-    const selfkd_tensor *const t = &call->tensor[sk_find_item(call->op, it->shape)];
+    const selfkd_tensor *const t = &call->tensor[it->place];
     if (sk_is_absent(call, item)) {
         out->ndim = 1;
         out->dtype = call->tensor[call->first].dtype;

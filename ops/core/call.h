@@ -10,6 +10,7 @@
  */
 #pragma once
 #include "library.h"
+#include "memory.h"
 
 enum { SK_ABSENT = INT32_MIN };
 
@@ -21,9 +22,12 @@ typedef struct sk_call {
         int64_t integer;
     } number[SK_MAX_ITEMS];
     int first; /* index of the first FLOATING tensor, which gives the call its dtype and device */
-    int trailing_rank;       /* how many dimensions a '*' stands for; -1: not known yet */
-    const int64_t *trailing; /* their sizes */
-    bool bound[SK_LETTERS];  /* the letters whose size is known */
+    int trailing_rank;              /* how many dimensions a '*' stands for; -1: not known yet */
+    const int64_t *trailing;        /* their sizes */
+    bool bound[SK_LETTERS];         /* the letters whose size is known */
+    int windows;                    /* how many tensors that are not empty were checked, */
+    sk_window window[SK_MAX_ITEMS]; /* where they lie, */
+    int window_of[SK_MAX_ITEMS];    /* and which items they are */
     union {
         sk_dims dims;
         max_align_t align;
@@ -40,17 +44,34 @@ static inline selfkd_device sk_device_of(const sk_call *call) {
     return call->tensor[call->first].device;
 }
 
+/* The tensor that an item is measured by: itself; for a LIKE, its input. */
+static inline int sk_model_of(const sk_op *op, int item) {
+    return op->items[item].kind == SK_LIKE ? op->items[item].place : item;
+}
+
 /* Whether an item is an output LIKE an input that a BOOL needs_<input> says is not wanted. */
 bool sk_is_unwanted(const sk_call *call, int item);
 
-/* Whether an item is a tensor that is not there: an OPT that is not given, an output LIKE it, or one
- * that is not wanted. */
-bool sk_is_absent(const sk_call *call, int item);
+/* Whether an item is a tensor that is not there: an OPT that is not given, an output LIKE it, or
+ * one that is not wanted. */
+static inline bool sk_is_absent(const sk_call *call, int item) {
+    return call->tensor[sk_model_of(call->op, item)].ndim == SK_ABSENT ||
+           sk_is_unwanted(call, item);
+}
 
 /* The shape that the contract gives a tensor: its letters; for a LIKE, those of its input. */
-const char *sk_shape_of(const sk_op *op, int item);
-int sk_fixed_rank(const char *shape);    /* the number of its dimensions before a '*' */
-bool sk_has_trailing(const char *shape); /* whether it ends with '*' */
+static inline const char *sk_shape_of(const sk_op *op, int item) {
+    return op->items[sk_model_of(op, item)].shape;
+}
+
+/* The number of its dimensions before a '*', and whether it ends with one. A shape is 4 characters
+ * at most, for which string functions are a long way. */
+static inline int sk_fixed_rank(const char *shape) {
+    int k = 0;
+    while (shape[k] && shape[k] != '*') k++;
+    return k;
+}
+static inline bool sk_has_trailing(const char *shape) { return shape[sk_fixed_rank(shape)] == '*'; }
 
 /* The size of dimension k of such a shape, and the dtype of an item that may have only one, in this
  * call. */

@@ -100,8 +100,8 @@ static int check_rule(const sk_op *op, const sk_item *it) {
 /* What a LIKE or RESIZE names is an input. */
 static int check_named(const sk_op *op, const sk_item *it, const char *name) {
     const sk_item *const of = item_of(op, name);
-    if (!of || !(is_required(of) || of->kind == SK_OPT))
-        return FAIL(op, it, "the name of an IN, INOUT or OPT");
+    if (!of || !(is_required(of) || of->kind == SK_OPT) || of != &op->items[it->place])
+        return FAIL(op, it, "the name of an IN, INOUT or OPT, and its place");
     return SELFKD_OK;
 }
 

@@ -23,7 +23,7 @@ static int check_dtype(const sk_call *call, int item) {
         return SELFKD_OK;
     char has[32]; /* sk_dtype_name() is called twice */
     snprintf(has, sizeof has, "%s", sk_dtype_name(call->tensor[item].dtype));
-    const int like = it->kind == SK_LIKE ? sk_find_item(call->op, it->shape) : call->first;
+    const int like = it->kind == SK_LIKE ? it->place : call->first;
     return sk_fail(SELFKD_ERROR_TYPE, "%s: %s has dtype %s, expected %s%s%s", call->op->name,
                    it->name, has,
                    floating  ? "float16, bfloat16, float32 or float64"
@@ -60,7 +60,7 @@ static int check_device(const sk_call *call, int item) {
 
 /* Only a C caller can get this wrong: a descriptor that describes no memory. Its dtype is known. Of
  * more than SK_MAX_RANK dimensions none is looked at, since check_rank() refuses them. */
-static int check_descriptor(const sk_call *call, int item) {
+static int check_descriptor(sk_call *call, int item) {
     const selfkd_tensor *const t = &call->tensor[item];
     const char *const op = call->op->name, *const name = call->op->items[item].name;
     const int64_t element = sk_dtype_size(sk_dtype_of(t->dtype));
@@ -68,20 +68,23 @@ static int check_descriptor(const sk_call *call, int item) {
         return sk_fail(SELFKD_ERROR_VALUE, "%s: %s is no tensor (ndim %d)", op, name, t->ndim);
     if (t->ndim > SK_MAX_RANK) return SELFKD_OK;
     int64_t bytes = element;
+    bool empty = false;
     for (int k = 0; k < t->ndim; k++) {
         const int64_t size = t->shape[k];
+        empty = empty || size == 0;
         if (size < 0 || __builtin_mul_overflow(bytes, size > 1 ? size : 1, &bytes))
             return sk_fail(SELFKD_ERROR_VALUE,
                            "%s: %s has size %lld in dimension %d, which is negative or too large",
                            op, name, (long long)size, k);
     }
-    if (sk_is_empty(t)) return SELFKD_OK;
+    if (empty) return SELFKD_OK;
     if (!t->data) return sk_fail(SELFKD_ERROR_VALUE, "%s: %s has no data", op, name);
-    if (!sk_has_addresses(t))
+    call->window_of[call->windows] = item;
+    if (!sk_find_window(t, &call->window[call->windows++]))
         return sk_fail(SELFKD_ERROR_VALUE,
                        "%s: %s has strides or a byte_offset that leave the address space", op,
                        name);
-    if ((uintptr_t)sk_data(t) % (uintptr_t)element != 0)
+    if (((uintptr_t)t->data + t->byte_offset) & (uintptr_t)(element - 1)) /* a power of two */
         return sk_fail(SELFKD_ERROR_VALUE,
                        "%s: %s has data that is not aligned to its elements of %d bytes", op, name,
                        (int)element);
@@ -103,33 +106,32 @@ int sk_check_contiguous(const sk_call *call, int item) {
 }
 
 int sk_check_own_memory(const sk_call *call, int item) {
-    const sk_op *const op = call->op;
-    const char *const name = op->items[item].name;
-    if (sk_is_absent(call, item)) return SELFKD_OK;
-    if (!sk_has_distinct_elements(&call->tensor[item]))
+    const sk_item *const items = call->op->items;
+    int own = call->windows - 1, shared = SK_MAX_ITEMS;
+    while (own >= 0 && call->window_of[own] != item) own--;
+    if (own < 0) return SELFKD_OK; /* absent or empty */
+    if (items[item].kind != SK_OUT && !sk_has_distinct_elements(&call->tensor[item]))
         return sk_fail(SELFKD_ERROR_VALUE,
                        "%s: %s has elements that share memory, expected memory of its own",
-                       op->name, name);
-    for (int i = 0; i < op->count; i++) {
-        const bool before =
-            sk_is_output(&op->items[item]) && sk_is_output(&op->items[i]) && i < item;
-        if (i == item || !(sk_is_input(&op->items[i]) || before) || sk_is_absent(call, i) ||
-            sk_are_apart(&call->tensor[item], &call->tensor[i]))
+                       call->op->name, items[item].name);
+    for (int k = 0; k < call->windows; k++) {
+        const int other = call->window_of[k];
+        if (sk_are_apart(call->window[own], call->window[k]) || k == own ||
+            sk_are_interleaved(&call->tensor[item], &call->tensor[other]))
             continue;
-        return sk_fail(SELFKD_ERROR_VALUE,
-                       "%s: %s shares memory with %s, expected memory of its own", op->name, name,
-                       op->items[i].name);
+        if (other < shared) shared = other;
     }
-    return SELFKD_OK;
+    if (shared == SK_MAX_ITEMS) return SELFKD_OK;
+    return sk_fail(SELFKD_ERROR_VALUE, "%s: %s shares memory with %s, expected memory of its own",
+                   call->op->name, items[item].name, items[shared].name);
 }
 
 /* ---- shape ---- */
 
-static int check_rank(const sk_call *call, int item, const char *shape) {
+static int check_rank(const sk_call *call, int item, int fixed, bool trailing) {
     const int found = call->tensor[item].ndim;
-    const bool open = sk_has_trailing(shape) && call->trailing_rank < 0; /* any number follows */
-    const int least =
-        sk_fixed_rank(shape) + (sk_has_trailing(shape) && !open ? call->trailing_rank : 0);
+    const bool open = trailing && call->trailing_rank < 0; /* any number follows */
+    const int least = fixed + (trailing && !open ? call->trailing_rank : 0);
     const bool fits = open ? found >= least : found == least;
     if (fits && found <= SK_MAX_RANK) return SELFKD_OK;
     return sk_fail(SELFKD_ERROR_VALUE, "%s: %s has %d dimension%s, expected %s%d", call->op->name,
@@ -154,9 +156,8 @@ static int wrong_size(const sk_call *call, int item, const char *shape, int k, c
 
 /* Enters the sizes of letters and trailing dimensions that are not known yet; compares the others.
  */
-static int check_sizes(sk_call *call, int item, const char *shape) {
+static int check_sizes(sk_call *call, int item, const char *shape, int fixed, bool trailing) {
     const selfkd_tensor *const t = &call->tensor[item];
-    const int fixed = sk_fixed_rank(shape);
     for (int k = 0; k < t->ndim; k++) {
         const int letter = k < fixed ? shape[k] - 'A' : -1;
         if (letter >= 0 && !call->bound[letter]) {
@@ -164,12 +165,14 @@ static int check_sizes(sk_call *call, int item, const char *shape) {
             call->params.dims.size[letter] = t->shape[k];
             if (shape[k] == 'C' && t->shape[k] == 0)
                 return wrong_size(call, item, shape, k, "at least ", 1);
+            continue;
         }
         if (k >= fixed && call->trailing_rank < 0) break;
-        const int64_t expected = sk_size_at(call, shape, k);
+        const int64_t expected =
+            letter >= 0 ? call->params.dims.size[letter] : sk_size_at(call, shape, k);
         if (t->shape[k] != expected) return wrong_size(call, item, shape, k, "", expected);
     }
-    if (!sk_has_trailing(shape) || call->trailing_rank >= 0) return SELFKD_OK;
+    if (!trailing || call->trailing_rank >= 0) return SELFKD_OK;
     call->trailing_rank = t->ndim - fixed;
     call->trailing = t->ndim > fixed ? t->shape + fixed : NULL;
     int64_t *const merged = &call->params.dims.size['S' - 'A'];
@@ -185,8 +188,10 @@ int sk_check_tensor(sk_call *call, int item) {
     if (!status) status = check_descriptor(call, item);
     if (status || (it->kind == SK_GRAD && call->tensor[item].ndim == 0)) return status;
     const char *const shape = sk_shape_of(call->op, item);
-    status = check_rank(call, item, shape);
-    if (!status) status = check_sizes(call, item, shape);
+    const int fixed = sk_fixed_rank(shape);
+    const bool trailing = shape[fixed] == '*';
+    status = check_rank(call, item, fixed, trailing);
+    if (!status) status = check_sizes(call, item, shape, fixed, trailing);
     const int64_t classes = call->params.dims.size['C' - 'A'];
     if (!status && it->rule == SK_CLASSES &&
         (call->tensor[item].shape[1] < 1 || call->tensor[item].shape[1] > SK_MOST_LISTED))

@@ -112,6 +112,7 @@ typedef struct sk_item {
     const char *name;
     const char *shape; /* LIKE: the input's name; CHOICE, RESIZE: the names */
     const char *of;    /* RESIZE: the input's name */
+    int32_t place;     /* LIKE, RESIZE: of that input among the items */
     int32_t kind;
     int32_t rule;     /* enum sk_dtype_rule or sk_number_rule */
     int64_t bytes;    /* SCRATCH */
@@ -162,8 +163,11 @@ typedef struct sk_item {
     } selfkd_##op##_args; \
     SELFKD_API int selfkd_##op(const selfkd_##op##_args *args, void *stream);
 
+/* Where an item is among the others: sk_at_<name>. */
+#define SK_PLACE(kind, name, ...) sk_at_##name,
+
 /* One row of the table that the checks, the schema and the bindings read. The op is in scope as
- * sk_args, sk_params. */
+ * sk_args, sk_params and the places of its items. */
 #define SK_ITEM(kind, ...) SK_ITEM_##kind(__VA_ARGS__)
 #define SK_ITEM_TENSOR(k, n, s, r) \
     {.name = #n, .shape = s, .kind = k, .rule = r, \
@@ -176,7 +180,9 @@ typedef struct sk_item {
 #define SK_ITEM_OPT(name, shape, dtype) SK_ITEM_TENSOR(SK_OPT, name, shape, SK_##dtype)
 #define SK_ITEM_GRAD(name, shape, dtype) SK_ITEM_TENSOR(SK_GRAD, name, shape, SK_##dtype)
 #define SK_ITEM_OUT(name, shape, dtype) SK_ITEM_TENSOR(SK_OUT, name, shape, SK_##dtype)
-#define SK_ITEM_LIKE(name, input) SK_ITEM_TENSOR(SK_LIKE, name, #input, SK_SAME)
+#define SK_ITEM_LIKE(n, input) \
+    {.name = #n, .shape = #input, .place = sk_at_##input, .kind = SK_LIKE, .rule = SK_SAME, \
+     .in_args = offsetof(sk_args, n), .in_params = offsetof(sk_params, n)},
 #define SK_ITEM_SCRATCH(n, b) \
     {.name = #n, .kind = SK_SCRATCH, .bytes = b, .in_params = offsetof(sk_params, n)},
 #define SK_ITEM_REAL(name, rule, value) SK_ITEM_NUMBER(SK_REAL, name, SK_##rule)
@@ -186,7 +192,7 @@ typedef struct sk_item {
     {.name = #n, .shape = names, .kind = SK_CHOICE, \
      .in_args = offsetof(sk_args, n), .in_params = offsetof(sk_params, n)},
 #define SK_ITEM_RESIZE(n, names, input) \
-    {.name = #n, .shape = names, .of = #input, .kind = SK_RESIZE, \
+    {.name = #n, .shape = names, .of = #input, .place = sk_at_##input, .kind = SK_RESIZE, \
      .in_args = offsetof(sk_args, n), .in_params = offsetof(sk_params, n)},
 
 /* One line of selfkd_describe(): "IN u \"NC*\" FLOATING". */

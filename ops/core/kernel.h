@@ -5,8 +5,8 @@
 
 #include "contract.h"
 
-/* The work of one call: `count` independent tasks of about `cost` elements. `path` names the loop
- * that runs. */
+/* The work of one call: `count` independent tasks of about `cost` elements. `path`, a literal,
+ * names the loop that runs. */
 typedef struct sk_work {
     int64_t count;
     int64_t cost;

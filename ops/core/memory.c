@@ -8,18 +8,8 @@ static const struct {
     const char *name;
     selfkd_dtype dtype;
 } DTYPES[SK_DT_OTHER] = {
-    [SK_DT_F16] = {"float16", {2, 16, 1}}, [SK_DT_BF16] = {"bfloat16", {4, 16, 1}},
-    [SK_DT_F32] = {"float32", {2, 32, 1}}, [SK_DT_F64] = {"float64", {2, 64, 1}},
-    [SK_DT_BOOL] = {"bool", {6, 8, 1}},    [SK_DT_I64] = {"int64", {0, 64, 1}},
-    [SK_DT_I32] = {"int32", {0, 32, 1}},
-};
-
-enum sk_dtype sk_dtype_of(selfkd_dtype d) {
-    for (int i = 0; i < SK_DT_OTHER; i++)
-        if (DTYPES[i].dtype.code == d.code && DTYPES[i].dtype.bits == d.bits && d.lanes == 1)
-            return i;
-    return SK_DT_OTHER;
-}
+#define DTYPE(dtype, name, code, bits) [SK_DT_##dtype] = {name, {code, bits, 1}},
+    SK_DTYPES(DTYPE)};
 
 selfkd_dtype sk_dtype_to(enum sk_dtype dtype) { return DTYPES[dtype].dtype; }
 int64_t sk_dtype_size(enum sk_dtype dtype) { return DTYPES[dtype].dtype.bits / 8; }
@@ -51,56 +41,56 @@ char *sk_data(const selfkd_tensor *t) {
     return sk_is_empty(t) ? NULL : (char *)t->data + t->byte_offset;
 }
 
-bool sk_has_addresses(const selfkd_tensor *t) {
-    int64_t reach = bytes_of(t); /* from the first byte to the last, if all strides were positive */
+bool sk_find_window(const selfkd_tensor *t, sk_window *w) {
+    const int64_t element = bytes_of(t);
+    int64_t reach = element; /* from the first byte to the last, if all strides were positive */
+    int64_t below = 0, above = element;
     for (int k = 0; k < t->ndim; k++) {
-        int64_t step = t->strides[k];
+        int64_t all = t->strides[k];
         if (t->shape[k] == 1) continue;
-        if (__builtin_mul_overflow(step, t->shape[k], &step) ||
-            __builtin_mul_overflow(step, bytes_of(t), &step) || step == INT64_MIN ||
-            __builtin_add_overflow(reach, magnitude(step), &reach))
+        if (__builtin_mul_overflow(all, t->shape[k], &all) ||
+            __builtin_mul_overflow(all, element, &all) || all == INT64_MIN ||
+            __builtin_add_overflow(reach, magnitude(all), &reach))
             return false;
+        const int64_t last = all - t->strides[k] * element; /* where the last one begins */
+        below += last < 0 ? last : 0;
+        above += last < 0 ? 0 : last;
     }
     uint64_t address;
-    return !__builtin_add_overflow((uint64_t)(uintptr_t)t->data, t->byte_offset, &address) &&
-           address <= (uint64_t)(INT64_MAX - reach);
+    if (__builtin_add_overflow((uint64_t)(uintptr_t)t->data, t->byte_offset, &address) ||
+        address > (uint64_t)(INT64_MAX - reach))
+        return false;
+    *w = (sk_window){(int64_t)address + below, (int64_t)address + above};
+    return true;
 }
 
-/* The bytes of a tensor, from its lowest address on. Where tensors lie in a repeated pattern, the
- * bytes of one period of it: dimensions that step by whole periods are left out. */
-typedef struct window {
-    int64_t begin, bytes;
-} window;
-
-static window window_of(const selfkd_tensor *t, int64_t period) {
-    window w = {(int64_t)(uintptr_t)sk_data(t), bytes_of(t)};
+/* The window of one period of a tensor in a repeated pattern: dimensions that step by whole periods
+ * are left out. */
+static sk_window window_in(const selfkd_tensor *t, int64_t period) {
+    const int64_t data = (int64_t)(uintptr_t)sk_data(t);
+    sk_window w = {data, data + bytes_of(t)};
     for (int k = 0; k < t->ndim; k++) {
         const int64_t step = t->strides[k] * bytes_of(t), reach = step * (t->shape[k] - 1);
-        if (t->shape[k] == 1 || (period && step % period == 0)) continue;
-        if (reach < 0) w.begin += reach;
-        w.bytes += magnitude(reach);
+        if (t->shape[k] == 1 || step % period == 0) continue;
+        *(reach < 0 ? &w.begin : &w.end) += reach;
     }
     return w;
 }
 
-/* Whether a and b, both in a pattern that repeats with a stride of `of`, are apart in it: two
- * column blocks of one matrix, or every other element. */
+/* Whether a and b, both in a pattern that repeats with a stride of `of`, are apart in it. */
 static bool interleave(const selfkd_tensor *a, const selfkd_tensor *b, const selfkd_tensor *of) {
     for (int k = 0; k < of->ndim; k++) {
         const int64_t period = magnitude(of->strides[k]) * bytes_of(of);
         if (of->shape[k] == 1 || period == 0) continue;
-        const window x = window_of(a, period), y = window_of(b, period);
+        const sk_window x = window_in(a, period), y = window_in(b, period);
         const int64_t gap = ((y.begin - x.begin) % period + period) % period;
-        if (gap >= x.bytes && gap <= period - y.bytes) return true;
+        if (gap >= x.end - x.begin && gap <= period - (y.end - y.begin)) return true;
     }
     return false;
 }
 
-bool sk_are_apart(const selfkd_tensor *a, const selfkd_tensor *b) {
-    if (sk_is_empty(a) || sk_is_empty(b)) return true;
-    const window x = window_of(a, 0), y = window_of(b, 0);
-    return x.begin + x.bytes <= y.begin || y.begin + y.bytes <= x.begin || interleave(a, b, a) ||
-           interleave(a, b, b);
+bool sk_are_interleaved(const selfkd_tensor *a, const selfkd_tensor *b) {
+    return interleave(a, b, a) || interleave(a, b, b);
 }
 
 /* Elements are distinct if each dimension steps over all that the dimensions of smaller strides

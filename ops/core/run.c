@@ -14,12 +14,17 @@
 
 enum { GRAIN = 32768 }; /* elements below which a second thread costs more than it brings */
 
-static _Thread_local char path[64] = "";
+/* How the last call of this thread ran: words that are put together when somebody asks. */
+static _Thread_local struct { const char *device, *variant, *loop; } path = {"", "", ""};
 
-const char *selfkd_last_path(void) { return path; }
+const char *selfkd_last_path(void) {
+    static _Thread_local char text[64];
+    snprintf(text, sizeof text, "%s%s%s", path.device, path.variant, path.loop);
+    return text;
+}
 
 static int run_cpu(sk_call *call) {
-    static const char *const names[] = {"base", "v3", "v4", "f64"};
+    static const char *const names[] = {"base ", "v3 ", "v4 ", "f64 "};
     const void *const params = call->params.bytes;
     double scratch[SK_CPU_SCRATCH];
     for (int i = 0; i < call->op->count; i++)
@@ -28,7 +33,7 @@ static int run_cpu(sk_call *call) {
     const enum sk_isa isa = f64 ? SK_ISA_F64 : sk_current_isa();
     const sk_cpu_kernel *const kernel = call->op->cpu[isa];
     const sk_work work = kernel->work(params);
-    snprintf(path, sizeof path, "cpu %s %s", names[isa], work.path);
+    path.device = "cpu ", path.variant = names[isa], path.loop = work.path;
     const int status = sk_check_weights(call);
     if (status) return status;
     if (kernel->first_bad) {
@@ -46,7 +51,7 @@ int sk_run(sk_call *call, void *stream) {
     const bool cpu = sk_device_of(call).device_type == SELFKD_CPU;
     const int status = cpu ? run_cpu(call) : sk_run_cuda(call, stream);
     if (status) return status;
-    if (!cpu) snprintf(path, sizeof path, "cuda");
+    if (!cpu) path.device = "cuda", path.variant = path.loop = "";
     atomic_fetch_add_explicit(call->op->calls, 1, memory_order_relaxed);
     return SELFKD_OK;
 }
@@ -73,7 +78,8 @@ int sk_call_from_c(const sk_op *op, const void *args, void *stream) {
     if (size < op->args_size)
         return sk_fail(SELFKD_ERROR_VALUE, "%s: struct_size is %u, expected at least %u", op->name,
                        (unsigned)size, (unsigned)op->args_size);
-    sk_call call = {.op = op};
+    sk_call call; /* 5 KB, of which a call writes what it has; none is read before that */
+    call.op = op;
     int64_t compact[SK_MAX_ITEMS][SK_MAX_RANK];
     for (int i = 0; i < op->count; i++) {
         const sk_item *const it = &op->items[i];

@@ -133,6 +133,10 @@ static void run_on_pool(int64_t count, int64_t piece, int threads, job j) {
 
 void sk_parallel(int64_t count, int64_t grain, sk_part tasks, const void *params) {
     if (count <= 0) return;
+    if (count <= grain) { /* one piece for any number of threads: nobody is asked for it */
+        tasks(params, 0, count);
+        return;
+    }
     const sk_parallel_for torch = atomic_load(&torch_parallel_for);
     const int threads = torch && !atomic_load(&limit) ? POOL_MAX : num_threads();
     int64_t piece = (count + threads - 1) / threads;

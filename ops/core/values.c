@@ -7,10 +7,10 @@
 
 /* ---- numbers ---- */
 
-static int count_choices(const char *names) {
-    int n = 1;
-    for (; *names; names++) n += *names == '|';
-    return n;
+/* Whether there are more names than `code`; those after it are not looked at. */
+static bool has_choice(const char *names, int64_t code) {
+    for (; code > 0 && *names; names++) code -= *names == '|';
+    return code == 0;
 }
 
 /* "none|mean|sum" as "0 (none), 1 (mean) or 2 (sum)" */
@@ -44,7 +44,7 @@ static int check_range(const sk_call *call, int item) {
     if (it->rule == SK_BELOW_ONE && !(x >= 0 && x < 1)) expected = "a number >= 0 and < 1";
     char choices[128];
     if ((it->kind == SK_CHOICE || it->kind == SK_RESIZE) &&
-        !(x >= 0 && x < count_choices(it->shape)))
+        !has_choice(it->shape, call->number[item].integer))
         expected = write_choices(it->shape, choices, sizeof choices);
     if (!expected) return SELFKD_OK;
     return sk_fail(SELFKD_ERROR_VALUE, "%s: %s is %g, expected %s", call->op->name, it->name, x,
@@ -54,7 +54,7 @@ static int check_range(const sk_call *call, int item) {
 /* Height and width of the input of a RESIZE. */
 static int check_size(const sk_call *call, int item) {
     const sk_item *const it = &call->op->items[item];
-    const int of = sk_find_item(call->op, it->of), code = (int)call->number[item].integer;
+    const int of = it->place, code = (int)call->number[item].integer;
     for (int k = 2; k < 4 && call->tensor[of].ndim != SK_ABSENT; k++) {
         const long long found = call->tensor[of].shape[k], to = call->tensor[call->first].shape[k];
         char expected[64] = "";
@@ -135,14 +135,19 @@ static int64_t first_negative(const sk_arg *x, int64_t at, int64_t step, int64_t
 
 /* An operator with a GRAD has the weights that its forward operator was given. An operator with an
  * INOUT may get weights that were multiplied by an incoming gradient. Neither is looked at. */
+static bool takes_any_weight(const sk_op *op) {
+    for (int i = 0; i < op->count; i++)
+        if (op->items[i].kind == SK_GRAD || op->items[i].kind == SK_INOUT) return true;
+    return false;
+}
+
 int sk_check_weights(const sk_call *call) {
     const sk_op *const op = call->op;
-    for (int i = 0; i < op->count; i++)
-        if (op->items[i].kind == SK_GRAD || op->items[i].kind == SK_INOUT) return SELFKD_OK;
     const int64_t N = call->params.dims.size['N' - 'A'];
     for (int i = 0; i < op->count; i++) {
         const sk_arg *const x = sk_arg_of(call, i);
         if (!sk_is_input(&op->items[i]) || op->items[i].rule != SK_WEIGHT || !x->data) continue;
+        if (takes_any_weight(op)) return SELFKD_OK;
         const int64_t S =
             sk_has_trailing(op->items[i].shape) ? call->params.dims.size['S' - 'A'] : 1;
         const bool merged = S == 1 || x->stride[0] == S * x->stride[1]; /* one run of N * S */

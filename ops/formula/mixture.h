@@ -2,28 +2,29 @@
  *
  *   phi = a [q log(q/M) - q + M] + b [p log(p/M) - p + M]
  *
- * Summed over classes that have a p and a q of 1 together it is a KL(q||M) + b KL(p||M), for what is
- * added to the two logarithms then is 0. With it neither term is negative, so nothing cancels.
+ * Summed over classes that have a p and a q of 1 together it is a KL(q||M) + b KL(p||M), for what
+ * is added to the two logarithms then is 0. With it neither term is negative, so nothing cancels.
  *
- * Nor does anything within a term. With L the larger and S the smaller of p and q, w what L weighs in
- * M, and g(x) = x - log(1 + x), which is of second order, a term is h_L = g(M/L - 1) times L, or h_S =
- * g(M/S - 1) times S. One of them is found from g, the one whose argument is small, and the other from
- * it, since log(M/S) = log(M/L) + |d|.
+ * Nor does anything within a term. With L the larger and S the smaller of p and q, w what L weighs
+ * in M, and g(x) = x - log(1 + x), which is of second order, a term is h_L = g(M/L - 1) times L, or
+ * h_S = g(M/S - 1) times S. One of them is found from g, the one whose argument is small, and the
+ * other from it, since log(M/S) = log(M/L) + |d|.
  *
  *   dphi/dp = (1 - beta) (a (1 - beta) - b beta) (p - q)/M - b log(M/p)
  *   dphi/dq = beta (a (1 - beta) - b beta) (p - q)/M - a log(M/q) */
 #pragma once
 #include "formula/pair_class.h"
 
-/* beta, a, b and a (1 - beta) - b beta, which is 0 for the generalised Jensen-Shannon divergence. */
+/* beta, a, b and a (1 - beta) - b beta, which is 0 for the generalised Jensen-Shannon divergence.
+ */
 enum { SK_BETA, SK_OF_Q, SK_OF_P, SK_UNEVEN };
 /* clang-format off */
 #define SK_MIXTURE_OF(beta, a, b) \
     {(real)(beta), (real)(a), (real)(b), (real)((a) * (1 - (beta)) - (beta) * (b))}
 /* clang-format on */
 
-/* The term of a class. What is known beforehand leaves out what would come to nothing: `middle`, that
- * beta is 1/2, so that no excluded class is infinite; `even`, that k[SK_UNEVEN] is 0. */
+/* The term of a class. What is known beforehand leaves out what would come to nothing: `middle`,
+ * that beta is 1/2, so that no excluded class is infinite; `even`, that k[SK_UNEVEN] is 0. */
 SK_FORMULA SK_PAIR_RESULT sk_mixture_of(bool middle, bool even, SK_PAIR_CLASS x, const real *k) {
     const real beta = k[SK_BETA], a = k[SK_OF_Q], b = k[SK_OF_P];
     const bool less = x.d < 0; /* S is p */

@@ -1,16 +1,17 @@
-/* A class of two rows of probabilities p and q, as formulas of it are given it, and what they make of
- * it, for C and CUDA. What they need of log p - log q is there without anything having cancelled,
- * however close both are. */
+/* A class of two rows of probabilities p and q, as formulas of it are given it, and what they make
+ * of it, for C and CUDA. What they need of log p - log q is there without anything having
+ * cancelled, however close both are. */
 #pragma once
 #include "core/both.h"
 
-/* d = log p - log q and size = |d|; larger = max(p, q), ratio = min(p, q) / larger = e^-size, gap = 1 -
- * ratio, and rest = size - gap >= 0, which is of second order. p and q are exactly 0 in a class whose logit is -inf:
- * if one of them is, d and rest are 2^100/T or more; if both are, larger is 0 and the rest finite. */
+/* d = log p - log q and size = |d|; larger = max(p, q), ratio = min(p, q) / larger = e^-size, gap =
+ * 1 - ratio, and rest = size - gap >= 0, which is of second order. p and q are exactly 0 in a class
+ * whose logit is -inf: if one of them is, d and rest are 2^100/T or more; if both are, larger is 0
+ * and the rest finite. */
 #define SK_PAIR_CLASS_FIELDS real p, q, d, size, larger, ratio, gap, rest
 
-/* The term of a class, phi; its derivatives by p and by q; and what p dphi/dp is where p is too small
- * for a number, and q dphi/dq where q is: mostly 0. */
+/* The term of a class, phi; its derivatives by p and by q; and what p dphi/dp is where p is too
+ * small for a number, and q dphi/dq where q is: mostly 0. */
 #define SK_PAIR_RESULT_FIELDS real value, slope_p, slope_q, limit_p, limit_q
 
 #ifdef __cplusplus

@@ -62,6 +62,12 @@ static void random_contract(void) {
         if (below(200) == 0) it->shape = NULL;
         if (below(200) == 0) it->in_params = SK_PARAMS_MAX - 8;
     }
+    for (int i = 0; i < op.count; i++) {
+        const char *const named = items[i].kind == SK_LIKE ? items[i].shape : items[i].of;
+        for (int k = op.count - 1; k >= 0 && named; k--)
+            if (items[k].name && strcmp(items[k].name, named) == 0) items[i].place = k;
+        if (below(200) == 0) items[i].place = (int)below(ITEMS);
+    }
 }
 
 /* ---- its kernel ---- */
@@ -212,11 +218,13 @@ static int every_fault(void) {
             } else if (of->items[i].kind == SK_LIKE) {
                 faults[n++].shape = "no_such_input";
                 faults[n++].shape = of->items[i].name;
+                faults[n++].place++;
             } else if (of->items[i].kind == SK_SCRATCH) {
                 faults[n++].bytes = 0;
             } else if (of->items[i].kind >= SK_CHOICE) {
                 for (int f = 0; f < 4; f++) faults[n++].shape = bad_names[f];
                 if (of->items[i].kind == SK_RESIZE) faults[n++].of = "no_such_input";
+                if (of->items[i].kind == SK_RESIZE) faults[n++].place++;
             } else {
                 faults[n++].rule = SK_BELOW_ONE + 1;
             }

@@ -7,52 +7,15 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import product
 from math import floor, prod
 from typing import Any
 
+from mixture import js_divergence
 from mpmath import mp, mpf
-
-mp.prec = 200
-Row = list[Any]
-
-
-@dataclass
-class Tensor:
-    """Numbers of mpmath, or integers."""
-
-    shape: tuple[int, ...]
-    values: list[Any]
-
-    def row(self, n: int, s: int) -> Row:
-        """The classes of row [n, s]."""
-        length = prod(self.shape[2:])
-        return [self.values[(n * self.shape[1] + c) * length + s] for c in range(self.shape[1])]
-
-    def set_row(self, n: int, s: int, row: Sequence[Any]) -> None:
-        length = prod(self.shape[2:])
-        for c, x in enumerate(row):
-            self.values[(n * self.shape[1] + c) * length + s] = x
-
-
-def zeros(*shape: int) -> Tensor:
-    return Tensor(shape, [mpf(0)] * prod(shape))
-
-
-def rows_of(x: Tensor) -> list[tuple[int, int, int]]:
-    """Number and indices of each row."""
-    length = prod(x.shape[2:])
-    return [(n * length + s, n, s) for n in range(x.shape[0]) for s in range(length)]
-
+from rows import Row, Tensor, log_softmax, reduced, rows_of, zeros
 
 # ---- rows of classes ----
-
-
-def log_softmax(z: Row, temperature: Any) -> Row:
-    top = max(z)
-    log_sum = mp.log(sum(mp.exp((x - top) / temperature) for x in z))
-    return [(x - top) / temperature - log_sum for x in z]
 
 
 def divergence(log_p: Row, log_q: Row) -> Any:
@@ -85,24 +48,6 @@ def cross_entropy_row(z: Row, target: int, smooth: Any) -> tuple[Any, Row]:
     y = [(1 - smooth) * (c == target) + smooth / len(z) for c in range(len(z))]
     loss = -sum(b * a for a, b in zip(log_p, y, strict=True) if b != 0)
     return loss, [mp.exp(a) - b for a, b in zip(log_p, y, strict=True)]
-
-
-def reduced(
-    x: dict[str, Any], losses: Row, grads: dict[str, Tensor], shape: tuple[int, ...]
-) -> dict[str, Tensor]:
-    """The results of a row loss from those of its rows, with weights, reduction and incoming gradient."""
-    weight = x["weight"].values if "weight" in x else [mpf(1)] * len(losses)
-    rows = [w * a if w != 0 else mpf(0) for w, a in zip(weight, losses, strict=True)]
-    divisor = x["divisor"].values[0] if "divisor" in x else sum(weight)
-    denominator = divisor if x["reduction"] == "mean" else mpf(1)
-    found = {"loss": Tensor((), [sum(rows) / denominator]), "rows": Tensor(shape, rows)}
-    found["denominator"] = Tensor((), [denominator])
-    for name, grad in grads.items():
-        for i, n, s in rows_of(grad):
-            g = x["grad"].values[i if x["reduction"] == "none" else 0]
-            grad.set_row(n, s, [g * weight[i] / denominator * y for y in grad.row(n, s)])
-        found[f"grad_{name}"] = grad
-    return found
 
 
 def sd_dropout_kl(x: dict[str, Any]) -> dict[str, Tensor]:
@@ -378,6 +323,7 @@ def bifpn_fuse(x: dict[str, Any]) -> dict[str, Tensor]:
 FORMULAS: dict[str, Callable[[dict[str, Any]], dict[str, Tensor]]] = {
     "sd_dropout_kl": sd_dropout_kl,
     "simreg": simreg,
+    "js_divergence": js_divergence,
     "distill": distill,
     "adversarial": adversarial,
     "attention": attention,

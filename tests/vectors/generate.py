@@ -7,8 +7,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from formulas import FORMULAS, Tensor
+from formulas import FORMULAS
 from mpmath import mp, mpf
+from rows import Tensor, draw, integers, near, of, probabilities
 
 FOLDER = Path(__file__).parent
 Case = dict[str, Any]
@@ -18,9 +19,22 @@ NUMBERS: dict[str, Case] = {
         "forward_weight": 1.0,
         "reverse_weight": 1.0,
         "detach_target": 0,
+        "needs_u": 1,
+        "needs_v": 1,
         "reduction": "mean",
     },
     "simreg": {"normalize": 1, "reduction": "mean"},
+    "js_divergence": {
+        "beta": 0.5,
+        "teacher_weight": 0.5,
+        "student_weight": 0.5,
+        "temperature": 1.0,
+        "teacher_temperature": 1.0,
+        "kind": "js",
+        "needs_student": 1,
+        "needs_teacher": 1,
+        "reduction": "mean",
+    },
     "distill": {
         "ce_weight": 1.0,
         "label_smoothing": 0.0,
@@ -62,6 +76,7 @@ NUMBERS: dict[str, Case] = {
 }
 CHOICES = {
     "reduction": ("none", "mean", "sum"),
+    "kind": ("js", "tv"),
     "mode": ("bce", "hinge", "lsgan", "wgan"),
     "side": ("discriminator", "generator"),
     "teacher_kind": ("logits", "probs", "log_probs"),
@@ -75,41 +90,13 @@ CHOICES = {
 PASSED = {
     "sd_dropout_kl": {"saved": "4N*"},
     "simreg": {"saved": "3N*"},
+    "js_divergence": {"saved": "4N*"},
     "distill": {"levels": "4N*", "ratios": "2N*", "denominators": "2"},
     "adversarial": {"rows": "N", "fake_rows": "M"},
     "attention": {"maps": "2N*", "slopes": "2N"},
 }
 VALUES, GRADIENTS, CLOSE = "each 3e-6 1e-12", "row 1e-5 1e-12", "row 1e-4 1e-12"
 BOUNDS = {"fused": "all 1e-5 1e-12", "views": "each 1e-6 1e-15"}
-
-
-def draw(g: Random, *shape: int, spread: float = 8, step: float = 1 / 32) -> Tensor:
-    """Multiples of `step`, which every format from float16 on holds."""
-    values = [round((g.random() - 0.5) * spread / step) * step for _ in range(prod(shape))]
-    return Tensor(shape, [mpf(x) for x in values])
-
-
-def near(x: Tensor, g: Random, by: float) -> Tensor:
-    return Tensor(x.shape, [y + mpf(by) * g.randint(-9, 9) for y in x.values])
-
-
-def of(values: list[float], *shape: int) -> Tensor:
-    return Tensor(shape or (len(values),), [mpf(x) for x in values])
-
-
-def integers(*values: int) -> Tensor:
-    return Tensor((len(values),), list(values))
-
-
-def probabilities(g: Random, n: int, c: int) -> Tensor:
-    """Multiples of 1/64 that sum to 1; some are 0."""
-    values = []
-    for _ in range(n):
-        counts = [0] * c
-        for _ in range(64):
-            counts[int(g.random() ** 2 * c)] += 1
-        values += [mpf(k) / 64 for k in counts]
-    return Tensor((n, c), values)
 
 
 def pairs(g: Random) -> dict[str, Case]:
@@ -279,9 +266,42 @@ def chunks(g: Random) -> dict[str, Case]:
     }
 
 
+def mixtures(g: Random) -> dict[str, Case]:
+    """js_divergence: a student and a teacher."""
+    x, y = draw(g, 3, 7), draw(g, 3, 7)
+    hole, other = draw(g, 2, 6), draw(g, 2, 6)
+    hole.values[1] = hole.values[8] = other.values[8] = other.values[4] = mpf("-inf")
+    both = {"student": x, "teacher": y}
+    kl = {"beta": 0.0, "teacher_weight": 1.0, "student_weight": 0.0}
+    reverse = {"beta": 1.0, "teacher_weight": 0.0, "student_weight": 1.0}
+    skewed = {"beta": 0.125, "teacher_weight": 1.0, "student_weight": 0.0}
+    return {
+        "Jensen-Shannon": both,
+        "generalised": both | {"beta": 0.125, "teacher_weight": 0.125, "student_weight": 0.875},
+        "KL(q||p)": both | kl,
+        "KL(p||q)": both | reverse | {"reduction": "sum"},
+        "skewed": both | skewed | {"temperature": 2.0, "teacher_temperature": 1.5},
+        "skewed, reverse": both | {"beta": 0.125, "teacher_weight": 0.0, "student_weight": 1.0},
+        "total variation": both | {"kind": "tv"},
+        "rows, weighted": {
+            **{"student": draw(g, 2, 3, 2), "teacher": draw(g, 2, 3, 2), "reduction": "none"},
+            **{"weight": of([1.5, 0, 0.25, 2], 2, 2), "grad": of([1, 0.5, -2, 0.125], 2, 2)},
+        },
+        "a divisor": both | {"divisor": of([2.5]), "grad": of([0.375])},
+        "close rows": {"student": x, "teacher": near(x, g, 2.0**-13), "close": True},
+        "close rows, skewed": {"student": x, "teacher": near(x, g, 2.0**-13), "close": True}
+        | skewed,
+        "rows that are equal": {"student": x, "teacher": x},
+        "classes at -inf on one side or both": {"student": hole, "teacher": other},
+        "large logits": {"student": draw(g, 2, 19, spread=64), "teacher": draw(g, 2, 19, spread=64)}
+        | kl,
+    }
+
+
 CASES = {
     "sd_dropout_kl": pairs,
     "simreg": features,
+    "js_divergence": mixtures,
     "distill": students,
     "adversarial": scores,
     "attention": maps,

@@ -46,6 +46,56 @@ def liger_kl_of_both(u: Tensor, v: Tensor) -> Tensor:
     return 3 * 3 * (liger_kl(log_q, log_p) + liger_kl(log_p, log_q))
 
 
+# ---- js_divergence and topk_divergence, of a fixed teacher, beta = 0.5 ----
+
+
+def js_of_log_mixture(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """From log-probabilities only, as trl has it."""
+    log_m = torch.logsumexp(torch.stack([log_p + math.log(0.5), log_q + math.log(0.5)]), 0)
+    of_teacher = F.kl_div(log_m, log_q, reduction="sum", log_target=True)
+    of_student = F.kl_div(log_m, log_p, reduction="sum", log_target=True)
+    return (0.5 * of_teacher + 0.5 * of_student) / (log_p.numel() // log_p.shape[1])
+
+
+def js_of_mixture(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """With one logarithm of the mixture, in one expression."""
+    p, q = log_p.exp(), log_q.exp()
+    log_m = (0.5 * (p + q)).log()
+    rows = 0.5 * (q * (log_q - log_m) + p * (log_p - log_m))
+    return rows.sum() / (log_p.numel() // log_p.shape[1])
+
+
+def js_of_logits(z: Tensor, t: Tensor, *, js: Loss) -> Tensor:
+    """Of all classes."""
+    return js(F.log_softmax(z, 1), F.log_softmax(t, 1))
+
+
+def with_tail(log_probs: Tensor) -> Tensor:
+    """One class more, of what is left, as trl has it."""
+    known = log_probs.logsumexp(1, keepdim=True).clamp(max=-1e-7)
+    return torch.cat([log_probs, (-torch.expm1(known)).log()], 1)
+
+
+def topk_of_log_softmax(z: Tensor, indices: Tensor, log_q: Tensor) -> Tensor:
+    """Of the listed log-probabilities of all."""
+    log_p = F.log_softmax(z, 1).gather(1, indices)
+    return js_of_log_mixture(with_tail(log_p), with_tail(log_q))
+
+
+def topk_of_logsumexp(z: Tensor, indices: Tensor, log_q: Tensor) -> Tensor:
+    """Without the log-probabilities that are not listed."""
+    log_p = z.gather(1, indices) - z.logsumexp(1, keepdim=True)
+    return js_of_mixture(with_tail(log_p), with_tail(log_q))
+
+
+def liger_js(z: Tensor, t: Tensor) -> Tensor:
+    """Liger's, of log-probabilities."""
+    from liger_kernel.transformers.jsd import LigerJSD  # type: ignore[import-not-found]
+
+    loss: Tensor = LigerJSD(beta=0.5)(F.log_softmax(z, 1), F.log_softmax(t, 1))
+    return loss
+
+
 # ---- adversarial, the discriminator's side ----
 
 
@@ -129,32 +179,6 @@ def distill_by_liger(
     for t, T in zip(teachers, temperatures, strict=True):
         loss = loss + T * T * liger_kl(F.log_softmax(z / T, 1), F.log_softmax(t / T, 1))
     return loss
-
-
-# ---- topk_divergence, of logits (N, C) and K classes: Jensen-Shannon, the tail as one class more ----
-
-
-def js_with_tails(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """In the form of TRL's code, which clamps both tails."""
-
-    def with_tail(x: Tensor) -> Tensor:
-        listed = x.logsumexp(1, keepdim=True).clamp(max=-1e-7)
-        return torch.cat([x, (-torch.expm1(listed)).log()], 1)
-
-    p, q = with_tail(log_p), with_tail(log_q)
-    m = torch.stack([p, q]).logsumexp(0) - math.log(2)
-    both = (F.kl_div(m, x, reduction="sum", log_target=True) for x in (p, q))
-    return sum(both, start=m.new_zeros(())) / (2 * len(m))
-
-
-def topk_of_log_softmax(z: Tensor, indices: Tensor, teacher: Tensor) -> Tensor:
-    """From all log-probabilities."""
-    return js_with_tails(F.log_softmax(z, 1).gather(1, indices), teacher)
-
-
-def topk_of_logsumexp(z: Tensor, indices: Tensor, teacher: Tensor) -> Tensor:
-    """From the logits that are listed and the log-sum-exp of all."""
-    return js_with_tails(z.gather(1, indices) - z.logsumexp(1, keepdim=True), teacher)
 
 
 # ---- bifpn_fuse, of three maps with learned weights ----

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -52,58 +52,99 @@ class BareKL(torch.autograd.Function):
         )
 
 
-def sd_dropout_kl(*shape: int, **need: float) -> Case:
-    """Logits 3 * randn. Forward reads both; backward reads both and writes two gradients."""
+def of_rows(
+    operator: str,
+    shape: tuple[int, ...],
+    forms: Mapping[str, Loss],
+    learning: int,
+    *,
+    inputs: int = 2,
+    spread: float = 3.0,
+    **others: Any,
+) -> Case:
+    """A loss of inputs of one shape, spread * randn.
+
+    Forward reads them all; backward reads them again and writes the gradients.
+    """
     return Case(
-        name=f"sd_dropout_kl {text(shape)}",
-        fused=SELFKD.sd_dropout_kl,
-        reference=SELFKD.reference.sd_dropout_kl,
-        baselines={
-            "log_target": baselines.kl_of_log_targets,
-            "probabilities": baselines.kl_of_probabilities,
-        },
+        name=f"{operator} {text(shape)}",
+        fused=getattr(SELFKD, operator),
+        reference=getattr(SELFKD.reference, operator),
+        baselines=forms,
+        inputs=lambda: [spread * torch.randn(shape) for _ in range(inputs)],
+        learning=learning,
+        values_moved=(2 * inputs + learning) * math.prod(shape),
+        **others,
+    )
+
+
+def sd_dropout_kl(*shape: int, **need: float) -> Case:
+    """Two samples of logits, which both learn."""
+    forms = {
+        "log_target": baselines.kl_of_log_targets,
+        "probabilities": baselines.kl_of_probabilities,
+    }
+    return of_rows(
+        *("sd_dropout_kl", shape, forms, 2),
         nearest=baselines.liger_kl_of_both if len(shape) == 2 else None,
-        inputs=lambda: [3 * torch.randn(shape) for _ in range(2)],
-        learning=2,
-        values_moved=6 * math.prod(shape),
         need=need,
         part=BareKL.apply if "part" in need else None,
         part_name="an autograd.Function that only calls the kernels",
     )
 
 
-def adversarial(*shape: int, **need: float) -> Case:
-    """Scores 3 * randn. Forward reads both; backward reads both and writes two gradients."""
+def js_divergence(*shape: int, **need: float) -> Case:
+    """Logits of a student and a fixed teacher, beta 0.5."""
+    forms = {
+        "log mixture": partial(baselines.js_of_logits, js=baselines.js_of_log_mixture),
+        "mixture": partial(baselines.js_of_logits, js=baselines.js_of_mixture),
+    }
+    nearest = baselines.liger_js if len(shape) == 2 else None
+    return of_rows("js_divergence", shape, forms, 1, nearest=nearest, need=need)
+
+
+def topk_divergence(*shape: int, k: int = 100, **need: float) -> Case:
+    """Logits 3 * randn, and the log-probabilities of a teacher's k likeliest classes; beta 0.5.
+
+    Forward reads the logits; backward reads them again and writes their gradient.
+    """
+    listed = max(1, min(k, shape[1] - 1))  # all classes would leave no tail
+
+    def inputs() -> list[Tensor]:
+        teacher, indices = (3 * torch.randn(shape)).log_softmax(1).topk(listed, 1)
+        return [3 * torch.randn(shape), indices, teacher]
+
     return Case(
-        name=f"adversarial {text(shape)}",
-        fused=SELFKD.adversarial,
-        reference=SELFKD.reference.adversarial,
+        name=f"topk_divergence {text(shape)} k {listed}",
+        fused=SELFKD.topk_divergence,
+        reference=SELFKD.reference.topk_divergence,
         baselines={
-            "bce_with_logits": baselines.bce_with_logits,
-            "softplus": baselines.softplus_of_scores,
+            "log_softmax": baselines.topk_of_log_softmax,
+            "logsumexp": baselines.topk_of_logsumexp,
         },
-        inputs=lambda: [3 * torch.randn(shape) for _ in range(2)],
-        learning=2,
-        values_moved=6 * math.prod(shape),
+        inputs=inputs,
+        learning=1,
+        values_moved=3 * math.prod(shape),
         need=need,
     )
+
+
+def adversarial(*shape: int, **need: float) -> Case:
+    """Scores of real and generated samples, which both learn."""
+    forms = {
+        "bce_with_logits": baselines.bce_with_logits,
+        "softplus": baselines.softplus_of_scores,
+    }
+    return of_rows("adversarial", shape, forms, 2, need=need)
 
 
 def simreg(*shape: int, **need: float) -> Case:
-    """Features randn. Forward reads both; backward reads both and writes one gradient."""
-    return Case(
-        name=f"simreg {text(shape)}",
-        fused=SELFKD.simreg,
-        reference=SELFKD.reference.simreg,
-        baselines={
-            "cosine": baselines.cosine_of_normalized,
-            "distance": baselines.distance_of_normalized,
-        },
-        inputs=lambda: [torch.randn(shape) for _ in range(2)],
-        learning=1,
-        values_moved=5 * math.prod(shape),
-        need=need,
-    )
+    """Features of a student and a fixed teacher."""
+    forms = {
+        "cosine": baselines.cosine_of_normalized,
+        "distance": baselines.distance_of_normalized,
+    }
+    return of_rows("simreg", shape, forms, 1, spread=1.0, need=need)
 
 
 def attention(*shape: int, teacher_channels: int = 0, **need: float) -> Case:
@@ -168,32 +209,6 @@ def distill(
         values_moved=(3 + 2 * n) * math.prod(shape),
         need=need,
         part=partial(call, SELFKD.distill, n - 1) if n > 1 else None,
-    )
-
-
-def topk_divergence(*shape: int, k: int = 100, **need: float) -> Case:
-    """Logits 3 * randn, and the log-probabilities of a teacher's k likeliest classes.
-
-    Forward reads the logits; backward reads them again and writes their gradient.
-    """
-    listed = max(1, min(k, shape[1] // 2))  # TRL has a tail where all are listed
-
-    def inputs() -> list[Tensor]:
-        teacher, indices = (3 * torch.randn(shape)).log_softmax(1).topk(listed, 1)
-        return [3 * torch.randn(shape), indices, teacher]
-
-    return Case(
-        name=f"topk_divergence {text(shape)} k {listed}",
-        fused=SELFKD.topk_divergence,
-        reference=SELFKD.reference.topk_divergence,
-        baselines={
-            "log_softmax": baselines.topk_of_log_softmax,
-            "logsumexp": baselines.topk_of_logsumexp,
-        },
-        inputs=inputs,
-        learning=1,
-        values_moved=3 * math.prod(shape),
-        need=need,
     )
 
 
@@ -323,20 +338,11 @@ def self_teacher(batch: int, **need: float) -> Case:
 
 
 def by_contract(operator: str, *shape: int, **need: float) -> Case:
-    """Rows 3 * randn. Forward reads them all; backward reads them again and writes the gradients."""
+    """All that a contract says of a loss of rows, beside its reference."""
     forward, backward = contract.contract(operator), contract.contract(f"{operator}_backward")
     inputs = sum(x.is_input and x.kind == "IN" and x.shape == "NC*" for x in forward.items)
-    learning = len(backward.outputs)
-    return Case(
-        name=f"{operator} {text(shape)}",
-        fused=getattr(SELFKD, operator),
-        reference=getattr(SELFKD.reference, operator),
-        baselines={"reference": getattr(SELFKD.reference, operator)},
-        inputs=lambda: [3 * torch.randn(shape) for _ in range(inputs)],
-        learning=learning,
-        values_moved=(2 * inputs + learning) * math.prod(shape),
-        need=need,
-    )
+    forms = {"reference": getattr(SELFKD.reference, operator)}
+    return of_rows(operator, shape, forms, len(backward.outputs), inputs=inputs, need=need)
 
 
 class Form(NamedTuple):
@@ -356,6 +362,7 @@ FORMS = {
     "bifpn_fuse": Form(bifpn_fuse, "NCHW"),
     "distill": Form(distill, "NC", True),
     "dropout_views": Form(dropout_views, "NC"),
+    "js_divergence": Form(js_divergence, "NC", True),
     "sd_dropout_head": Form(sd_dropout_head, "NKC"),
     "sd_dropout_kl": Form(sd_dropout_kl, "NC", True),
     "simreg": Form(simreg, "ND"),

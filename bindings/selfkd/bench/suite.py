@@ -1,7 +1,7 @@
 """The cases that are run when no shape is given.
 
 Shapes are those of CIFAR-100 (128 x 100), ImageNet (1000), VOC segmentation (21 classes of pixels) and
-the vocabularies of GPT-2 (50257) and of today's language models (128256).
+the vocabularies of GPT-2 (50257) and of today's language models (128256, 151936).
 """
 
 from __future__ import annotations
@@ -32,6 +32,19 @@ def on_cpu() -> list[Case]:
         replace(make("sd_dropout_kl", 256, 50257), environment=KEEP_MEMORY),
         replace(make("sd_dropout_kl", 128, 128256), environment=KEEP_MEMORY),
         make("sd_dropout_kl", 4, 21, 256, 256, eager=8, compile=5, copy=3),
+        make("js_divergence", 256, 1000, eager=8, compile=4),
+        replace(
+            make("js_divergence", 512, 32000, eager=8, compile=4, copy=2.2),
+            environment=KEEP_MEMORY,
+        ),
+        replace(
+            make("js_divergence", 64, 151936, eager=8, compile=4, copy=2.2),
+            environment=KEEP_MEMORY,
+        ),
+        replace(
+            make("topk_divergence", 512, 32000, eager=5, compile=3, copy=2.2),
+            environment=KEEP_MEMORY,
+        ),
         make("adversarial", 128, 1),  # one score each
         make("adversarial", 16, 1, 256, 256),  # of patches
         make("distill", 128, 100),
@@ -47,10 +60,6 @@ def on_cpu() -> list[Case]:
             eager=6,
             compile=4,
             copy=2.2,
-        ),
-        replace(
-            make("topk_divergence", 512, 32000, eager=5, compile=3, copy=2.2),
-            environment=KEEP_MEMORY,
         ),
         make("simreg", 256, 2048, eager=4.5, compile=2.3),
         make(*("attention", 128, 64, 32, 32), teacher_channels=128, eager=5, compile=1.5, copy=1.7),
@@ -79,6 +88,9 @@ def on_cuda() -> list[Case]:
         half("sd_dropout_kl", 8192, 50257),
         half("sd_dropout_kl", 8192, 128256, copy=roofline),
         half("sd_dropout_kl", 16, 21, 512, 512),
+        half("js_divergence", 4096, 32000, copy=roofline),
+        half("js_divergence", 8192, 151936, copy=roofline),
+        half("topk_divergence", 4096, 32000, copy=roofline),
         make("adversarial", 64, 1, 256, 256, compile=1.5),
         make("distill", 128, 100, eager=3, compile=1.5),
         make("distill", 1024, 1000, compile=1.5),
@@ -86,7 +98,6 @@ def on_cuda() -> list[Case]:
         half("distill", 8192, 50257),
         half("distill", 8192, 128256, copy=roofline),
         make("distill", 16, 21, 512, 512, ignore_index=255, dtype="bfloat16", compile=1.5),
-        half("topk_divergence", 4096, 32000, copy=roofline),
         half("simreg", 4096, 2048),
         half("attention", 128, 256, 56, 56),
         make("bifpn_fuse", 128, 128, 32, 32, resize="nearest", dtype="bfloat16", compile=1.5),

@@ -24,8 +24,12 @@ from .. import arguments
 from ..attention import attention
 from ..attention import reference as attention_reference
 from ..distill import distill
+from ..js_divergence import js_divergence
+from ..js_divergence import reference as js_reference
 from ..sd_dropout_kl import reference as kl_reference
 from ..sd_dropout_kl import sd_dropout_kl
+from ..topk_divergence import reference as topk_reference
+from ..topk_divergence import topk_divergence
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -161,6 +165,15 @@ def explained(check: Callable[_P, Any]) -> Callable[[Callable[_P, _R]], Callable
     return decorate
 
 
+def of_one_dtype(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in the wider of their dtypes; what no logits are is refused."""
+    if teacher.dtype == student.dtype:
+        return student, teacher
+    check_logits("of_one_dtype", ("student", "teacher"), student, teacher)
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    return student.to(dtype), teacher.to(dtype)
+
+
 def kl(
     student: torch.Tensor,
     teacher: torch.Tensor,
@@ -194,9 +207,7 @@ def kl(
         )
         return loss
     check_logits("kl", ("student", "teacher"), student, teacher)
-    if teacher.dtype != student.dtype:
-        dtype = torch.promote_types(student.dtype, teacher.dtype)
-        student, teacher = student.to(dtype), teacher.to(dtype)
+    student, teacher = of_one_dtype(student, teacher)
     two_sided = kl_reference if learned else sd_dropout_kl
     return two_sided(
         teacher,
@@ -206,6 +217,52 @@ def kl(
         reverse_weight=0.0,
         reduction=reduction,
         dim=dim,
+    )
+
+
+def js(
+    student: torch.Tensor, teacher: torch.Tensor, *, temperature: Any = 1.0, **options: Any
+) -> torch.Tensor:
+    """:func:`selfkd.js_divergence`, in which a temperature that asks for a gradient gets one."""
+    learned = arguments.wants_gradient(temperature)
+    divergence = js_reference if learned else js_divergence
+    return divergence(*of_one_dtype(student, teacher), temperature=temperature, **options)
+
+
+def top_k(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    k: int,
+    *,
+    of_student: bool = False,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    dim: int = 1,
+    **options: Any,
+) -> torch.Tensor:
+    """:func:`selfkd.topk_divergence` over the k likeliest classes of the teacher, or of the student.
+
+    Both are logits. A teacher that asks for a gradient gets one.
+    """
+    if (teacher.dtype, teacher.shape) != (student.dtype, student.shape):
+        check_logits("top_k", ("student", "teacher"), student, teacher)
+    indices = (student if of_student else teacher).detach().topk(k, dim=dim).indices
+    accumulator = arguments.accumulator(student)
+    own = temperature if teacher_temperature is None else teacher_temperature
+    whole = None
+    if options.get("tail") != "renormalize":  # which reads the k classes alone
+        wide = teacher.to(accumulator)
+        whole = (wide if own == 1 else wide / own).logsumexp(dim)
+    learns = arguments.wants_gradient(teacher)
+    return (topk_reference if learns else topk_divergence)(
+        student,
+        indices,
+        teacher.gather(dim, indices).to(accumulator),
+        teacher_logsumexp=whole,
+        temperature=temperature,
+        teacher_temperature=own,
+        dim=dim,
+        **options,
     )
 
 

@@ -7,8 +7,7 @@ under ``dependencies``.
 from __future__ import annotations
 
 import importlib.util
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,12 +15,20 @@ from torch import nn
 
 from .. import arguments
 from ..distill import distill
-from ..sd_dropout_kl import sd_dropout_kl
-from ..simreg import simreg
 from . import _shared
-from ._places import IO, Place, found, places
+from ._own import JSDivergenceLoss, SDDropoutLoss, SimRegLoss, TopKDivergenceLoss
+from ._places import IO, found, places
 
-__all__ = ["ATLoss", "KDLoss", "LogitStdKDLoss", "SDDropoutLoss", "SimRegLoss", "register"]
+__all__ = [
+    "ATLoss",
+    "JSDivergenceLoss",
+    "KDLoss",
+    "LogitStdKDLoss",
+    "SDDropoutLoss",
+    "SimRegLoss",
+    "TopKDivergenceLoss",
+    "register",
+]
 
 
 class KDLoss(nn.Module):
@@ -295,93 +302,6 @@ class ATLoss(nn.Module):
         return losses.sum() / len(pairs[0][0])
 
 
-class SDDropoutLoss(nn.Module):
-    """SD-Dropout, :func:`selfkd.sd_dropout_kl` of the two dropout samples that a module of the student gives.
-
-    Parameters
-    ----------
-    student_module_path, student_module_io
-        Where the pair (u, v) of logits is found.
-    **options
-        As for :func:`selfkd.sd_dropout_kl`: ``temperature``, ``forward_weight``, ``reverse_weight``,
-        ``detach_target``.
-    """
-
-    def __init__(
-        self, student_module_path: str, student_module_io: str = "output", **options: Any
-    ) -> None:
-        super().__init__()
-        _check_options("SDDropoutLoss", sd_dropout_kl, options)
-        self.student = Place("student", student_module_path, student_module_io)
-        self.options = options
-
-    def _check(self, student_io_dict: Any, *_: Any, **__: Any) -> None:
-        op, name = "SDDropoutLoss", self.student.name
-        pair = self.student.found(op, student_io_dict)
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise TypeError(
-                f"{op}: {name} is {arguments.described(pair)}, expected a pair (u, v) of logits"
-            )
-        _shared.check_logits(op, (f"{name}[0]", f"{name}[1]"), *pair)
-
-    @_shared.explained(_check)
-    def forward(self, student_io_dict: IO, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The mean over the batch."""
-        u, v = self.student.of(student_io_dict)
-        return sd_dropout_kl(u, v, **self.options)
-
-
-class SimRegLoss(nn.Module):
-    """SimReg, :func:`selfkd.simreg`, of the student's predictions and the teacher's features.
-
-    The teacher's features are detached, as SimReg defines its teacher.
-
-    Parameters
-    ----------
-    student_module_path, student_module_io, teacher_module_path, teacher_module_io
-        Where they are found: the output of a :class:`selfkd.nn.SimRegHead`, (N, D), and features (N, D).
-    **options
-        As for :func:`selfkd.simreg`: ``normalize``, ``dim``.
-    """
-
-    def __init__(
-        self,
-        student_module_path: str,
-        student_module_io: str,
-        teacher_module_path: str,
-        teacher_module_io: str,
-        **options: Any,
-    ) -> None:
-        super().__init__()
-        _check_options("SimRegLoss", simreg, options)
-        self.student, self.teacher = places(
-            student_module_path, student_module_io, teacher_module_path, teacher_module_io
-        )
-        self.options = options
-
-    def _check(self, student_io_dict: Any, teacher_io_dict: Any, *_: Any, **__: Any) -> None:
-        both = self.student, self.teacher
-        student, teacher, names = found("SimRegLoss", both, student_io_dict, teacher_io_dict)
-        _shared.check_logits("SimRegLoss", names, student, teacher)
-
-    @_shared.explained(_check)
-    def forward(
-        self, student_io_dict: IO, teacher_io_dict: IO, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        """The mean over the batch."""
-        target = self.teacher.of(teacher_io_dict).detach()
-        return simreg(self.student.of(student_io_dict), target, **self.options)
-
-
-def _check_options(op: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Raise TypeError for an option that the function does not have."""
-    parameters = inspect.signature(function).parameters.values()
-    names = [x.name for x in parameters if x.kind is inspect.Parameter.KEYWORD_ONLY]
-    for name in options:
-        if name not in names:
-            raise TypeError(f"{op}: {name} is given, expected of {', '.join(names)}")
-
-
 def register() -> None:
     """Register the losses with torchdistill; an ImportError says what to install where it is missing."""
     try:
@@ -390,8 +310,9 @@ def register() -> None:
         raise ImportError(
             "selfkd.integrations.torchdistill.register needs torchdistill: pip install torchdistill"
         ) from error
-    for loss in (KDLoss, LogitStdKDLoss, ATLoss, SDDropoutLoss, SimRegLoss):
-        register_mid_level_loss(loss, key=f"selfkd.{loss.__name__}")
+    for name in __all__:
+        if name.endswith("Loss"):
+            register_mid_level_loss(globals()[name], key=f"selfkd.{name}")
 
 
 if importlib.util.find_spec("torchdistill"):

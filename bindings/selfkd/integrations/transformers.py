@@ -44,7 +44,7 @@ def _logits(whose: str, outputs: Any) -> torch.Tensor:
 
 
 class DistillMixin:
-    """A ``transformers.Trainer`` whose loss is :func:`selfkd.distill` from a teacher.
+    """A ``transformers.Trainer`` whose loss distils a teacher: :func:`selfkd.distill`, or its relatives.
 
     Put it before the trainer's class. The Trainer divides as for its own losses: by the number of
     labels of all batches that are accumulated, on all devices. Positions whose label is -100 count in
@@ -61,6 +61,12 @@ class DistillMixin:
         student's device, in evaluation mode, and given no gradient.
     teacher_weight, temperature, ce_weight
         a, T and w_ce in w_ce CE + a T^2 KL(teacher || student): numbers, which get no gradient.
+    beta
+        What the teacher weighs in the mixture, 0 to 1: 0 is KL(teacher || student), 1 the reverse; between
+        them lies the generalised Jensen-Shannon divergence (:func:`selfkd.js_divergence`).
+    top_k
+        Of how many classes of the teacher, the likeliest ones, the divergence is taken; the others are one
+        more class (:func:`selfkd.topk_divergence`). None: of all.
     shift_labels
         Whether a position predicts the label of the next. None: as the model's own loss, which is so
         for causal language models.
@@ -81,6 +87,7 @@ class DistillMixin:
     teacher_weight: float
     temperature: float
     ce_weight: float
+    beta: float
 
     def __init__(
         self,
@@ -89,6 +96,8 @@ class DistillMixin:
         teacher_weight: float = 1.0,
         temperature: float = 4.0,
         ce_weight: float = 1.0,
+        beta: float = 0.0,
+        top_k: int | None = None,
         shift_labels: bool | None = None,
         **kwargs: Any,
     ) -> None:
@@ -98,10 +107,13 @@ class DistillMixin:
             "teacher_weight": teacher_weight,
             "temperature": temperature,
             "ce_weight": ce_weight,
+            "beta": beta,
         }
+        rules = {"temperature": "POSITIVE", "beta": "FRACTION"}
         for name, value in given.items():
-            rule = "POSITIVE" if name == "temperature" else "NONNEGATIVE"
+            rule = rules.get(name, "NONNEGATIVE")
             setattr(self, name, arguments.in_range(_OP, name, value, rule, _WAY))
+        self.top_k = None if top_k is None else arguments.at_least(_OP, "top_k", top_k, 1)
         super().__init__(*args, compute_loss_func=self._distill, **kwargs)  # type: ignore[call-arg]
         self.teacher = teacher.to(self.args.device).eval()  # type: ignore[attr-defined]
         if shift_labels is None:
@@ -138,17 +150,41 @@ class DistillMixin:
             )
         if labels is not None and self.shift_labels:  # the logits are read in place
             labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED)
-        loss: torch.Tensor = distill(  # type: ignore[assignment]
-            outputs.logits,
-            labels,
-            self._teacher_logits,
-            teacher_weights=self.teacher_weight,
-            temperature=self.temperature,
-            ce_weight=self.ce_weight,
-            label_smoothing=self.args.label_smoothing_factor,  # type: ignore[attr-defined]
-            ignore_index=IGNORED,
-            mask_teachers=labels is not None,
-            divisor=num_items_in_batch,
-            dim=-1,
-        )
+        of_labels = {
+            "label_smoothing": self.args.label_smoothing_factor,  # type: ignore[attr-defined]
+            "ignore_index": IGNORED,
+            "divisor": num_items_in_batch,
+            "dim": -1,
+        }
+        loss: torch.Tensor
+        if self.beta == 0 and self.top_k is None:
+            loss = distill(  # type: ignore[assignment]
+                outputs.logits,
+                labels,
+                self._teacher_logits,
+                teacher_weights=self.teacher_weight,
+                temperature=self.temperature,
+                ce_weight=self.ce_weight,
+                mask_teachers=labels is not None,
+                **of_labels,
+            )
+            return loss
+        loss = self._soft(outputs.logits, labels, num_items_in_batch)
+        if self.ce_weight:
+            loss += distill(outputs.logits, labels, ce_weight=self.ce_weight, **of_labels)  # type: ignore[arg-type]
         return loss
+
+    def _soft(self, logits: torch.Tensor, labels: Any, count: Any) -> torch.Tensor:
+        """The teacher's term, where it is no KL divergence of all classes."""
+        options: dict[str, Any] = {
+            "beta": self.beta,
+            "temperature": self.temperature,
+            "weight": None if labels is None else labels != IGNORED,
+            "divisor": count,
+            "dim": -1,
+        }
+        if self.top_k is None:
+            divergence = _shared.js(logits, self._teacher_logits, **options)
+        else:
+            divergence = _shared.top_k(logits, self._teacher_logits, self.top_k, **options)
+        return self.teacher_weight * self.temperature**2 * divergence
