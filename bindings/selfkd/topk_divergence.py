@@ -100,23 +100,23 @@ def topk_divergence(
     >>> logits = model(batch["tokens"]).logits                    # (B, L, V)
     >>> loss = selfkd.topk_divergence(logits, indices, log_q, beta=0.5, weight=mask, dim=-1)
     """
-    assert teacher_temperature is not None  # numbers_of has found them
-    assert teacher_weight is not None
-    assert student_weight is not None
+    beta, a, b, temperature, own = numbers_of(
+        beta, teacher_weight, student_weight, temperature, teacher_temperature
+    )
     listed = indices >= 0
     chosen = (logits / temperature).gather(1, indices.clamp(min=0).long())
     if tail == "renormalize":
         none = ~listed.any(1, keepdim=True)  # both uniform: no divergence and no gradient
         log_p, log_q = (
             F.log_softmax(x.masked_fill(~listed, -torch.inf).masked_fill(none, 0), 1)
-            for x in (chosen, teacher / teacher_temperature)
+            for x in (chosen, teacher / own)
         )
     else:
         everything = F.log_softmax(logits / temperature, 1)
         log_p = everything.gather(1, indices.clamp(min=0).long()).masked_fill(~listed, -torch.inf)
         log_q = teacher
         if teacher_logsumexp is not None:
-            log_q = teacher / teacher_temperature - teacher_logsumexp.unsqueeze(1)
+            log_q = teacher / own - teacher_logsumexp.unsqueeze(1)
         log_q = log_q.masked_fill(~listed, -torch.inf)
         if tail == "bucket":
             log_p, log_q = _with_tail(everything, log_p, log_q, indices)
@@ -124,13 +124,12 @@ def topk_divergence(
     if kind == "tv":
         return (p - q).abs().sum(1) / 2
     log_m, rows = _log_mixture(log_p, log_q, beta), torch.zeros_like(log_p[:, 0])
-    if not arguments.is_zero(teacher_weight):
-        rows = rows + teacher_weight * _kl(log_q, log_m)
-    if not arguments.is_zero(student_weight):
-        rows = rows + student_weight * _kl(log_p, log_m)
+    if not arguments.is_zero(a):
+        rows = rows + a * _kl(log_q, log_m)
+    if not arguments.is_zero(b):
+        rows = rows + b * _kl(log_p, log_m)
     if tail != "drop":  # what the terms - q + M and - p + M add up to
-        uneven = teacher_weight * (1 - beta) - student_weight * beta
-        rows = rows + uneven * (p - q).sum(1)
+        rows = rows + (a * (1 - beta) - b * beta) * (p - q).sum(1)
     return rows
 
 
