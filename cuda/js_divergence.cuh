@@ -8,6 +8,7 @@
 
 /* Jensen-Shannon has kernels of its own, half as long; the others share theirs. */
 struct sk_of_jensen_shannon {
+    static constexpr bool kLong = false;
     template <typename real>
     static __device__ bool smooth(const real *) {
         return true;
@@ -18,6 +19,7 @@ struct sk_of_jensen_shannon {
     }
 };
 struct sk_of_mixture {
+    static constexpr bool kLong = true;
     template <typename real>
     static __device__ bool smooth(const real *) {
         return true;
@@ -28,6 +30,7 @@ struct sk_of_mixture {
     }
 };
 struct sk_of_total_variation {
+    static constexpr bool kLong = false;
     template <typename real>
     static __device__ bool smooth(const real *) {
         return false;

@@ -58,7 +58,7 @@ class Kernel:
         assert found, self.symbol
         self.name = found[2][: int(found[1])]
         rest = found[2][int(found[1]) :]
-        known = re.match(rf"I({'|'.join(BYTES)})((?:Li\d+E)*)E", rest)
+        known = re.match(rf"I({'|'.join(BYTES)})((?:Li\d+E)*)(?:\d+[a-z_]+)?E", rest)
         self.dtype = known[1] if known else ""
         self.arguments = [int(x) for x in re.findall(r"Li(\d+)E", known[2])] if known else []
 

@@ -31,6 +31,7 @@ WIDE_BLOCKS = {
     "distill_kernel": 2,
     "distill_backward_kernel": 2,
     "js_divergence_kernel": 2,
+    "js_divergence_backward_kernel": 2,  # any mixture; Jensen-Shannon alone has 3
     "sd_dropout_head_kernel": 2,
     "topk_divergence_kernel": 2,  # the listed classes are measured in double
     "topk_divergence_backward_kernel": 2,
@@ -60,6 +61,7 @@ LOCAL = {
     ("sd_dropout_head_kernel", "vector"): (8, 0, "a number of a row; sm_90"),
     ("sd_dropout_head_kernel", "other"): (64, 8, "in double, or with an address for each item"),
     ("sd_dropout_kl_backward_kernel", "other"): (8, 2, "in double, on sm_90"),
+    ("js_divergence_kernel", "other"): (88, 60, "in double: each visit has numbers of its own"),
 }
 
 
@@ -79,9 +81,14 @@ def accesses(kernel: Kernel) -> tuple[int, int, int]:
 
 
 def least_blocks(kernel: Kernel) -> int:
-    """How many blocks a multiprocessor must hold: 3 of a kernel that loads rows 16 bytes at a time."""
+    """How many blocks a multiprocessor must hold: 3 of a kernel that loads rows 16 bytes at a time.
+
+    Of a loss of cuda/core/pair_loss.cuh, forward visits them three times: 2.
+    """
     if kernel.vector and kernel.dtype != "d" and sum(accesses(kernel)):
-        return WIDE_BLOCKS.get(kernel.name, BLOCKS.get(kernel.name, 3))
+        source = ROOT / "cuda" / f"{kernel.name.removesuffix('_kernel')}.cu"
+        visits = source.exists() and "SK_PAIR_LOSS(" in source.read_text()
+        return WIDE_BLOCKS.get(kernel.name, BLOCKS.get(kernel.name, 2 if visits else 3))
     return BLOCKS.get(kernel.name, 2)
 
 

@@ -6,8 +6,9 @@
 #include "core/row_loss.cuh"
 
 /* Formula is a type with
- *   static bool smooth(k)             what cpu/core/pair_loss.h says of it
- *   static sk_pair_result at(x, k)    what it makes of a class */
+ *   static constexpr bool kLong       whether its gradient needs the registers of two blocks, not
+ * three static bool smooth(k)             what cpu/core/pair_loss.h says of it static
+ * sk_pair_result at(x, k)    what it makes of a class */
 
 /* What is found of a row: lse(u/T), what it lies above lse(v/T'), A, B and the loss. */
 struct sk_pair_loss_row {
@@ -332,7 +333,7 @@ SK_DEVICE void sk_pair_loss_backward(const Params &p, const sk_arg &to_u, const 
     }
 #define SK_PAIR_BACKWARD(op, u, v, temperature, temperature_v)                                   \
     template <typename T, int kVec, typename Formula>                                            \
-    __global__ void __launch_bounds__(SK_BLOCK, sk_resident<T, kVec>)                            \
+    __global__ void __launch_bounds__(SK_BLOCK, Formula::kLong ? 2 : sk_resident<T, kVec>)       \
         op##_backward_kernel(const struct op##_backward_params p) {                              \
         typedef sk_real<T> real;                                                                 \
         const real k[] = op##_NUMBERS(&p);                                                       \
@@ -348,6 +349,7 @@ SK_DEVICE void sk_pair_loss_backward(const Params &p, const sk_arg &to_u, const 
 /* Defines all of it for a loss with one formula, op_terms. */
 #define SK_PAIR_LOSS(op, u, v, temperature, temperature_v)                                       \
     struct op##_formula {                                                                        \
+        static constexpr bool kLong = false;                                                     \
         template <typename real>                                                                 \
         static __device__ bool smooth(const real *) {                                            \
             return false;                                                                        \
