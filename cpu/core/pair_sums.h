@@ -51,15 +51,26 @@ static inline void sk_raise_pair(const sk_task *r, const real *u, const real *v,
     }
 }
 
-/* Adds a group of lanes to P and Q. */
-SK_SPECIAL void sk_add_to_sums(const sk_task *r, const sk_two_logits *x, const real *u,
-                               const real *v, int64_t depth, int64_t g, sk_comparison *m) {
+/* A group of lanes of the tile from class c. */
+static inline sk_two_tiles sk_two_tiles_of(const sk_task *r, const sk_two_logits *x, const real *u,
+                                           const real *v, int64_t c, int64_t depth, int64_t g) {
+    return (sk_two_tiles){
+        u, v, sk_next_tile(r, x->u, g, c), sk_next_tile(r, x->v, g, c), depth, g, NULL};
+}
+
+/* Adds a group of lanes to P and Q; asks for the next ones. */
+SK_SPECIAL void sk_add_to_sums(const sk_task *r, const sk_two_logits *x, const sk_two_tiles *at,
+                               sk_comparison *m) {
     const sk_scale t = x->t, t_v = x->t_v;
-    const int64_t pitch = sk_pitch(r);
+    const sk_ahead next_u = at->next_u, next_v = at->next_v;
+    const real *const u = at->u, *const v = at->v;
+    const int64_t pitch = sk_pitch(r), depth = at->depth, g = at->g;
     real hu[SK_LANES], hv[SK_LANES], p[SK_LANES] = {0}, q[SK_LANES] = {0};
     sk_to_lanes(r, g, m->hu, hu);
     sk_to_lanes(r, g, m->hv, hv);
     for (int64_t i = 0; i < depth; i++) {
+        sk_fetch(next_u, i);
+        sk_fetch(next_v, i);
 #pragma omp simd
         for (int k = 0; k < SK_LANES; k++) {
             p[k] += sk_exp_of(u[i * pitch + k] - hu[k], &t);
@@ -100,7 +111,10 @@ static inline void sk_sum_pair(const sk_task *r, const sk_two_logits *x, sk_tops
         for (int64_t g = 0; g < r->groups; g++) sk_raise_pair(r, u[g], v[g], depth, g, tops);
         sk_move_anchors(r, &x->t, tops->u, m->hu, m->sum[SK_P]);
         sk_move_anchors(r, &x->t_v, tops->v, m->hv, m->sum[SK_Q]);
-        for (int64_t g = 0; g < r->groups; g++) sk_add_to_sums(r, x, u[g], v[g], depth, g, m);
+        for (int64_t g = 0; g < r->groups; g++) {
+            const sk_two_tiles tiles = sk_two_tiles_of(r, x, u[g], v[g], c, depth, g);
+            sk_add_to_sums(r, x, &tiles, m);
+        }
     }
     for (int64_t i = 0; i < sk_scalars(r); i++) {
         m->hu[i] = sk_anchor(tops->u[i]);
@@ -119,9 +133,7 @@ static inline void sk_sum_differences(const sk_task *r, const sk_two_logits *x, 
         sk_load_tile(r, x->u, c, classes, tile[0], u);
         sk_load_tile(r, x->v, c, classes, tile[1], v);
         for (int64_t g = 0; g < r->groups; g++) {
-            const sk_ahead next_u = sk_next_tile(r, x->u, g, c);
-            const sk_ahead next_v = sk_next_tile(r, x->v, g, c);
-            const sk_two_tiles tiles = {u[g], v[g], next_u, next_v, depth, g, NULL};
+            const sk_two_tiles tiles = sk_two_tiles_of(r, x, u[g], v[g], c, depth, g);
             if (x->form == SK_EXACT)
                 sk_compare_group(SK_EXACT, SK_ONLY_DL, SK_FRESH, r, &x->t, &x->t_v, &tiles, m);
             else
