@@ -11,7 +11,7 @@ from itertools import product
 from math import floor, prod
 from typing import Any
 
-from mixture import js_divergence
+from mixture import js_divergence, topk_divergence
 from mpmath import mp, mpf
 from rows import Row, Tensor, log_softmax, reduced, rows_of, zeros
 
@@ -324,6 +324,7 @@ FORMULAS: dict[str, Callable[[dict[str, Any]], dict[str, Tensor]]] = {
     "sd_dropout_kl": sd_dropout_kl,
     "simreg": simreg,
     "js_divergence": js_divergence,
+    "topk_divergence": topk_divergence,
     "distill": distill,
     "adversarial": adversarial,
     "attention": attention,

@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 
 from formulas import FORMULAS
+from mixture import mixtures, stored
 from mpmath import mp, mpf
 from rows import Tensor, draw, integers, near, of, probabilities
 
@@ -33,6 +34,16 @@ NUMBERS: dict[str, Case] = {
         "kind": "js",
         "needs_student": 1,
         "needs_teacher": 1,
+        "reduction": "mean",
+    },
+    "topk_divergence": {
+        "tail": "bucket",
+        "beta": 0.5,
+        "teacher_weight": 0.5,
+        "student_weight": 0.5,
+        "temperature": 1.0,
+        "teacher_temperature": 1.0,
+        "kind": "js",
         "reduction": "mean",
     },
     "distill": {
@@ -77,6 +88,7 @@ NUMBERS: dict[str, Case] = {
 CHOICES = {
     "reduction": ("none", "mean", "sum"),
     "kind": ("js", "tv"),
+    "tail": ("bucket", "renormalize", "drop"),
     "mode": ("bce", "hinge", "lsgan", "wgan"),
     "side": ("discriminator", "generator"),
     "teacher_kind": ("logits", "probs", "log_probs"),
@@ -91,6 +103,7 @@ PASSED = {
     "sd_dropout_kl": {"saved": "4N*"},
     "simreg": {"saved": "3N*"},
     "js_divergence": {"saved": "4N*"},
+    "topk_divergence": {"saved": "4N*"},
     "distill": {"levels": "4N*", "ratios": "2N*", "denominators": "2"},
     "adversarial": {"rows": "N", "fake_rows": "M"},
     "attention": {"maps": "2N*", "slopes": "2N"},
@@ -266,42 +279,11 @@ def chunks(g: Random) -> dict[str, Case]:
     }
 
 
-def mixtures(g: Random) -> dict[str, Case]:
-    """js_divergence: a student and a teacher."""
-    x, y = draw(g, 3, 7), draw(g, 3, 7)
-    hole, other = draw(g, 2, 6), draw(g, 2, 6)
-    hole.values[1] = hole.values[8] = other.values[8] = other.values[4] = mpf("-inf")
-    both = {"student": x, "teacher": y}
-    kl = {"beta": 0.0, "teacher_weight": 1.0, "student_weight": 0.0}
-    reverse = {"beta": 1.0, "teacher_weight": 0.0, "student_weight": 1.0}
-    skewed = {"beta": 0.125, "teacher_weight": 1.0, "student_weight": 0.0}
-    return {
-        "Jensen-Shannon": both,
-        "generalised": both | {"beta": 0.125, "teacher_weight": 0.125, "student_weight": 0.875},
-        "KL(q||p)": both | kl,
-        "KL(p||q)": both | reverse | {"reduction": "sum"},
-        "skewed": both | skewed | {"temperature": 2.0, "teacher_temperature": 1.5},
-        "skewed, reverse": both | {"beta": 0.125, "teacher_weight": 0.0, "student_weight": 1.0},
-        "total variation": both | {"kind": "tv"},
-        "rows, weighted": {
-            **{"student": draw(g, 2, 3, 2), "teacher": draw(g, 2, 3, 2), "reduction": "none"},
-            **{"weight": of([1.5, 0, 0.25, 2], 2, 2), "grad": of([1, 0.5, -2, 0.125], 2, 2)},
-        },
-        "a divisor": both | {"divisor": of([2.5]), "grad": of([0.375])},
-        "close rows": {"student": x, "teacher": near(x, g, 2.0**-13), "close": True},
-        "close rows, skewed": {"student": x, "teacher": near(x, g, 2.0**-13), "close": True}
-        | skewed,
-        "rows that are equal": {"student": x, "teacher": x},
-        "classes at -inf on one side or both": {"student": hole, "teacher": other},
-        "large logits": {"student": draw(g, 2, 19, spread=64), "teacher": draw(g, 2, 19, spread=64)}
-        | kl,
-    }
-
-
 CASES = {
     "sd_dropout_kl": pairs,
     "simreg": features,
     "js_divergence": mixtures,
+    "topk_divergence": stored,
     "distill": students,
     "adversarial": scores,
     "attention": maps,
