@@ -49,6 +49,8 @@ def zeros(op: str) -> dict[str, Any]:
         elif item.is_input:
             shape = [int(sizes.get(letter, letter)) for letter in item.shape.removesuffix("*")]
             found[item.name] = torch.zeros(shape, dtype=dtypes.get(item.rule, torch.float32))
+            if item.rule == "CLASSES":  # each listed once
+                found[item.name] += torch.arange(shape[1])
     return found
 
 

@@ -107,20 +107,10 @@ static int check_named(const sk_op *op, const sk_item *it, const char *name) {
 
 /* ---- numbers ---- */
 
-/* A BOOL needs_<input> stands beside an output LIKE that input. */
-static int check_needs(const sk_op *op, const sk_item *it) {
-    if (it->kind != SK_BOOL || strncmp(it->name, "needs_", 6) != 0) return SELFKD_OK;
-    for (int i = 0; i < op->count; i++) {
-        const sk_item *const like = &op->items[i];
-        if (like->kind == SK_LIKE && like->shape && sk_needs(it, like->shape)) return SELFKD_OK;
-    }
-    return FAIL(op, it, "the name of an input, after needs_, that an output is LIKE");
-}
-
 static int check_range(const sk_op *op, const sk_item *it) {
     const bool any = it->rule == SK_ANY || it->kind == SK_REAL || it->kind == SK_INT;
     return any && it->rule >= SK_ANY && it->rule <= SK_BELOW_ONE
-               ? check_needs(op, it)
+               ? SELFKD_OK
                : FAIL(op, it, "a range that there is, of a BOOL ANY");
 }
 
@@ -216,6 +206,16 @@ static const char *result_shape(const sk_op *op) {
     return rows < 0 ? "" : op->items[rows].shape;
 }
 
+/* A BOOL needs_<input> stands beside an output LIKE that input. */
+static int check_needs(const sk_op *op, const sk_item *it) {
+    if (it->kind != SK_BOOL || strncmp(it->name, "needs_", 6) != 0) return SELFKD_OK;
+    for (int i = 0; i < op->count; i++) {
+        const sk_item *const like = &op->items[i];
+        if (like->kind == SK_LIKE && like->shape && sk_needs(it, like->shape)) return SELFKD_OK;
+    }
+    return FAIL(op, it, "the name of an input, after needs_, that an output is LIKE");
+}
+
 int sk_check_gradient(const sk_op *op, const sk_op *forward) {
     char grad[128];
     for (int i = 0; i < op->count; i++) {
@@ -238,6 +238,10 @@ int sk_check_gradient(const sk_op *op, const sk_op *forward) {
             if (strcmp(it->shape, shape_of(forward, other)) != 0)
                 return FAIL(op, it, "the shape that it has in the forward operator");
         }
+    }
+    for (int i = 0; i < op->count; i++) {
+        const int status = check_needs(op, &op->items[i]);
+        if (status) return status;
     }
     return SELFKD_OK;
 }
