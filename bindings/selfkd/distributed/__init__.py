@@ -12,6 +12,11 @@ log-sum-exps of whole rows, leaves the gradient of the shard.
 """
 
 from .distill import vocab_parallel_distill
+from .js_divergence import vocab_parallel_js_divergence
 from .sd_dropout_kl import vocab_parallel_sd_dropout_kl
 
-__all__ = ["vocab_parallel_distill", "vocab_parallel_sd_dropout_kl"]
+__all__ = [
+    "vocab_parallel_distill",
+    "vocab_parallel_js_divergence",
+    "vocab_parallel_sd_dropout_kl",
+]
