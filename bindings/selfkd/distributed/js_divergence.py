@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,18 @@ def _weighted_slopes(
     return torch.stack(found, 1)
 
 
+def _infinite(
+    student: torch.Tensor, teacher: torch.Tensor, numbers: Mapping[str, Any]
+) -> torch.Tensor | float:
+    """What is added to the loss: infinity where it is a KL divergence and has a class that M lacks, or 0."""
+    ends = {0: (teacher, student, "teacher_weight"), 1: (student, teacher, "student_weight")}
+    if numbers["kind"] != _kind("js") or numbers["beta"] not in ends:
+        return 0
+    of, mixture, weight = ends[numbers["beta"]]
+    lacks = ((of != -torch.inf) & (mixture == -torch.inf)).any(1, keepdim=True)
+    return torch.where(lacks, torch.inf, 0.0) if numbers[weight] != 0 else 0
+
+
 def _share(
     student: torch.Tensor, teacher: torch.Tensor, whole: torch.Tensor, **numbers: Any
 ) -> torch.Tensor:
@@ -62,7 +74,8 @@ def _share(
     means = torch.where(masses > _LEAST, first / masses, 0)
     own = arguments.accumulator(student)
     more = _weighted_slopes(own, of, torch.cat([sums, means], 1), **numbers)
-    return torch.cat([first.sum(1, keepdim=True), means * masses + more], 1)
+    loss = first.sum(1, keepdim=True) + _infinite(student, teacher, numbers)
+    return torch.cat([loss, means * masses + more], 1)
 
 
 def _shares(
