@@ -290,13 +290,14 @@ def check_fixed_side() -> None:
     """The side that does not learn has no gradient, and the other the one that it has with it."""
     g = torch.Generator().manual_seed(SEED)
     x, y = (shard(torch.randn(6, 40, generator=g)) for _ in range(2))
-    live = [z.clone().requires_grad_() for z in (x, y)]
-    expected = torch.autograd.grad(
-        selfkd.distributed.vocab_parallel_js_divergence(*live, beta=0.3), live
-    )
-    for k, pair in enumerate(((live[0], y), (x, live[1]))):
-        loss = selfkd.distributed.vocab_parallel_js_divergence(*pair, beta=0.3)
-        assert torch.equal(torch.autograd.grad(loss, live[k])[0], expected[k])
+    for function in (
+        selfkd.distributed.vocab_parallel_sd_dropout_kl,
+        partial(selfkd.distributed.vocab_parallel_js_divergence, beta=0.3),
+    ):
+        live = [z.clone().requires_grad_() for z in (x, y)]
+        expected = torch.autograd.grad(function(*live), live)
+        for k, pair in enumerate(((live[0], y), (x, live[1]))):
+            assert torch.equal(torch.autograd.grad(function(*pair), live[k])[0], expected[k])
 
 
 def counted(call: Callable[[], Any]) -> tuple[int, int]:

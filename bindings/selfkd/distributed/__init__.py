@@ -7,8 +7,9 @@ what it saves for backward: a few float64 numbers for each row, in one all-gathe
 
 with P_r = exp(lse_r - lse) the mass of shard r and p_r the distribution within it. KL(P||Q) is the same
 operator once more, on the shards' log-sum-exps. No term is negative and rows that agree give exactly
-0, as without shards. Backward communicates nothing: the ordinary backward operator, given the
-log-sum-exps of whole rows, leaves the gradient of the shard.
+0, as without shards. The mixture of js_divergence gives no such rule: its ranks exchange log-sum-exps, and
+then sums of the slopes that the backward operator finds within whole rows. Backward communicates nothing:
+the ordinary backward operator, given the log-sum-exps of whole rows, leaves the gradient of the shard.
 """
 
 from .distill import vocab_parallel_distill
