@@ -32,11 +32,11 @@ def bump(classes: int) -> Any:
     return make
 
 
-def high(*shape: int, level: float) -> Any:
-    """Logits of standard deviation 0.3, but for one class of u."""
+def high(*shape: int, scale: float, level: float) -> Any:
+    """Logits of which u has one class, at `level`, far above all others."""
 
     def make(g: torch.Generator) -> dict[str, torch.Tensor]:
-        tensors = pair(*shape, scale=0.3)(g)
+        tensors = pair(*shape, scale=scale)(g)
         tensors["u"][:, 3] = level
         return tensors
 
@@ -88,7 +88,7 @@ CASES = [
     Case("rows_1e-3_apart_long", pair(2, 3000, apart=1e-3), close=True, exact=1e-9),
     Case("a_constant_apart", constant_apart(pair(9, 1000, apart=1e-3)), close=True, exact=1e-9),
     Case("one_class_stands_out", bump(100000), exact=1e-10, big=True),
-    Case("a_class_12_above", high(9, 1000, level=12), {"temperature": 1.0}),
+    Case("a_class_12_above", high(9, 1000, scale=0.3, level=12), {"temperature": 1.0}),
     Case("cold", pair(9, 50), {"temperature": 0.5}),
     Case("hot", pair(9, 50), {"temperature": 20.0}),
     Case("forward_only", pair(9, 50), {"reverse_weight": 0.0}),
@@ -320,7 +320,8 @@ def test_one_direction_of_rows_that_are_nearly_one_class(
     harness.prepare(backend)
     options = {"temperature": 1.0, "reverse_weight": 0.0, "reduction": "none"}
     for classes in (100, 1000):
-        tensors = harness.cast(high(64, classes, level=level)(generator), OP, F32, backend.device)
+        make = high(512, classes, scale=1.0, level=level)
+        tensors = harness.cast(make(generator), OP, F32, backend.device)
         exact = wide.sd_dropout_kl({k: wide.wide(x) for k, x in tensors.items()}, **options).result
         found = backend.call(OP, tensors, options)[0].double().cpu().numpy()
         assert (abs(found - exact) <= 3e-6 * exact).all()
