@@ -426,6 +426,42 @@ def test_position_of_a_bad_target_from_the_operator() -> None:
         torch.ops.selfkd.distill(*values)
 
 
+@pytest.mark.parametrize("shape", [(9, 50), (2, 50, 33)], ids=str)
+@pytest.mark.parametrize("backend", harness.backends(), ids=str)
+def test_without_a_target_no_position_is_ignored_whatever_masks_teachers(
+    backend: harness.Backend, shape: tuple[int, ...], generator: torch.Generator
+) -> None:
+    """The function refuses it; the operator, to which others have access, has nothing to mask by."""
+    harness.prepare(backend)
+    tensors = harness.cast(draw(*shape, target=False)(generator), OP, torch.float32, backend.device)
+    found = []
+    for masked in (0, 1):
+        named: dict[str, Any] = {**tensors, "mask_teachers": masked}
+        named |= harness.run_operator(backend, OP, named)
+        named["grad"] = torch.ones_like(named["rows"])
+        grad = harness.run_operator(backend, f"{OP}_backward", named)["grad_logits"]
+        found.append((named["loss"].cpu(), grad.cpu()))
+    assert (found[0][1] != 0).any()
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backend", harness.backends(), ids=str)
+def test_smoothed_logits_at_the_ends_of_float32(
+    backend: harness.Backend, dtype: str, generator: torch.Generator
+) -> None:
+    """What lies between two of them is no float32; a smoothed share of it is."""
+
+    def draw(g: torch.Generator) -> dict[str, torch.Tensor]:
+        logits = torch.where(torch.rand(9, 30, generator=g) < 0.5, 3e38, -3e38).double()
+        target = torch.randint(0, 30, (9,), generator=g)
+        logits[torch.arange(9), target] = 3e38
+        return {"logits": logits, "target": target}
+
+    case = Case("huge", draw, {"label_smoothing": 0.1, "reduction": "none"})
+    harness.check_case(OP, case, backend, dtype, "contiguous", generator)
+
+
 # ---- a part of the classes, as selfkd.distributed has it ----
 
 

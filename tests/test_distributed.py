@@ -21,16 +21,18 @@ import harness
 import pytest
 import selfkd
 import test_distill
+import test_js_divergence
 import test_sd_dropout_kl
 import torch
 import torch.distributed as dist
+import wide
 from conftest import SEED, in_ranks
 from harness import Case
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 WORLDS = (2, 4)
-SHARDED = ("u", "v", "logits", "teacher", "second_teacher")
+SHARDED = ("u", "v", "logits", "student", "teacher", "second_teacher")
 INF, NAN = torch.inf, torch.nan
 pytestmark = [
     pytest.mark.skipif(
@@ -95,7 +97,11 @@ def call_sharded(
 
 # ---- the cases of both operators ----
 
-MODULES = {"sd_dropout_kl": test_sd_dropout_kl, "distill": test_distill}
+CASES = {
+    "sd_dropout_kl": (test_sd_dropout_kl.CASES, test_sd_dropout_kl.IMAGES),
+    "distill": (test_distill.CASES, test_distill.IMAGES),
+    "js_divergence": (test_js_divergence.CASES, test_js_divergence.MAPS),
+}
 LAYOUTS = {"images": ["contiguous", "channels_last"], "rows": ["contiguous"]}
 FEW = ("imagenet_classes", "two_temperatures", "weights", "weighted", "voc", "mask")
 
@@ -103,8 +109,8 @@ FEW = ("imagenet_classes", "two_temperatures", "weights", "weighted", "voc", "ma
 def case_checks(world: int) -> dict[str, Callable[[], None]]:
     """Each case of each operator, and a few of them in more dtypes and layouts; on 4 ranks the few alone."""
     found = {}
-    for op, module in MODULES.items():
-        for kind, cases in (("rows", module.CASES), ("images", module.IMAGES)):
+    for op, of_kinds in CASES.items():
+        for kind, cases in zip(("rows", "images"), of_kinds, strict=True):
             for case in cases:
                 few = case.name in FEW
                 if case.big or (world > 2 and not few):
@@ -159,6 +165,8 @@ def check_excluded_shards() -> None:
             {"detach_target": True},
         ):
             compare_rows("sd_dropout_kl", {"u": u, "v": v}, options)
+        for options in test_js_divergence.KINDS.values():
+            compare_rows("js_divergence", {"student": u, "teacher": v}, options)
         for options in ({}, {"teacher_temperature": 2.0}, {"label_smoothing": 0.1}):
             compare_rows("distill", {"logits": u, "target": target, "teacher": v}, options)
         compare_rows("distill", {"logits": u, "target": target}, {})
@@ -191,6 +199,11 @@ def check_tiny_masses() -> None:
         found, _ = call_sharded("sd_dropout_kl", {"u": u, "v": v}, {"reduction": "none", **weights})
         assert expected[0].isinf() == ("reverse_weight" in weights)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    for beta, weights in ((0.0, {"forward_weight": 0.0}), (1.0, {"reverse_weight": 0.0})):
+        tensors, options = {"student": u, "teacher": v}, {"beta": beta, "reduction": "none"}
+        expected = selfkd.sd_dropout_kl(u, v, temperature=1.0, reduction="none", **weights)
+        found, _ = call_sharded("js_divergence", tensors, options)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     logits, target = torch.zeros(2, 40), torch.tensor([3, 39])
     logits[torch.arange(2), target] = 60.0
     found, _ = call_sharded("distill", {"logits": logits, "target": target}, {"reduction": "none"})
@@ -215,7 +228,10 @@ def check_ignored_class() -> None:
 
 
 def check_equal_rows() -> None:
-    """Rows that agree, or differ by a constant, give exactly 0."""
+    """Rows that agree, or differ by a constant, give exactly 0.
+
+    For js_divergence it must not exceed what float64 finds class by class in rows that far apart.
+    """
     u = 100 * torch.randn(9, 100, generator=torch.Generator().manual_seed(SEED))
     for dtype in (torch.float32, torch.float64):
         for v in (u, (u.bfloat16() + 64).to(u.dtype) * 0 + u):
@@ -225,6 +241,63 @@ def check_equal_rows() -> None:
         z = u.to(dtype).round()
         found, _ = call_sharded("sd_dropout_kl", {"u": z, "v": z + 4096}, {})
         assert found == 0
+        for options in test_js_divergence.KINDS.values():
+            for shift in (0, 512):
+                tensors = {"student": z, "teacher": z + shift}
+                found, grads = call_sharded("js_divergence", tensors, options)
+                assert found == 0
+                assert all((x == 0).all() for x in grads.values())
+            found, _ = call_sharded("js_divergence", {**tensors, "teacher": z + 4096}, options)
+            assert abs(found) < (1e-12 if options.get("kind") == "tv" else 1e-24)
+
+
+def check_close_rows() -> None:
+    """Shards of rows that nearly agree do not, by what lies between them; the loss keeps all digits."""
+    g = torch.Generator().manual_seed(SEED)
+    student, noise = 3 * torch.randn(16, 300, generator=g), torch.randn(16, 300, generator=g)
+    for options in test_js_divergence.KINDS.values():
+        for apart in (1e-6, 1e-3):
+            tensors = {"student": student, "teacher": student + apart * noise}
+            exact = wide.js_divergence({k: wide.wide(x) for k, x in tensors.items()}, **options)
+            found, grads = call_sharded("js_divergence", tensors, {**options, "reduction": "none"})
+            error = abs(found.double().numpy() - exact.result) / exact.result
+            assert error.max() <= 3e-6, (options, apart)
+            for name, x in grads.items():
+                error = abs(x.double().numpy() - exact.grads[name]).max(1)
+                assert (error <= 1e-5 * abs(exact.grads[name]).max(1)).all(), (options, apart)
+
+
+def check_parts_of_rows() -> None:
+    """Classes are brought to float64 a part at a time, of rows and of positions: results are the same."""
+    g = torch.Generator().manual_seed(SEED)
+    for shape in ((7, 40), (3, 40, 5, 3)):
+        student, teacher = (shard(torch.randn(shape, generator=g)) for _ in range(2))
+        weight = torch.rand(student[:, 0].shape, generator=g)
+
+        def call(student: torch.Tensor = student, *rest: torch.Tensor) -> list[torch.Tensor]:
+            live = [x.clone().requires_grad_() for x in (student, rest[0])]
+            loss = selfkd.distributed.vocab_parallel_js_divergence(*live, weight=rest[1])
+            return [loss, *torch.autograd.grad(loss, live)]
+
+        expected = call(student, teacher, weight)
+        for most in (1, 100):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("selfkd.distributed.js_divergence._CLASSES", most)
+                torch.testing.assert_close(call(student, teacher, weight), expected)
+
+
+def check_fixed_side() -> None:
+    """The side that does not learn has no gradient, and the other the one that it has with it."""
+    g = torch.Generator().manual_seed(SEED)
+    x, y = (shard(torch.randn(6, 40, generator=g)) for _ in range(2))
+    for function in (
+        selfkd.distributed.vocab_parallel_sd_dropout_kl,
+        partial(selfkd.distributed.vocab_parallel_js_divergence, beta=0.3),
+    ):
+        live = [z.clone().requires_grad_() for z in (x, y)]
+        expected = torch.autograd.grad(function(*live), live)
+        for k, pair in enumerate(((live[0], y), (x, live[1]))):
+            assert torch.equal(torch.autograd.grad(function(*pair), live[k])[0], expected[k])
 
 
 def counted(call: Callable[[], Any]) -> tuple[int, int]:
@@ -251,31 +324,33 @@ def counted(call: Callable[[], Any]) -> tuple[int, int]:
 
 
 def check_communication() -> None:
-    """A few scalars a row, in one all-gather; a message of constant size where sizes are not given."""
+    """A few scalars a row, in one all-gather or two; a message of constant size where sizes are not given."""
     rows, classes, world = 64, 1000, dist.get_world_size()
     draw = partial(torch.randn, rows, sizes_of(classes, world)[dist.get_rank()])
     u, v = (draw().requires_grad_() for _ in range(2))
     t, s = draw(), draw()
     target = torch.randint(0, classes, (rows,))
     dist.broadcast(target, 0)
-    one, two = (
+    one, two, three = (
         selfkd.distributed.vocab_parallel_sd_dropout_kl,
         selfkd.distributed.vocab_parallel_distill,
+        selfkd.distributed.vocab_parallel_js_divergence,
     )
     sizes = {"sizes": sizes_of(classes, world)}
-    calls: dict[str, tuple[Callable[[], torch.Tensor], int]] = {
-        "sd_dropout_kl": (lambda: one(u, v, **sizes), 4),
-        "distill, cross-entropy": (lambda: two(u, target, **sizes), 5),
-        "distill, a teacher": (lambda: two(u, None, t, **sizes), 4),
-        "distill, both": (lambda: two(u, target, t, **sizes), 8),
-        "distill, two teachers": (lambda: two(u, target, (t, s), **sizes), 11),
+    calls: dict[str, tuple[Callable[[], torch.Tensor], int, int]] = {
+        "sd_dropout_kl": (lambda: one(u, v, **sizes), 1, 4),
+        "distill, cross-entropy": (lambda: two(u, target, **sizes), 1, 5),
+        "distill, a teacher": (lambda: two(u, None, t, **sizes), 1, 4),
+        "distill, both": (lambda: two(u, target, t, **sizes), 1, 8),
+        "distill, two teachers": (lambda: two(u, target, (t, s), **sizes), 1, 11),
+        "js_divergence": (lambda: three(u, v, **sizes), 2, 5),
     }
-    for name, (call, scalars) in calls.items():
+    for name, (call, gathers, scalars) in calls.items():
         messages, given = counted(lambda call=call: call().backward())  # type: ignore[misc]
         line = f"{name}: {messages} all-gather, {given / rows:g} bytes a row from each of {world} ranks"
         if dist.get_rank() == 0:
             print(f"{line}; a row of logits has {u.shape[1] * u.element_size()}", flush=True)
-        assert (messages, given) == (1, 8 * scalars * rows)
+        assert (messages, given) == (gathers, 8 * scalars * rows)
     assert counted(lambda: one(u, v).backward())[0] == 2
 
 
@@ -290,6 +365,7 @@ def check_sentences() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     distill = selfkd.distributed.vocab_parallel_distill
     sd_dropout_kl = selfkd.distributed.vocab_parallel_sd_dropout_kl
+    js_divergence = selfkd.distributed.vocab_parallel_js_divergence
     x, target = torch.zeros(5, 3), torch.zeros(5, dtype=torch.int64)
     live = x.clone().requires_grad_()
     one = torch.nn.Parameter(torch.ones(()))
@@ -299,6 +375,8 @@ def check_sentences() -> None:
         "vocab_parallel_distill: ce_weight": lambda: distill(x, target, ce_weight=one),
         "vocab_parallel_distill: divisor": lambda: distill(x, target, divisor=one),
         "vocab_parallel_sd_dropout_kl: temperature": lambda: sd_dropout_kl(x, x, temperature=one),
+        "vocab_parallel_js_divergence: beta": lambda: js_divergence(x, x, beta=one),
+        "vocab_parallel_js_divergence: weight": lambda: js_divergence(x, x, weight=live[:, 0]),
         "vocab_parallel_sd_dropout_kl: weight": lambda: sd_dropout_kl(x, x, weight=live[:, 0]),
     }.items():
         with pytest.raises(ValueError, match=f"^{name}.* requires grad"):
@@ -379,7 +457,8 @@ def check_compile() -> None:
     def loss(u: torch.Tensor, v: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         one = selfkd.distributed.vocab_parallel_sd_dropout_kl(1.5 * u, v, sizes=sizes)
         two = selfkd.distributed.vocab_parallel_distill(u, target, 2 * v.detach(), sizes=sizes)
-        return one + two  # type: ignore[operator]
+        three = selfkd.distributed.vocab_parallel_js_divergence(u, 2 * v.detach(), sizes=sizes)
+        return one + two + three  # type: ignore[operator]
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows in (5, 8):
@@ -457,6 +536,9 @@ def checks(world: int) -> dict[str, Callable[[], None]]:
         check_tiny_masses,
         check_ignored_class,
         check_equal_rows,
+        check_close_rows,
+        check_parts_of_rows,
+        check_fixed_side,
         check_communication,
     ]
     found += [check_sentences, check_parts_and_groups]

@@ -11,6 +11,7 @@ import pytest
 import selfkd
 import torch
 import torch.nn.functional as F
+import wide
 from harness import Case, divided, needs_torch_backend, weighted
 from selfkd import library
 
@@ -27,6 +28,17 @@ def bump(classes: int) -> Any:
         u = 1e-3 * torch.randn(2, classes, generator=g, dtype=torch.float64)
         u[:, 7] += 15
         return {"u": u, "v": torch.full_like(u, 15)}
+
+    return make
+
+
+def high(*shape: int, scale: float, level: float) -> Any:
+    """Logits of which u has one class, at `level`, far above all others."""
+
+    def make(g: torch.Generator) -> dict[str, torch.Tensor]:
+        tensors = pair(*shape, scale=scale)(g)
+        tensors["u"][:, 3] = level
+        return tensors
 
     return make
 
@@ -76,6 +88,7 @@ CASES = [
     Case("rows_1e-3_apart_long", pair(2, 3000, apart=1e-3), close=True, exact=1e-9),
     Case("a_constant_apart", constant_apart(pair(9, 1000, apart=1e-3)), close=True, exact=1e-9),
     Case("one_class_stands_out", bump(100000), exact=1e-10, big=True),
+    Case("a_class_12_above", high(9, 1000, scale=0.3, level=12), {"temperature": 1.0}),
     Case("cold", pair(9, 50), {"temperature": 0.5}),
     Case("hot", pair(9, 50), {"temperature": 20.0}),
     Case("forward_only", pair(9, 50), {"reverse_weight": 0.0}),
@@ -296,6 +309,22 @@ def test_float64_against_long_double(shape: tuple[int, ...], generator: torch.Ge
     expected = 9 * ((np.exp(log_p) - np.exp(log_q)) * d).sum(1)
     found = selfkd.sd_dropout_kl(*tensors.values(), reduction="none")
     assert np.abs(found.numpy() / expected - 1).max() < 1e-12
+
+
+@pytest.mark.parametrize("level", [18, 21, 24, 27, 30])
+@pytest.mark.parametrize("backend", harness.backends(), ids=str)
+def test_one_direction_of_rows_that_are_nearly_one_class(
+    backend: harness.Backend, level: float, generator: torch.Generator
+) -> None:
+    """Against their largest logits q sums up to far more than p, of which KL(p||q) is a small difference."""
+    harness.prepare(backend)
+    options = {"temperature": 1.0, "reverse_weight": 0.0, "reduction": "none"}
+    for classes in (100, 1000):
+        make = high(512, classes, scale=1.0, level=level)
+        tensors = harness.cast(make(generator), OP, F32, backend.device)
+        exact = wide.sd_dropout_kl({k: wide.wide(x) for k, x in tensors.items()}, **options).result
+        found = backend.call(OP, tensors, options)[0].double().cpu().numpy()
+        assert (abs(found - exact) <= 3e-6 * exact).all()
 
 
 # ---- a part of the classes, as selfkd.distributed has it ----

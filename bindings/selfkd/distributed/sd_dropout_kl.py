@@ -105,5 +105,7 @@ def vocab_parallel_sd_dropout_kl(
         weight=None if weight is None else w.to(rows.dtype),
         saved=torch.stack(whole),
         denominator=denominator.to(rows.dtype),
+        needs_u=arguments.wants_gradient(u),
+        needs_v=arguments.wants_gradient(v),
         **numbers,
     )

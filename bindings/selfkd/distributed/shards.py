@@ -77,6 +77,11 @@ class Pair(NamedTuple):
     forward: torch.Tensor
     reverse: torch.Tensor
 
+    @property
+    def lse_q(self) -> torch.Tensor:
+        """That of q, which the operators save in place of the ratio where p has nothing."""
+        return torch.where(self.lse == -torch.inf, self.ratio, self.lse - self.ratio)
+
 
 def _within(mass: torch.Tensor, kl: torch.Tensor, both: torch.Tensor) -> torch.Tensor:
     """The sum of mass * KL over the shards; what only one side has is a matter of the masses."""
@@ -86,9 +91,8 @@ def _within(mass: torch.Tensor, kl: torch.Tensor, both: torch.Tensor) -> torch.T
 
 def whole_of(shards: Pair) -> Pair:
     """Both KL divergences of whole rows, and what their gradients need, by the chain rule."""
-    nothing = shards.lse == -torch.inf  # the operators then save the lse of q in place of the ratio
-    lse_q = torch.where(nothing, shards.ratio, shards.lse - shards.ratio)
-    both = shards.ratio.isfinite() & ~nothing
+    lse_q = shards.lse_q
+    both = shards.ratio.isfinite() & (shards.lse != -torch.inf)
     # The shards' lse are logits of the masses. They are taken relative to those of one shard, the
     # largest, so that ratios that agree stay so to the last bit.
     largest = shards.lse.argmax(0, keepdim=True)
