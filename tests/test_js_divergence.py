@@ -97,11 +97,13 @@ def test_rows_that_hardly_overlap_keep_gradients_to_the_last_digit_of_a_slope(sc
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_equal_rows_give_exactly_zero(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.7])  # 17 / 0.7 * 0.7 is not 17
+def test_equal_rows_give_exactly_zero(name: str, dtype: torch.dtype, temperature: float) -> None:
     """Also a constant apart, where the constant is a sum that is not rounded."""
     logits = torch.randn(7, 300, dtype=torch.float64).mul(8).round().div(8).to(dtype)
-    student, teacher = logits.clone().requires_grad_(), (logits + 4096).requires_grad_()
-    rows = selfkd.js_divergence(student, teacher, reduction="none", **KINDS[name])  # type: ignore[arg-type]
+    student, teacher = logits.clone().requires_grad_(), (logits + 17).requires_grad_()
+    options = {**KINDS[name], "temperature": temperature}
+    rows = selfkd.js_divergence(student, teacher, reduction="none", **options)  # type: ignore[arg-type]
     rows.sum().backward()
     for x in (rows, student.grad, teacher.grad):
         assert x is not None
@@ -175,3 +177,18 @@ def test_a_side_that_does_not_learn_gets_no_gradient(side: str) -> None:
     assert torch.equal(one[side].grad, both[side].grad)  # type: ignore[arg-type]
     assert all(x.grad is None for name, x in one.items() if name != side)
     assert any("js_divergence_backward" in event.name for event in profile.events())
+
+
+def test_a_gradient_that_is_finite_where_its_factor_is_not() -> None:
+    """1e38 / T is no float, but what it is multiplied by is small."""
+    g = torch.Generator().manual_seed(5)
+    student = torch.randn(4, 60, generator=g)
+    teacher = student + 1e-3 * torch.randn(4, 60, generator=g)
+    found, exact = student.requires_grad_(), student.detach().double().requires_grad_()
+    for x, y in ((found, teacher), (exact, teacher.double())):
+        loss = selfkd.js_divergence(x, y, temperature=0.1, reduction="sum")
+        loss.backward(torch.tensor(1e38, dtype=loss.dtype))
+    assert found.grad is not None
+    assert exact.grad is not None
+    error = (found.grad - exact.grad).abs().amax(1) / exact.grad.abs().amax(1)
+    assert error.max() <= 1e-4
