@@ -30,7 +30,7 @@ typedef struct divergence {
     {                                                                                      \
         &(p)->logits, &(p)->indices, &(p)->teacher, &(p)->teacher_logsumexp, SK_DIM(p, K), \
             (p)->tail, (p)->temperature, (p)->teacher_temperature, (p)->kind == SK_TV,     \
-            SK_MIXTURE_OF((p)->beta, (p)->teacher_weight, (p)->student_weight)             \
+            SK_MIXTURE_OF(double, (p)->beta, (p)->teacher_weight, (p)->student_weight)     \
     }
 
 /* Rows one after the other, at any strides. */
@@ -274,7 +274,8 @@ typedef struct pass {
     sk_scale t;
     listed x;
     sk_topk_terms of;
-    real gradient[SK_MOST_LISTED], others; /* what exp((x - top) / T) of the others is multiplied by */
+    real gradient[SK_MOST_LISTED],
+        others; /* what exp((x - top) / T) of the others is multiplied by */
 } pass;
 
 static void begin_row(pass *x, const sk_task *r, int64_t i) {
@@ -292,8 +293,7 @@ static void begin_row(pass *x, const sk_task *r, int64_t i) {
     normalize_teacher(x->d, r, i, &x->x);
     measure(x->d, x->x.count, &x->x, &x->of);
     for (int64_t k = 0; k < x->x.count; k++)
-        x->gradient[k] =
-            (real)((x->of.p[k] * (x->of.slope[k] - slope) + x->of.limit[k]) * factor);
+        x->gradient[k] = (real)((x->of.p[k] * (x->of.slope[k] - slope) + x->of.limit[k]) * factor);
 }
 
 static void write_others(real h, real factor, const sk_scale *scale, const real *restrict x,

@@ -93,7 +93,7 @@ SK_DEVICE double log_of(double x, double T, const sk_side &side) {
 /* The formula of a call, and its numbers. */
 struct topk_formula {
     bool tv;
-    double numbers[4], uneven;
+    double numbers[SK_UNEVEN + 1], uneven;
     __device__ sk_topk_term<double> at(double log_p, double log_q) const {
         const double larger = fmax(exp(log_p), exp(log_q)); /* NaN if d is */
         const double d = larger == 0 ? 0 : log_p - log_q;   /* not -inf - -inf */
@@ -102,9 +102,8 @@ struct topk_formula {
 };
 template <typename Params>
 SK_DEVICE topk_formula formula_of(const Params &p) {
-    typedef double real;
-    topk_formula f = {p.kind == SK_TV, SK_MIXTURE_OF(p.beta, p.teacher_weight, p.student_weight),
-                      0};
+    topk_formula f = {p.kind == SK_TV,
+                      SK_MIXTURE_OF(double, p.beta, p.teacher_weight, p.student_weight), 0};
     if (p.tail == SK_DROP && !f.tv) f.uneven = f.numbers[SK_UNEVEN];
     return f;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import harness
@@ -192,3 +193,55 @@ def test_a_gradient_that_is_finite_where_its_factor_is_not() -> None:
     assert exact.grad is not None
     error = (found.grad - exact.grad).abs().amax(1) / exact.grad.abs().amax(1)
     assert error.max() <= 1e-4
+
+
+INF = float("inf")
+EXTREME = {  # a row of each side and the numbers; compared with 80 bits
+    "padding at two temperatures": ([0.0, -95], [0, 0.5], of(0, 1, 0, teacher_temperature=2.0)),
+    "a difference past the largest number": ([0, 3e38], [3e38, -3e38], {}),
+    "an excluded class beside a huge one": ([0, -INF, 1e30], [0, 0.5, 1], {}),
+    "beta near 1": ([1, 2, 3], [2, 0, 1], of(1 - 1e-9, 1 - 1e-9, 1e-9)),
+    "beta near 1, skewed": ([1, 2, 3], [2, 0, 1], of(0.9999, 1, 0)),
+    "beta near 1, an excluded class": ([1, 2, 3], [1, -INF, 3], of(1 - 1e-9, 0, 1)),
+    "beta near 0": ([0.125, 1.4], [0.125, -1000], of(1e-9, 1e-9, 1 - 1e-9)),
+    "a slope past the largest number": ([0, -88], [0, 0.5], of(0, 4, 0)),
+    "a large weight": ([0, -25], [0, 0.5], of(0, 1e30, 0)),
+    "an infinite term of a class that is no float": ([0, -INF, 1], [0, -300, 0.5], of(0, 1, 0)),
+}
+
+
+@pytest.mark.parametrize("name", EXTREME)
+def test_extreme_rows(name: str) -> None:
+    """The loss is that of 80 bits, and gradients are finite where it is."""
+    u, v, options = EXTREME[name]
+    student, teacher = (torch.tensor([[*map(float, x)]], requires_grad=True) for x in (u, v))
+    exact = wide.js_divergence(
+        {"student": wide.wide(student), "teacher": wide.wide(teacher)}, **options
+    )
+    loss = selfkd.js_divergence(student, teacher, **options)  # type: ignore[arg-type]
+    found, expected = loss.item(), float(exact.result[0])
+    assert found == pytest.approx(expected, rel=3e-6)
+    if expected == INF:
+        return
+    loss.backward()
+    for x, side in ((student, "student"), (teacher, "teacher")):
+        assert x.grad is not None
+        error = abs(x.grad.double().numpy() - exact.grads[side])
+        assert error.max() <= 1e-4 * abs(exact.grads[side]).max() + 1e-7 * max(
+            options.get("teacher_weight", 1), 1
+        )
+
+
+def test_the_second_derivative_where_a_class_is_excluded() -> None:
+    student = torch.tensor([[1.0, 2.0, -INF]], dtype=torch.float64, requires_grad=True)
+    teacher = torch.tensor([[1.0, 0.0, 2.0]], dtype=torch.float64)
+    loss = selfkd.js_divergence(student, teacher)
+    (grad,) = torch.autograd.grad(loss, student, create_graph=True)
+    (second,) = torch.autograd.grad((grad**2).sum(), student)
+    assert second.isfinite().all()
+
+
+def test_a_logit_that_is_large_but_finite_makes_no_infinite_loss() -> None:
+    student, teacher = torch.tensor([[0.0, -2e27]]), torch.tensor([[0.0, -50]])
+    loss = selfkd.js_divergence(student, teacher, beta=0)
+    assert loss.item() == pytest.approx(2e27 * math.exp(-50), rel=3e-6)

@@ -40,10 +40,11 @@ def _kl(log_p: torch.Tensor, log_m: torch.Tensor) -> torch.Tensor:
 def _log_mixture(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
     if arguments.is_zero(beta) or arguments.is_zero(1 - beta):
         return log_p if arguments.is_zero(beta) else log_q
-    nowhere = (log_p == -torch.inf) & (log_q == -torch.inf)  # would leave a gradient of NaN
-    a, b = log_p.masked_fill(nowhere, 0), log_q.masked_fill(nowhere, 0)
+    no_p, no_q = log_p == -torch.inf, log_q == -torch.inf  # would leave derivatives of NaN
+    a, b = log_p.masked_fill(no_p, 0), log_q.masked_fill(no_q, 0)
     of_q = torch.as_tensor(beta, dtype=log_p.dtype, device=log_p.device)
-    return torch.logaddexp(a + torch.log1p(-of_q), b + of_q.log())
+    a, b = a + torch.log1p(-of_q), b + of_q.log()
+    return torch.where(no_p, b, torch.where(no_q, a, torch.logaddexp(a, b)))
 
 
 @functions.row_loss(numbers=numbers_of)

@@ -5,7 +5,7 @@
 
 #include "formula/pair_class.h"
 
-enum { SK_PAIR_NUMBERS = 4 }; /* of an operator's own, at most */
+enum { SK_PAIR_NUMBERS = 5 }; /* of an operator's own, at most */
 
 /* What is found of a row: lse(u/T) and dl as in pair.h, A and B, and the loss. */
 enum { SK_SLOPE_P = SK_DL + 1, SK_SLOPE_Q, SK_LOSS };
@@ -73,8 +73,9 @@ SK_SPECIAL void sk_set_classes(bool positions, enum sk_form form, const sk_pair_
             const sk_pair_sides m = positions ? sk_pair_sides_at(x, run.row + n + k) : of_row;
             const real a = sk_logit(u[n + k], t.least), b = sk_logit(v[n + k], t.least);
             const real found = sk_log_ratio(form, a, b, m.gap, &t, &t_v);
-            const real counts = sk_abs(found) < m.agree ? 0 : 1;
-            to->d[n + k] = found * counts;
+            const real counts = sk_abs(found) < m.agree ? 0 : 1, d = found * counts;
+            const bool nowhere = (form == SK_APART) & (a == t.least) & (b == t.least);
+            to->d[n + k] = nowhere ? 0 : d;
         }
     }
     for (int64_t n = 0; n < run.n; n += SK_LANES) {
@@ -92,7 +93,8 @@ SK_SPECIAL void sk_set_classes(bool positions, enum sk_form form, const sk_pair_
             to->larger[n + k] = factor * sk_exp2_scaled(z, log2e, low);
             to->ratio[n + k] = ratio;
             to->gap[n + k] = gap;
-            to->rest[n + k] = size < 1 ? second : size - gap;
+            const real far = size >= (real)0x1p90 ? INFINITY : size - gap; /* excluded */
+            to->rest[n + k] = size < 1 ? second : far;
         }
     }
 }

@@ -8,7 +8,7 @@
  *
  *   value               phi; 0 where p and q are
  *   slope_p, slope_q    dphi/dp and dphi/dq
- *   limit_p, limit_q    where p or q is 0, p dphi/dp or q dphi/dq, and the slope is not looked at
+ *   limit_p, limit_q    p dphi/dp and q dphi/dq where p or q is 0 or the slope infinite
  *
  * What is NaN must come out NaN, of slopes too. With A the sum of p slope_p and B that of q slope_q
  *
@@ -52,9 +52,10 @@ SK_RARE void sk_careful_sums(const sk_row_pair *row, const sk_pair_formula *f, c
     for (int64_t c = 0; c < row->r->C; c++) {
         const sk_class_terms of = sk_class_of(row, c);
         const sk_pair_result y = f->terms(sk_careful_class(of), k);
-        loss += of.no_p && of.no_q ? 0 : (double)y.value;
-        a += of.p == 0 ? (double)y.limit_p : of.p * y.slope_p;
-        b += of.q == 0 ? (double)y.limit_q : of.q * y.slope_q;
+        const bool infinite = isnan(y.value) && isinf(of.d); /* times a p or q that is no real */
+        loss += of.no_p && of.no_q ? 0 : infinite ? (double)INFINITY : (double)y.value;
+        a += of.p == 0 || isinf(y.slope_p) ? (double)y.limit_p : of.p * y.slope_p;
+        b += of.q == 0 || isinf(y.slope_q) ? (double)y.limit_q : of.q * y.slope_q;
     }
     x[SK_LSE][row->i] = sk_lse_of(row->of_u, row->T);
     x[SK_DL][row->i] = sk_log_ratio_of_sums(row);
@@ -70,14 +71,20 @@ SK_RARE void sk_careful_slopes(const sk_row_pair *row, const sk_pair_formula *f,
     for (int64_t c = 0; c < row->r->C; c++) {
         const sk_class_terms of = sk_class_of(row, c);
         const sk_pair_result y = f->terms(sk_careful_class(of), k);
-        const double slope[2] = {of.p == 0 ? (double)y.limit_p : of.p * (y.slope_p - a),
-                                 of.q == 0 ? (double)y.limit_q : of.q * (y.slope_q - b)};
+        const bool no_p = of.p == 0 || isinf(y.slope_p), no_q = of.q == 0 || isinf(y.slope_q);
+        const double slope[2] = {no_p ? (double)y.limit_p : of.p * (y.slope_p - a),
+                                 no_q ? (double)y.limit_q : of.q * (y.slope_q - b)};
         sk_store_wanted(row->r, to->written[0], row->i, c, (real)(factor[0] * slope[0]));
         sk_store_wanted(row->r, to->written[1], row->i, c, (real)(factor[1] * slope[1]));
     }
 }
 
 /* ---- All rows ---- */
+
+/* Whether p times its slope is no limit: neither has left the range of a real. */
+SK_SPECIAL bool sk_counts(real p, real slope) {
+    return (p != 0) & !(sk_abs(slope) == (real)INFINITY);
+}
 
 /* Adds a run to the sums. */
 SK_SPECIAL void sk_add_pair_run(bool positions, sk_pair_terms_of terms, sk_pair_pass *x,
@@ -97,8 +104,8 @@ SK_SPECIAL void sk_add_pair_run(bool positions, sk_pair_terms_of terms, sk_pair_
             const sk_pair_result of = terms(y, numbers);
             const real to_a = y.p * (of.slope_p - s.a.high), to_b = y.q * (of.slope_q - s.b.high);
             loss[k] = (positions ? 0 : loss[k]) + of.value;
-            a[k] = (positions ? 0 : a[k]) + (y.p != 0 ? to_a : of.limit_p);
-            b[k] = (positions ? 0 : b[k]) + (y.q != 0 ? to_b : of.limit_q);
+            a[k] = (positions ? 0 : a[k]) + (sk_counts(y.p, of.slope_p) ? to_a : of.limit_p);
+            b[k] = (positions ? 0 : b[k]) + (sk_counts(y.q, of.slope_q) ? to_b : of.limit_q);
         }
         if (!positions && n + SK_LANES < at->run.n) continue;
 #pragma omp simd
@@ -131,8 +138,8 @@ SK_SPECIAL void sk_pair_loss_run(bool positions, bool of_v, sk_pair_terms_of ter
             const sk_pair_result of = terms(y, numbers);
             const real of_p = y.p * ((of.slope_p - s.a.high) - s.a.low);
             const real of_q = y.q * ((of.slope_q - s.b.high) - s.b.low);
-            const real to_u = s.factor_u * (y.p != 0 ? of_p : of.limit_p);
-            const real to_v = s.factor_v * (y.q != 0 ? of_q : of.limit_q);
+            const real to_u = s.factor_u * (sk_counts(y.p, of.slope_p) ? of_p : of.limit_p);
+            const real to_v = s.factor_v * (sk_counts(y.q, of.slope_q) ? of_q : of.limit_q);
             grad_u[n + k] = s.factor_u != 0 ? to_u : 0;
             if (of_v) grad_v[n + k] = s.factor_v != 0 ? to_v : 0;
         }

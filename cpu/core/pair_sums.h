@@ -54,8 +54,8 @@ static inline void sk_raise_pair(const sk_task *r, const real *u, const real *v,
 /* A group of lanes of the tile from class c. */
 static inline sk_two_tiles sk_two_tiles_of(const sk_task *r, const sk_two_logits *x, const real *u,
                                            const real *v, int64_t c, int64_t depth, int64_t g) {
-    return (sk_two_tiles){
-        u, v, sk_next_tile(r, x->u, g, c), sk_next_tile(r, x->v, g, c), depth, g, NULL};
+    return (sk_two_tiles){u, v,   sk_next_tile(r, x->u, g, c), sk_next_tile(r, x->v, g, c), depth,
+                          g, NULL};
 }
 
 /* Adds a group of lanes to P and Q; asks for the next ones. */

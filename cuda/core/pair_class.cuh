@@ -71,15 +71,24 @@ SK_DEVICE sk_pair_class<real> sk_class_from(real d, real larger) {
     const bool near = size < (real)0.75;
     const real ratio = sk_exp2(-size * (real)1.4426950408889634), smaller = larger * ratio;
     const real second = size * size * sk_curvature(-size), gap = near ? size - second : 1 - ratio;
-    return {d < 0 ? smaller : larger,  d < 0 ? larger : smaller, d, size, larger, ratio, gap,
-            near ? second : size - gap};
+    return {d < 0 ? smaller : larger,
+            d < 0 ? larger : smaller,
+            d,
+            size,
+            larger,
+            ratio,
+            gap,
+            near                   ? second
+            : size >= (real)0x1p90 ? (real)INFINITY
+                                   : size - gap};
 }
 
 /* A class with the logits a and b, from kExcluded up. */
 template <typename real>
 SK_DEVICE sk_pair_class<real> sk_class_at(const sk_pair_sides<real> &k, real a, real b) {
     const real found = sk_log_ratio_at(k, a, b), size = found < 0 ? -found : found;
-    const real d = size < k.agree ? 0 : found;
+    const bool nowhere = a <= (real)kExcluded && b <= (real)kExcluded;
+    const real d = nowhere || size < k.agree ? 0 : found;
     const bool less = d < 0;
     const sk_high_low<real> lse = less ? k.log2_v : k.log2_u;
     const real z = fma(less ? b : a, less ? k.log2e_v : k.log2e, -lse.high) - lse.low;

@@ -113,6 +113,12 @@ SK_DEVICE double sk_error_of_dl(const sk_two_rows_of<T> &r, const sk_pair_loss_r
     return log1p(sum[0] / sum[1]);
 }
 
+/* Whether p times its slope is no limit: neither has left the range of a number. */
+template <typename real>
+SK_DEVICE bool sk_counts(double p, real slope) {
+    return p != 0 && !isinf(slope);
+}
+
 /* A sum of p dphi/dp that stays exact where one class has nearly all of p, so that the gradient is
  * a small difference: with `slope` that of the class with the largest p so far, the rest of the sum
  * of p (dphi/dp - slope), and the sum of p. One for each thread. */
@@ -125,8 +131,8 @@ struct sk_slope_sum {
 /* Adds p and its slope; rest is added up in `real` for the length of a step. */
 template <typename real>
 SK_DEVICE void sk_add_slope(sk_slope_sum<real> *to, real p, real slope, real limit, real *rest) {
-    if (p == 0) *rest += limit;
-    if (p == 0) return;
+    if (!sk_counts(p, slope)) *rest += limit;
+    if (!sk_counts(p, slope)) return;
     const real before = to->slope;
     to->slope = p > to->largest ? slope : before;
     to->largest = sk_max(p, to->largest);
@@ -203,9 +209,10 @@ SK_DEVICE sk_pair_loss_row sk_careful_pair_loss(const sk_two_rows_of<T> &r,
     SK_ROLLED for (int64_t c = sk_lane(); c < r.C; c += sk_group()) {
         const sk_pair_class<double> k = sk_careful_class(r, c, x, y);
         const sk_pair_result<sk_real<T>> of = sk_terms_of<Formula>(k, numbers);
-        sum[0] += k.larger == 0 && k.d == 0 ? 0 : (double)of.value;
-        sum[1] += k.p == 0 ? (double)of.limit_p : k.p * of.slope_p;
-        sum[2] += k.q == 0 ? (double)of.limit_q : k.q * of.slope_q;
+        const bool infinite = isnan(of.value) && isinf(k.d); /* times a p or q that is no real */
+        sum[0] += k.larger == 0 && k.d == 0 ? 0 : infinite ? (double)INFINITY : (double)of.value;
+        sum[1] += sk_counts(k.p, of.slope_p) ? k.p * of.slope_p : (double)of.limit_p;
+        sum[2] += sk_counts(k.q, of.slope_q) ? k.q * of.slope_q : (double)of.limit_q;
     }
     sk_group_reduce(sum, sk_add());
     return {lse, dl, sum[1], sum[2], sum[0]};
@@ -249,8 +256,10 @@ SK_DEVICE void sk_differentiate_pair_loss(const sk_two_rows_of<T> &r, const sk_p
         SK_ROLLED for (int64_t c = sk_lane(); c < r.C; c += sk_group()) {
             const sk_pair_class<double> k = sk_careful_class(r, c, x, y);
             const sk_pair_result<real> f = sk_terms_of<Formula>(k, numbers);
-            const double u = k.p == 0 ? (double)f.limit_p : k.p * (f.slope_p - of.a);
-            const double v = k.q == 0 ? (double)f.limit_q : k.q * (f.slope_q - of.b);
+            const double u =
+                sk_counts(k.p, f.slope_p) ? k.p * (f.slope_p - of.a) : (double)f.limit_p;
+            const double v =
+                sk_counts(k.q, f.slope_q) ? k.q * (f.slope_q - of.b) : (double)f.limit_q;
             if (to_u.at) sk_narrow((real)(by_u * u), to_u.at + c * to_u.stride);
             if (to_v.at) sk_narrow((real)(by_v * v), to_v.at + c * to_v.stride);
         }
@@ -271,8 +280,12 @@ SK_DEVICE void sk_differentiate_pair_loss(const sk_two_rows_of<T> &r, const sk_p
             const sk_pair_result<real> of_class = Formula::at(x, numbers);
             const real by_p = (of_class.slope_p - mean_p.high) - mean_p.low;
             const real by_q = (of_class.slope_q - mean_q.high) - mean_q.low;
-            a[i] = f_u != 0 ? f_u * (x.p != 0 ? x.p * by_p : of_class.limit_p) : 0;
-            b[i] = f_v != 0 ? f_v * (x.q != 0 ? x.q * by_q : of_class.limit_q) : 0;
+            a[i] = f_u != 0
+                       ? f_u * (sk_counts(x.p, of_class.slope_p) ? x.p * by_p : of_class.limit_p)
+                       : 0;
+            b[i] = f_v != 0
+                       ? f_v * (sk_counts(x.q, of_class.slope_q) ? x.q * by_q : of_class.limit_q)
+                       : 0;
         }
         if (to_u.at) sk_store<T, kVec>(to_u.at, to_u.stride, base, r.C, a);
         if (to_v.at) sk_store<T, kVec>(to_v.at, to_v.stride, base, r.C, b);

@@ -5,7 +5,7 @@
 enum sk_js_kind { SK_JS, SK_TV };
 
 /* clang-format off */
-#define js_divergence_NUMBERS(p) SK_MIXTURE_OF((p)->beta, (p)->teacher_weight, (p)->student_weight)
+#define js_divergence_NUMBERS(p) SK_MIXTURE_OF(real, (p)->beta, (p)->teacher_weight, (p)->student_weight)
 /* clang-format on */
 
 /* Jensen-Shannon; generalised, or one of the KL divergences; any mixture. */

@@ -15,32 +15,33 @@
 #pragma once
 #include "formula/pair_class.h"
 
-/* beta, a, b and a (1 - beta) - b beta, which is 0 for the generalised Jensen-Shannon divergence.
- */
-enum { SK_BETA, SK_OF_Q, SK_OF_P, SK_UNEVEN };
+/* beta, 1 - beta, which keeps its digits where beta is near 1, a, b and a (1 - beta) - b beta,
+ * which is 0 for the generalised Jensen-Shannon divergence. */
+enum { SK_BETA, SK_REST, SK_OF_Q, SK_OF_P, SK_UNEVEN };
 /* clang-format off */
-#define SK_MIXTURE_OF(beta, a, b) \
-    {(real)(beta), (real)(a), (real)(b), (real)((a) * (1 - (beta)) - (beta) * (b))}
+#define SK_MIXTURE_OF(type, beta, a, b)                      \
+    {(type)(beta), (type)(1 - (beta)), (type)(a), (type)(b), \
+     (type)((a) * (1 - (beta)) - (beta) * (b))}
 /* clang-format on */
 
 /* The term of a class. What is known beforehand leaves out what would come to nothing: `middle`,
  * that beta is 1/2, so that no excluded class is infinite; `even`, that k[SK_UNEVEN] is 0. */
 SK_FORMULA SK_PAIR_RESULT sk_mixture_of(bool middle, bool even, SK_PAIR_CLASS x, const real *k) {
-    const real beta = k[SK_BETA], a = k[SK_OF_Q], b = k[SK_OF_P];
+    const real beta = k[SK_BETA], beside = k[SK_REST], a = k[SK_OF_Q], b = k[SK_OF_P];
     const bool less = x.d < 0; /* S is p */
-    const real w = middle ? (real)0.5 : less ? beta : 1 - beta;
-    const real wide = w * x.gap, m = x.ratio + wide; /* M/L */
-    const real rest = middle | (x.rest < (real)0x1p90) ? x.rest : x.rest * x.rest;
+    const real w = middle ? (real)0.5 : less ? beta : beside;
+    const real of_s = middle ? (real)0.5 : less ? beside : beta; /* 1 - w */
+    const real wide = w * x.gap, m = x.ratio + wide;             /* M/L */
 
     /* g(M/S - 1), where M is nearer to S and less than twice as large, or g(M/L - 1). */
     const bool near_smaller = !middle & (w < (real)0.5) & ((w == 0) | (wide < x.ratio));
     const real over = middle | (w == 0) ? 0 : wide / x.ratio;
-    const real argument = near_smaller ? over : -(1 - w) * x.gap;
+    const real argument = near_smaller ? over : -of_s * x.gap;
     const real g = middle ? sk_log_rest_near(argument)
                           : sk_log_rest(argument, near_smaller ? 1 + argument : m);
 
-    const real larger = near_smaller ? rest - x.gap * argument + g : g; /* h_L */
-    const real of_rest = middle | (x.ratio > 0) ? x.ratio * (rest - g) : 0;
+    const real larger = near_smaller ? x.rest - x.gap * argument + g : g; /* h_L */
+    const real less_rest = x.ratio * (x.rest - g), of_rest = x.ratio > 0 ? less_rest : 0;
     const real square = x.gap * x.gap; /* w gap is not shared with the slopes: see pair_loss.h */
     const real smaller = near_smaller ? x.ratio * g : w * square - of_rest; /* S h_S / L */
     const real of_larger = less ? a : b, of_smaller = less ? b : a;
@@ -50,7 +51,7 @@ SK_FORMULA SK_PAIR_RESULT sk_mixture_of(bool middle, bool even, SK_PAIR_CLASS x,
     const real log_s = near_smaller ? found : found + x.size;
     const real of_p = b * (less ? log_s : log_l), of_q = a * (less ? log_l : log_s);
     const real change = (less ? -x.gap : x.gap) / m;
-    const real for_p = even ? 0 : (1 - beta) * k[SK_UNEVEN], for_q = even ? 0 : beta * k[SK_UNEVEN];
+    const real for_p = even ? 0 : beside * k[SK_UNEVEN], for_q = even ? 0 : beta * k[SK_UNEVEN];
     const real more_p = for_p * change, more_q = for_q * change;
     const bool inside = even | (w != 0); /* else M is p or q, and p (p - q)/M = p - q */
     const SK_PAIR_RESULT result = {

@@ -6,8 +6,8 @@
 
 /* d = log p - log q and size = |d|; larger = max(p, q), ratio = min(p, q) / larger = e^-size, gap =
  * 1 - ratio, and rest = size - gap >= 0, which is of second order. p and q are exactly 0 in a class
- * whose logit is -inf: if one of them is, d and rest are 2^100/T or more; if both are, larger is 0
- * and the rest finite. */
+ * whose logit is -inf: if one of them is, rest is infinite and d
+ * large or infinite; if both are, larger is 0 and the rest finite. */
 #define SK_PAIR_CLASS_FIELDS real p, q, d, size, larger, ratio, gap, rest
 
 /* The term of a class, phi; its derivatives by p and by q; and what p dphi/dp is where p is too
