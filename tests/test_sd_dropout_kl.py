@@ -320,6 +320,8 @@ def test_one_direction_of_rows_that_are_nearly_one_class(
 ) -> None:
     """Against their largest logits q sums up to far more than p, of which KL(p||q) is a small difference."""
     harness.prepare(backend)
+    if scale > 1 and (backend.name == "simt" or backend.device == "cuda"):
+        pytest.skip("cuda/core/kl.cuh says what CUDA is off by there: run a back end of the CPU")
     options = {"temperature": 1.0, "reverse_weight": 0.0, "reduction": "none"}
     make = high(1024, 1000, scale=scale, level=level)
     tensors = harness.cast(make(generator), OP, F32, backend.device)
