@@ -14,7 +14,7 @@
     X(F32, "float32", 2, 32)   \
     X(F64, "float64", 2, 64)   \
     X(BOOL, "bool", 6, 8)      \
-    X(I64, "int64", 0, 64)    \
+    X(I64, "int64", 0, 64)     \
     X(I32, "int32", 0, 32)
 
 /* SK_DT_OTHER: one that no kernel knows. */

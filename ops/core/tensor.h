@@ -31,4 +31,13 @@ enum { SELFKD_CPU = 1, SELFKD_CUDA = 2 };
 /* Values of an argument `reduction`. */
 enum selfkd_reduction { SELFKD_NONE = 0, SELFKD_MEAN = 1, SELFKD_SUM = 2 };
 
-enum sk_dtype { SK_DT_F16, SK_DT_BF16, SK_DT_F32, SK_DT_F64, SK_DT_BOOL, SK_DT_I64, SK_DT_I32, SK_DT_OTHER };
+enum sk_dtype {
+    SK_DT_F16,
+    SK_DT_BF16,
+    SK_DT_F32,
+    SK_DT_F64,
+    SK_DT_BOOL,
+    SK_DT_I64,
+    SK_DT_I32,
+    SK_DT_OTHER
+};
