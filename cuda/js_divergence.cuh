@@ -7,46 +7,16 @@
 #include "formula/js_divergence.h"
 
 /* Jensen-Shannon has kernels of its own, half as long; the others share theirs. */
-struct sk_of_jensen_shannon {
-    static constexpr bool kLong = false;
-    template <typename real>
-    static __device__ bool smooth(const real *) {
-        return true;
-    }
-    template <typename real>
-    static __device__ sk_pair_result<real> at(const sk_pair_class<real> &x, const real *k) {
-        return jensen_shannon_terms(x, k);
-    }
-};
-struct sk_of_mixture {
-    static constexpr bool kLong = true;
-    template <typename real>
-    static __device__ bool smooth(const real *) {
-        return true;
-    }
-    template <typename real>
-    static __device__ sk_pair_result<real> at(const sk_pair_class<real> &x, const real *k) {
-        return mixture_terms(x, k);
-    }
-};
-struct sk_of_total_variation {
-    static constexpr bool kLong = false;
-    template <typename real>
-    static __device__ bool smooth(const real *) {
-        return false;
-    }
-    template <typename real>
-    static __device__ sk_pair_result<real> at(const sk_pair_class<real> &x, const real *k) {
-        return total_variation_terms(x, k);
-    }
-};
+SK_PAIR_FORMULA(jensen_shannon, false, true);
+SK_PAIR_FORMULA(mixture, true, true);
+SK_PAIR_FORMULA(total_variation, false, false);
 
 #define SK_LAUNCH_JS(launch, op)                                                        \
     switch (sk_js_formula_of(p->kind, p->beta, p->teacher_weight, p->student_weight)) { \
     case SK_TOTAL_VARIATION:                                                            \
-        return launch(op, student, teacher, sk_of_total_variation);                     \
+        return launch(op, student, teacher, total_variation_formula);                   \
     case SK_JENSEN_SHANNON:                                                             \
-        return launch(op, student, teacher, sk_of_jensen_shannon);                      \
+        return launch(op, student, teacher, jensen_shannon_formula);                    \
     default:                                                                            \
-        return launch(op, student, teacher, sk_of_mixture);                             \
+        return launch(op, student, teacher, mixture_formula);                           \
     }

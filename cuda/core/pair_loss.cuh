@@ -359,19 +359,23 @@ SK_DEVICE void sk_pair_loss_backward(const Params &p, const sk_arg &to_u, const 
     sk_launch_rows(SK_INSTANCES(op##_backward_kernel, formula), SK_ROWS(p), \
                    {&p->u, &p->v, SK_OR(p->grad_##u, p->u), SK_OR(p->grad_##v, p->v)}, stream, *p)
 
-/* Defines all of it for a loss with one formula, op_terms. */
-#define SK_PAIR_LOSS(op, u, v, temperature, temperature_v)                                       \
-    struct op##_formula {                                                                        \
-        static constexpr bool kLong = false;                                                     \
+/* Defines name_formula, of the function name_terms. */
+#define SK_PAIR_FORMULA(name, is_long, is_smooth)                                                \
+    struct name##_formula {                                                                      \
+        static constexpr bool kLong = is_long;                                                   \
         template <typename real>                                                                 \
         static __device__ bool smooth(const real *) {                                            \
-            return false;                                                                        \
+            return is_smooth;                                                                    \
         }                                                                                        \
         template <typename real>                                                                 \
         static __device__ sk_pair_result<real> at(const sk_pair_class<real> &x, const real *k) { \
-            return op##_terms(x, k);                                                             \
+            return name##_terms(x, k);                                                           \
         }                                                                                        \
-    };                                                                                           \
+    }
+
+/* Defines all of it for a loss with one formula, op_terms. */
+#define SK_PAIR_LOSS(op, u, v, temperature, temperature_v)                                       \
+    SK_PAIR_FORMULA(op, false, false);                                                           \
     SK_PAIR_FORWARD(op, u, v, temperature, temperature_v)                                        \
     SK_PAIR_BACKWARD(op, u, v, temperature, temperature_v)                                       \
     extern "C" int sk_cuda_##op(const struct op##_params *p, void *stream) {                     \
