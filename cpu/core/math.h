@@ -79,8 +79,7 @@ static inline real sk_exp2_scaled(real x, real k, real lowest) {
 
 /* e^x for x from -708 to 0, to 1.015 ULP (0.999 at -0x1.c8c75b7ce6a1ap+7; fused, 1.0103 at
  * -0x1.a6bc4ap+6), and to 1.05 up to 709; 0 below, infinite above, NaN stays NaN. x = n log 2 + f,
- * |f|
- * <= 0.35, with log 2 in two parts; e^f is its series. */
+ * |f| <= 0.35, with log 2 in two parts; e^f is its series. */
 static inline double sk_exp(double x) {
     const double shift =
         6755399441055744.0 + 1023.0; /* 1.5 * 2^52: leaves n + 1023 in the low bits */
@@ -189,6 +188,14 @@ static inline real sk_exp_below(real x) {
 #endif
 }
 
+/* (2 artanh s - 2 s) / s^3 of z = s^2 for |s| <= 1/3, by a minimax polynomial. */
+static inline float sk_artanh_rest(float z) {
+    float y = 2.815777957e-1f;
+    y = y * z + 2.796515822e-1f;
+    y = y * z + 4.002459645e-1f;
+    return y * z + 6.666632295e-1f;
+}
+
 /* log(1 + x) for 0 <= x <= 1, to 2.93 ULP (at 0x1.06d1ep-4): 2 artanh s with s = x / (2 + x), a
  * minimax polynomial in s^2. */
 static inline real sk_log1p(real x) {
@@ -196,11 +203,7 @@ static inline real sk_log1p(real x) {
     return log1p(x);
 #else
     const float s = x / (2.0f + x), z = s * s;
-    float y = 2.815777957e-1f;
-    y = y * z + 2.796515822e-1f;
-    y = y * z + 4.002459645e-1f;
-    y = y * z + 6.666632295e-1f;
-    return (y * z + 2.0f) * s;
+    return (sk_artanh_rest(z) * z + 2.0f) * s;
 #endif
 }
 
@@ -246,11 +249,7 @@ static inline real sk_log_rest_near(real x) {
     return sk_log_rest(x, 1 + x);
 #else
     const float s = x / (2.0f + x), z = s * s;
-    float y = 2.815777957e-1f;
-    y = y * z + 2.796515822e-1f;
-    y = y * z + 4.002459645e-1f;
-    y = y * z + 6.666632295e-1f;
-    return x * s - s * z * y;
+    return x * s - s * z * sk_artanh_rest(z);
 #endif
 }
 
