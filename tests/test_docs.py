@@ -14,11 +14,10 @@ import pytest
 import selfkd
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from pages import DOCS, blocks
+from pages import OPERATORS as PAGES
 from selfkd import contract
 
-DOCS = ROOT / "docs"
-PAGES = {path.stem: path for path in sorted((DOCS / "operators").glob("*.md"))}
 HEADINGS = [
     "Formula",
     "Shapes and dtypes",
@@ -36,11 +35,6 @@ def _in_float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-def blocks(path: Path) -> list[tuple[str, str]]:
-    """Language and text of each fenced block of a page."""
-    return re.findall(r"^```(\w+)\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)
 
 
 def diffs() -> list[Any]:

@@ -1,0 +1,44 @@
+"""Reads the documentation's pages, as GitHub shows them and as Sphinx builds them."""
+
+from __future__ import annotations
+
+import doctest
+import re
+from pathlib import Path
+from typing import Any
+
+from conftest import ROOT
+
+DOCS = ROOT / "docs"
+ALL = sorted(DOCS.glob("**/*.md"))
+OPERATORS = {path.stem: path for path in sorted((DOCS / "operators").glob("*.md"))}
+MODULES = {path.stem: path for path in sorted((DOCS / "nn").glob("*.md"))}
+
+
+def name_of(path: Path) -> str:
+    """A page by its place below docs/, without the suffix."""
+    return str(path.relative_to(DOCS).with_suffix(""))
+
+
+def blocks(path: Path) -> list[tuple[str, str]]:
+    """Language and text of each fenced block of a page."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def run(path: Path) -> dict[str, Any]:
+    """Run a page: its Python, and its dialogues, which must give what they show.
+
+    A long sentence of an error may be broken into lines; `...` stands for anything.
+    """
+    names: dict[str, Any] = {"__name__": path.stem}
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    wrong: list[str] = []
+    for language, text in blocks(path):
+        if language == "python":
+            exec(text, names)
+        elif language == "pycon":
+            dialogue = doctest.DocTestParser().get_doctest(text, names, path.stem, str(path), 0)
+            runner.run(dialogue, out=wrong.append, clear_globs=False)
+            names = dialogue.globs
+    assert not wrong, "".join(wrong)
+    return names
