@@ -105,8 +105,10 @@ def test_every_operator_has_its_page(name: str) -> None:
     text = PAGES[name].read_text()
     sections = re.findall(r"^## (.*)$", text, re.MULTILINE)
     assert sections == HEADINGS
-    assert f"{{py:func}}`selfkd.{name}`" in text
-    assert f"{{literalinclude}} ../../ops/{name}.h" in text
+    assert f"Reference: `selfkd.{name}`" in text
+    assert (
+        f"\n[ops/{name}.h](../../ops/{name}.h)\n" in text
+    )  # a line of its own: Sphinx shows the file
     assert re.search(
         rf"^<!-- results: {name} -->\n(.*\n)*?<!-- end results -->$", text, re.MULTILINE
     )
@@ -188,9 +190,24 @@ def test_numpy_page() -> None:
 # ---- the build ----
 
 
+def check_site(path: Path, text: str, site: dict[Path, str]) -> None:
+    """Links of a built page lead somewhere, and all that it needs lies beside it."""
+    for link in re.findall(r'<a [^>]*href="([^"]*)"', text):
+        file, _, anchor = link.partition("#")
+        to = (path.parent / file).resolve() if file else path
+        if "://" not in link and anchor and to in site:
+            assert f'id="{anchor}"' in site[to], f"{path}: {link}"
+        elif "://" not in link:
+            assert to.exists(), f"{path}: {link}"
+    for needed in re.findall(r'<(?:script|img|source|link rel="stylesheet")[^>]*', text):
+        assert "://" not in needed, f"{path}: {needed}"
+    for wrong in ("$$", "\\frac", "<merror"):
+        assert wrong not in re.sub(r"<pre>.*?</pre>", "", text, flags=re.DOTALL), f"{path}: {wrong}"
+
+
 def test_sphinx_builds_without_a_warning(tmp_path: Path) -> None:
     """Every name, link and file that a page refers to is there."""
-    for module in ("furo", "myst_parser"):
+    for module in ("furo", "latex2mathml", "myst_parser"):
         pytest.importorskip(module, reason=f"there is no {module}: pip install '.[docs]'")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", tmp_path / "cache"]
     done = subprocess.run(
@@ -201,7 +218,10 @@ def test_sphinx_builds_without_a_warning(tmp_path: Path) -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    api = (tmp_path / "html" / "api.html").read_text()
+    site = {path: path.read_text() for path in (tmp_path / "html").glob("**/*.html")}
+    for path, text in site.items():
+        check_site(path, text, site)
+    api = site[tmp_path / "html" / "api.html"]
     for name in contract.modules():
         assert f'id="selfkd.{name}"' in api
         assert f'id="selfkd.reference.{name}"' in api

@@ -74,3 +74,85 @@ def test_every_module_has_its_page() -> None:
         assert f"]({path.name})" in index
     for name in modules:
         assert f"`{name}`" in index
+
+
+# ---- all pages ----
+
+FENCED = re.compile(r"^(```+).*?^\1$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+READ_ALONE = [
+    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
+]
+
+
+def prose(path: Path) -> str:
+    """A page without its blocks of code."""
+    return FENCED.sub("", path.read_text())
+
+
+def anchors(path: Path) -> set[str]:
+    """What a link may name in a page: its headings, as GitHub and Sphinx both spell them."""
+    found = re.findall(r"^#+ (.*)$", prose(path), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize("path", pages.ALL, ids=pages.name_of)
+def test_page_is_plain_markdown(path: Path) -> None:
+    """What only Sphinx understands GitHub shows as it stands; docs/conf.py adds it."""
+    text = path.read_text()
+    assert not re.findall(r"^[`:]{3,}\s*\{.*$", text, re.MULTILINE)  # a directive
+    assert not re.findall(r"\{[\w:-]+\}`", text)  # a role
+    assert not re.findall(r"\{\{.*\}\}", prose(path))  # a substitution
+
+
+@pytest.mark.parametrize("path", pages.ALL, ids=pages.name_of)
+def test_names_are_there(path: Path) -> None:
+    """What a page calls `selfkd.something` can be imported; a toolkit's key may be called so, too."""
+    keys = re.findall(r"^\| `(selfkd\.\w+)` \|", path.read_text(), re.MULTILINE)
+    for name in re.findall(r"`(selfkd(?:\.[a-zA-Z_]\w*)+)`", prose(path)):
+        if name in keys:
+            continue
+        found: Any = selfkd
+        module = "selfkd"
+        for part in name.split(".")[1:]:
+            module = f"{module}.{part}"
+            if not hasattr(found, part):
+                importlib.import_module(module)
+            found = getattr(found, part)
+
+
+@pytest.mark.parametrize("path", pages.ALL, ids=pages.name_of)
+def test_pieces_of_files(path: Path) -> None:
+    """What a page shows of a file stands there, indented or not."""
+    for file, piece in re.findall(
+        r"<!-- from: (\S+) -->\n```\w+\n(.*?)^```$", path.read_text(), re.S | re.M
+    ):
+        lines = [re.escape(line) for line in piece.splitlines()]
+        shown = r"^(?P<indent> *)" + "\n".join(
+            [lines[0], *(f"(?P=indent){x}" if x else "" for x in lines[1:])]
+        )
+        assert re.search(shown, (ROOT / file).read_text(), re.MULTILINE), piece
+
+
+@pytest.mark.parametrize("path", [*pages.ALL, *READ_ALONE], ids=lambda path: path.name)
+def test_links(path: Path) -> None:
+    """Files and headings are there; of what lies elsewhere only the form can be looked at."""
+    for link in LINK.findall(prose(path)):
+        if "://" in link or link.startswith("mailto:"):
+            assert re.fullmatch(r"https://[\w.-]+\.\w+(/[\w.,~%+/#?=&:@-]*)?", link), link
+            continue
+        file, _, anchor = link.partition("#")
+        to = (path.parent / file).resolve() if file else path
+        assert to.exists(), link
+        assert to.is_relative_to(ROOT), link
+        assert not anchor or anchor in anchors(to), link
+
+
+@pytest.mark.parametrize("folder", ["operators", "nn", "."])
+def test_index_links_to_every_page(folder: str) -> None:
+    index = pages.DOCS / folder / "index.md"
+    linked = {
+        (index.parent / link.partition("#")[0]).resolve() for link in LINK.findall(prose(index))
+    }
+    missing = {path for path in index.parent.glob("*.md") if path != index} - linked
+    assert not missing
