@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import doctest
+import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from conftest import ROOT
@@ -13,6 +15,16 @@ DOCS = ROOT / "docs"
 ALL = sorted(DOCS.glob("**/*.md"))
 OPERATORS = {path.stem: path for path in sorted((DOCS / "operators").glob("*.md"))}
 MODULES = {path.stem: path for path in sorted((DOCS / "nn").glob("*.md"))}
+
+
+def load(name: str) -> ModuleType:
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def name_of(path: Path) -> str:

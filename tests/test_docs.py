@@ -14,14 +14,16 @@ import pytest
 import selfkd
 import torch
 import torch.nn.functional as F
-from pages import DOCS, blocks
+from pages import DOCS, blocks, load
 from pages import OPERATORS as PAGES
 from selfkd import contract
 
+pictures = load("pictures")
 HEADINGS = [
     "Formula",
     "Shapes and dtypes",
     "What it replaces",
+    "How it is computed",
     "Measured",
     "Limits",
     "The contract",
@@ -113,6 +115,38 @@ def test_every_operator_has_its_page(name: str) -> None:
         rf"^<!-- results: {name} -->\n(.*\n)*?<!-- end results -->$", text, re.MULTILINE
     )
     assert name in [block.values[0] for block in diffs()]
+    drawn = pictures.FOLDER / f"{name}.svg"
+    assert (f"](pictures/{drawn.name})" in text) == (name not in pictures.NOT_DRAWN)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in contract.modules() if name in contract.operators()]
+)
+def test_bytes_kept_for_backward(name: str) -> None:
+    """What a page says is kept is what backward is given of the results of forward, of float32 inputs."""
+    forward, backward = contract.contract(name), contract.contract(f"{name}_backward")
+    given = {item.name for item in backward.items}
+    kept = {"row": 0, "position": 0, "sample": 0}
+    for item in forward.outputs:
+        planes, each = re.fullmatch(r"(\d*)(.*)", item.shape).groups()
+        if item.name in given and each in ("N*", "N"):
+            of = "row" if each == "N*" else "sample"
+            of = "position" if name == "attention" and each == "N*" else of
+            kept[of] += int(planes or 1) * (8 if item.rule == "F64" else 4)
+    text = PAGES[name].read_text()
+    said = text[text.index("**Kept for backward.**") :].partition("**Nothing cancels.**")[0]
+    said = said.partition("(")[0]  # what other dtypes keep
+    found = {of: int(count) for count, of in re.findall(r"(\d+) bytes a (\w+)", said)}
+    assert found == {of: count for of, count in kept.items() if count}
+    assert found or "Nothing but" in said
+
+
+def test_pictures_are_those_of_the_kernels() -> None:
+    """They are drawn anew by `make results`."""
+    drawn = pictures.regenerate()
+    assert set(drawn) == set(pictures.FOLDER.glob("*.svg"))
+    for path, picture in drawn.items():
+        assert path.read_text() == picture, path.name
 
 
 def test_every_page_is_an_operators() -> None:
