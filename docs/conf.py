@@ -9,7 +9,9 @@ import importlib.util
 import inspect
 import pkgutil
 import re
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import selfkd
@@ -18,11 +20,15 @@ from latex2mathml import converter
 from sphinx.application import Sphinx
 from sphinx.util.nodes import make_refnode
 
+sys.path.insert(0, str(Path(__file__).parent))
+from notebook import markdown
+
 project = "selfkd"
 author = "the selfkd authors"
 release = selfkd.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+source_suffix = {".md": "markdown", ".ipynb": "markdown"}
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 html_math_renderer = "mathml"
@@ -68,9 +74,10 @@ _PARTS = "```{eval-rst}\n.. autoclass:: selfkd.distill.DistillParts\n```\n"
 _TREE = "```{{toctree}}\n:glob:\n:hidden:\n\n{}\n```\n"
 ADDED = {
     "api": "\n".join([*map(_MODULE.format, public_modules()), _PARTS]),
-    "index": _TREE.format("choosing\nlosses\noperators/index\nnn/index\n*"),
+    "index": _TREE.format("choosing\nlosses\noperators/index\nnn/index\nnotebooks/index\n*"),
     "operators/index": _TREE.format("*"),
     "nn/index": _TREE.format("*"),
+    "notebooks/index": _TREE.format("*"),
 }
 # A line that is a link to a file of the project, as "[ops/simreg.h](../../ops/simreg.h)".
 _FILE = re.compile(r"^\[(\w+/[\w/.]+)\]\(((?:\.\./)+\1)\)$", re.MULTILINE)
@@ -84,6 +91,8 @@ def add_to_page(app: Sphinx, page: str, source: list[str]) -> None:
     def listing(link: re.Match[str]) -> str:
         return _LISTING.format(link[2], _LANGUAGES[link[1].rpartition(".")[2]])
 
+    if app.env.doc2path(page).suffix == ".ipynb":
+        source[0] = markdown(source[0])
     source[0] = _FILE.sub(listing, source[0]) + "\n" + ADDED.get(page, "")
 
 

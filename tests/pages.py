@@ -12,7 +12,8 @@ from typing import Any
 from conftest import ROOT
 
 DOCS = ROOT / "docs"
-ALL = sorted(DOCS.glob("**/*.md"))
+NOTEBOOKS = sorted(DOCS.glob("notebooks/*.ipynb"))
+ALL = [*sorted(DOCS.glob("**/*.md")), *NOTEBOOKS]
 OPERATORS = {path.stem: path for path in sorted((DOCS / "operators").glob("*.md"))}
 MODULES = {path.stem: path for path in sorted((DOCS / "nn").glob("*.md"))}
 
@@ -27,14 +28,23 @@ def load(name: str) -> ModuleType:
     return module
 
 
+markdown = load("notebook").markdown
+
+
 def name_of(path: Path) -> str:
     """A page by its place below docs/, without the suffix."""
     return str(path.relative_to(DOCS).with_suffix(""))
 
 
+def text_of(path: Path) -> str:
+    """A page; a notebook as Markdown."""
+    text = path.read_text()
+    return str(markdown(text)) if path.suffix == ".ipynb" else text
+
+
 def blocks(path: Path) -> list[tuple[str, str]]:
     """Language and text of each fenced block of a page."""
-    return re.findall(r"^```(\w+)\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)
+    return re.findall(r"^```(\w+)\n(.*?)^```$", text_of(path), re.DOTALL | re.MULTILINE)
 
 
 def run(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +77,35 @@ def test_every_module_has_its_page() -> None:
         assert f"`{name}`" in index
 
 
+# ---- notebooks ----
+
+
+LONG = {"frskd"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.full] * (path.stem in LONG))
+        for path in pages.NOTEBOOKS
+    ],
+)
+def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells are short, nothing they print is stored, and they train networks that work."""
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="pip install '.[examples]'")
+    pyplot.switch_backend("agg")
+    cells = json.loads(path.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert 6 <= len(cells) <= 12
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+    drawn: list[int] = []
+    monkeypatch.setattr(pyplot, "show", lambda: drawn.append(len(pyplot.gcf().axes)))
+    accuracy = pages.run(path)["accuracy"]
+    pyplot.close("all")
+    assert drawn
+    assert all(float(torch.as_tensor(found).min()) > 0.8 for found in accuracy.values())
+
+
 # ---- all pages ----
 
 FENCED = re.compile(r"^(```+).*?^\1$", re.DOTALL | re.MULTILINE)
@@ -87,7 +117,7 @@ READ_ALONE = [
 
 def prose(path: Path) -> str:
     """A page without its blocks of code."""
-    return FENCED.sub("", path.read_text())
+    return FENCED.sub("", pages.text_of(path))
 
 
 def anchors(path: Path) -> set[str]:
@@ -99,7 +129,7 @@ def anchors(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", pages.ALL, ids=pages.name_of)
 def test_page_is_plain_markdown(path: Path) -> None:
     """What only Sphinx understands GitHub shows as it stands; docs/conf.py adds it."""
-    text = path.read_text()
+    text = pages.text_of(path)
     assert not re.findall(r"^[`:]{3,}\s*\{.*$", text, re.MULTILINE)  # a directive
     assert not re.findall(r"\{[\w:-]+\}`", text)  # a role
     assert not re.findall(r"\{\{.*\}\}", prose(path))  # a substitution
@@ -148,11 +178,12 @@ def test_links(path: Path) -> None:
         assert not anchor or anchor in anchors(to), link
 
 
-@pytest.mark.parametrize("folder", ["operators", "nn", "."])
+@pytest.mark.parametrize("folder", ["operators", "nn", "notebooks", "."])
 def test_index_links_to_every_page(folder: str) -> None:
     index = pages.DOCS / folder / "index.md"
     linked = {
         (index.parent / link.partition("#")[0]).resolve() for link in LINK.findall(prose(index))
     }
-    missing = {path for path in index.parent.glob("*.md") if path != index} - linked
+    there = {path for path in pages.ALL if path.parent == index.parent and path != index}
+    missing = there - linked
     assert not missing
