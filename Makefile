@@ -2,7 +2,7 @@
 # make test       run the tests (in two processes of one thread each; TESTS="-n 0 -k NAMES" for others)
 # make test-full  run what that leaves out: whole trainings, large cases, warnings of all that is built
 # make bench      time selfkd against eager PyTorch and torch.compile (BENCH="--case 128x100 --json FILE")
-# make results    write the tables of README.md and docs/ from the reports in bench/results/, and draw the pictures of docs/
+# make results    write the tables of README.md and docs/ from the reports in bench/results/, and docs/'s pictures
 # make gpu-check  run the GPU tests with the Python and PyTorch already here; writes a report (REPORT=FILE;
 #                 SANITIZED="-k NAMES" restricts what compute-sanitizer sees)
 # make wheel      build an sdist and wheels for x86-64 and AArch64 (manylinux_2_28) twice, compare, test (CUDA=OFF: no
