@@ -133,6 +133,11 @@ def test_page_is_plain_markdown(path: Path) -> None:
     assert not re.findall(r"^[`:]{3,}\s*\{.*$", text, re.MULTILINE)  # a directive
     assert not re.findall(r"\{[\w:-]+\}`", text)  # a role
     assert not re.findall(r"\{\{.*\}\}", prose(path))  # a substitution
+    assert (
+        "$$" not in text
+    )  # GitHub reads a backslash there as Markdown does; it takes blocks of `math`
+    formulas = re.findall(r"\$[^$\n]+\$", re.sub(r"`[^`\n]*`", "", prose(path)))
+    assert not [formula for formula in formulas if re.search(r"\\[^a-zA-Z]", formula)]
 
 
 @pytest.mark.parametrize("path", pages.ALL, ids=pages.name_of)
