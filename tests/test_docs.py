@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,16 @@ import pytest
 import selfkd
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from pages import DOCS, blocks, load
+from pages import OPERATORS as PAGES
 from selfkd import contract
 
-DOCS = ROOT / "docs"
-PAGES = {path.stem: path for path in sorted((DOCS / "operators").glob("*.md"))}
+pictures = load("pictures")
 HEADINGS = [
     "Formula",
     "Shapes and dtypes",
     "What it replaces",
+    "How it is computed",
     "Measured",
     "Limits",
     "The contract",
@@ -36,11 +38,6 @@ def _in_float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-def blocks(path: Path) -> list[tuple[str, str]]:
-    """Language and text of each fenced block of a page."""
-    return re.findall(r"^```(\w+)\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)
 
 
 def diffs() -> list[Any]:
@@ -111,12 +108,48 @@ def test_every_operator_has_its_page(name: str) -> None:
     text = PAGES[name].read_text()
     sections = re.findall(r"^## (.*)$", text, re.MULTILINE)
     assert sections == HEADINGS
-    assert f"{{py:func}}`selfkd.{name}`" in text
-    assert f"{{literalinclude}} ../../ops/{name}.h" in text
+    assert f"Reference: `selfkd.{name}`" in text
+    assert (
+        f"\n[ops/{name}.h](../../ops/{name}.h)\n" in text
+    )  # a line of its own: Sphinx shows the file
     assert re.search(
         rf"^<!-- results: {name} -->\n(.*\n)*?<!-- end results -->$", text, re.MULTILINE
     )
     assert name in [block.values[0] for block in diffs()]
+    drawn = pictures.FOLDER / f"{name}.svg"
+    assert (f"](pictures/{drawn.name})" in text) == (name not in pictures.NOT_DRAWN)
+
+
+def bytes_kept(name: str, accumulator: int) -> dict[str, int]:
+    """Bytes of the results of forward that backward is given, for each row or what else has some."""
+    given = {item.name for item in contract.contract(f"{name}_backward").items}
+    kept: Counter[str] = Counter()
+    for item in contract.contract(name).outputs:
+        planes, each = re.fullmatch(r"(\d*)(.*)", item.shape).groups()
+        if item.name in given and each in ("N*", "N"):
+            of = "sample" if each == "N" else "position" if name == "attention" else "row"
+            kept[of] += int(planes or 1) * (8 if item.rule == "F64" else accumulator)
+    return dict(kept)
+
+
+@pytest.mark.parametrize("name", sorted(set(contract.modules()) & set(contract.operators())))
+def test_bytes_kept_for_backward(name: str) -> None:
+    """What a page says is kept is what the contract says."""
+    text = PAGES[name].read_text()
+    said = text[text.index("**Kept for backward.**") :].partition("**Nothing cancels.**")[0]
+    found = {of: int(count) for count, of in re.findall(r"(\d+) bytes a (\w+)", said)}
+    assert found == bytes_kept(name, 4)
+    assert found or "Nothing but" in said
+    wide = {int(count) for count in re.findall(r"(\d+) bytes with float64", said)}
+    assert wide == set(bytes_kept(name, 8).values()) - set(found.values())
+
+
+def test_pictures_are_those_of_the_kernels() -> None:
+    """They are drawn anew by `make results`."""
+    drawn = pictures.regenerate()
+    assert set(drawn) == set(pictures.FOLDER.glob("*.svg"))
+    for path, picture in drawn.items():
+        assert path.read_text() == picture, path.name
 
 
 def test_every_page_is_an_operators() -> None:
@@ -194,9 +227,27 @@ def test_numpy_page() -> None:
 # ---- the build ----
 
 
+def check_site(path: Path, text: str, site: dict[Path, str]) -> None:
+    """Links of a built page lead somewhere, and all that it needs lies beside it."""
+    for link in re.findall(r'<a [^>]*href="([^"]*)"', text):
+        file, _, anchor = link.partition("#")
+        to = (path.parent / file).resolve() if file else path
+        if "://" not in link and anchor and to in site:
+            assert f'id="{anchor}"' in site[to], f"{path}: {link}"
+        elif "://" not in link:
+            assert to.exists(), f"{path}: {link}"
+    for needed in re.findall(r'<(?:script|img|source|link rel="stylesheet")[^>]*', text):
+        assert "://" not in needed, f"{path}: {needed}"
+    shown = re.sub(r"<(pre|code|title)\b.*?</\1>", "", text, flags=re.DOTALL)
+    wrong = re.search(
+        r".{,40}(\$|\\[a-z]|<merror).{,40}", shown
+    )  # a formula that was not taken for one
+    assert wrong is None, f"{path}: {wrong and wrong[0]}"
+
+
 def test_sphinx_builds_without_a_warning(tmp_path: Path) -> None:
     """Every name, link and file that a page refers to is there."""
-    for module in ("furo", "myst_parser"):
+    for module in ("furo", "latex2mathml", "myst_parser"):
         pytest.importorskip(module, reason=f"there is no {module}: pip install '.[docs]'")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", tmp_path / "cache"]
     done = subprocess.run(
@@ -207,7 +258,10 @@ def test_sphinx_builds_without_a_warning(tmp_path: Path) -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    api = (tmp_path / "html" / "api.html").read_text()
+    site = {path: path.read_text() for path in (tmp_path / "html").glob("**/*.html")}
+    for path, text in site.items():
+        check_site(path, text, site)
+    api = site[tmp_path / "html" / "api.html"]
     for name in contract.modules():
         assert f'id="selfkd.{name}"' in api
         assert f'id="selfkd.reference.{name}"' in api
