@@ -1,0 +1,285 @@
+"""What is made of the reports of ``make study``: tables, verdicts and pictures, all from their JSON.
+
+A report holds every value of every seed. Each setting was run with the same seeds, so a difference of two
+settings is one of pairs: its mean, its standard error and the 95 % interval of Student's t.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import report
+
+Report = dict[str, Any]
+NAME = "study-"  # begins the names of the files
+ORDER = ("sd_dropout", "detector", "frskd", "segmentation", "aikd", "simreg")  # on the page
+PICTURE = "docs/images/study-{name}-{shade}.svg"
+SHADES = {  # of text and lines, of what counts and of what does not
+    "light": {"text": "#1f2328", "grid": "#d1d9e0", "better": "#1a7f37", "worse": "#cf222e"},
+    "dark": {"text": "#f0f6fc", "grid": "#3d444d", "better": "#3fb950", "worse": "#f85149"},
+}
+
+
+# ---- numbers ----
+
+
+def t_quantile(freedom: int, share: float = 0.95) -> float:
+    """Within plus and minus this is that share of Student's t with so many degrees of freedom."""
+
+    def within(t: float) -> float:
+        theta = math.atan(t / math.sqrt(freedom))
+        cos, odd = math.cos(theta) ** 2, freedom % 2
+        term = math.cos(theta) if odd else 1.0
+        total = term * (freedom > 1)
+        for k in range(3 if odd else 2, freedom - 1, 2):
+            term *= cos * (k - 1) / k
+            total += term
+        total *= math.sin(theta)
+        return 2 / math.pi * (theta + total) if odd else total
+
+    low, high = 0.0, 1e4
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if within(middle) < share else (low, middle)
+    return high
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean of paired differences, its standard error, half the width of its 95 % interval."""
+
+    mean: float
+    error: float
+    half: float
+
+    @property
+    def counts(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return abs(self.mean) > self.half
+
+
+def difference(values: Sequence[float], others: Sequence[float]) -> Difference:
+    """Of values and others, of the same seeds; of one seed nothing is known but the mean."""
+    pairs = [a - b for a, b in zip(values, others, strict=True)]
+    if len(pairs) < 2:
+        return Difference(pairs[0], math.nan, math.inf)
+    error = statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return Difference(statistics.fmean(pairs), error, error * t_quantile(len(pairs) - 1))
+
+
+class Found:
+    """A report, by task and setting."""
+
+    def __init__(self, content: Report) -> None:
+        self.content = content
+        self.metrics: dict[str, Any] = content["metrics"]
+        self.values = {(x["task"], x["name"]): x["values"] for x in content["settings"]}
+
+    def names(self, task: str) -> list[str]:
+        return [name for where, name in self.values if where == task]
+
+    def baselines(self, task: str) -> list[str]:
+        return [name for name in self.content["baselines"] if (task, name) in self.values]
+
+    def mean(self, task: str, name: str, metric: str) -> str:
+        found = statistics.fmean(self.values[task, name][metric])
+        return f"{found:.{self.metrics[metric]['digits']}f}"
+
+    def between(self, task: str, metric: str, name: str, against: str) -> Difference:
+        return difference(self.values[task, name][metric], self.values[task, against][metric])
+
+    def number(self, metric: str, value: float) -> str:
+        """With its sign, and one digit more than the metric has."""
+        return f"{value:+.{self.metrics[metric]['digits'] + 1}f}".replace("-", "−")
+
+    def interval(self, metric: str, d: Difference) -> str:
+        if math.isinf(d.half):
+            return "unknown"
+        ends = (self.number(metric, d.mean + side * d.half) for side in (-1, 1))
+        return " to ".join(ends)
+
+
+# ---- tables ----
+
+
+def first_table(found: Found, task: str) -> report.Table:
+    """The first metric: mean; against each baseline the difference, its standard error, its interval."""
+    metric = next(iter(found.metrics))
+    digits = found.metrics[metric]["digits"] + 1
+    baselines = found.baselines(task)
+    table = [["setting", found.metrics[metric]["title"]]]
+    for name in baselines:
+        table[0] += [f"minus {name}", "95 % interval"]
+    for name in found.names(task):
+        row = [name, found.mean(task, name, metric)]
+        for base in baselines:
+            d = found.between(task, metric, name, base)
+            cell = f"{found.number(metric, d.mean)} ± {d.error:.{digits}f}"
+            row += ["", ""] if base == name else [cell, found.interval(metric, d)]
+        table.append(row)
+    return table
+
+
+def other_table(found: Found, task: str, group: str) -> report.Table:
+    """Other metrics: mean, and in brackets the difference to the first baseline, half its interval."""
+    metrics = [name for name, x in found.metrics.items() if x["group"] == group]
+    base = found.baselines(task)[0]
+    table = [["setting", *(found.metrics[metric]["title"] for metric in metrics)]]
+    for name in found.names(task):
+        cells = []
+        for metric in metrics:
+            d, cell = found.between(task, metric, name, base), found.mean(task, name, metric)
+            if name != base:
+                digits = found.metrics[metric]["digits"]
+                cell += f" ({found.number(metric, d.mean)} ± {d.half:.{digits + 1}f})"
+            cells.append(f"**{cell}**" if d.counts and name != base else cell)
+        table.append([name, *cells])
+    return table
+
+
+def verdicts(found: Found) -> report.Table:
+    """Each claim, and whether it shows: whether the interval leaves 0 out on the side that is better."""
+    table = [["claim", "task", "metric", "difference", "95 % interval", "verdict"]]
+    for claim in found.content["claims"]:
+        task, metric = claim["task"], claim["metric"]
+        d = found.between(task, metric, claim["name"], claim["against"])
+        better = (d.mean > 0) == found.metrics[metric]["higher"]
+        verdict = ("**shows**" if better else "**the opposite shows**") if d.counts else "not shown"
+        who = f"{claim['text']} ({claim['name']} against {claim['against']})"
+        mean = f"{found.number(metric, d.mean)} ± {d.error:.{found.metrics[metric]['digits'] + 1}f}"
+        title = found.metrics[metric]["title"]
+        table.append([who, task, title, mean, found.interval(metric, d), verdict])
+    return table
+
+
+def tables(found: Found) -> Iterable[tuple[str, report.Table]]:
+    """Every table of a study with its title."""
+    groups = dict.fromkeys(x["group"] for x in found.metrics.values())
+    first = next(iter(groups))
+    for task, words in found.content["tasks"].items():
+        yield words, first_table(found, task)
+        for group in groups:
+            if group != first:
+                yield f"{words}: {group}", other_table(found, task, group)
+
+
+def best(found: Found, task: str) -> str:
+    """The setting of the largest mean of the first metric, and which ones cannot be told from it."""
+    metric = next(iter(found.metrics))
+    names = found.names(task)
+    top = max(names, key=lambda name: statistics.fmean(found.values[task, name][metric]))
+    near = [
+        name for name in names if name != top and not found.between(task, metric, name, top).counts
+    ]
+    digits = f"{found.mean(task, top, metric)} ({found.metrics[metric]['title']})"
+    alike = f"; not told from it: {', '.join(near)}" if near else ""
+    return f"{found.content['tasks'][task]}: {top}, {digits}{alike}."
+
+
+# ---- where they are shown ----
+
+
+def print_study(content: Report) -> None:
+    """The tables of a report on the screen."""
+    found = Found(content)
+    for title, table in tables(found):
+        plain = [[cell.replace("**", "") for cell in row] for row in table]
+        report.print_table(plain, f"{content['title']}: {title}")
+    plain = [[cell.replace("**", "") for cell in row] for row in verdicts(found)]
+    report.print_table(plain, f"{content['title']}: claims")
+
+
+def show(path: Path) -> None:
+    """Print the file of a study."""
+    content = json.loads(path.read_text())
+    if "study" not in content:
+        raise ValueError(f"{path} is no report of a study")
+    print_study(content)
+
+
+def block(content: Report) -> str:
+    """What the page shows of a study: picture, verdicts, tables."""
+    found, name = Found(content), content["study"]
+    about, seeds = content["machine"], len(content["seeds"])
+    light, dark = (PICTURE.format(name=name, shade=shade).removeprefix("docs/") for shade in SHADES)
+    parts = [
+        f"{seeds} seeds, {len(content['settings'])} settings; {report.hardware(about)}, PyTorch "
+        f"{about['torch']}; `bench/results/{NAME}{name}.json` ({about['date']}, {about['commit']}). "
+        f"With {seeds} seeds an interval is ± {t_quantile(max(1, seeds - 1)):.2f} standard errors.",
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img src="{light}" alt="{content["title"]}: differences to '
+        f'{content["baselines"][0]}, with 95 % intervals"></picture>',
+        "**What is claimed**",
+        report.markdown(verdicts(found)),
+        "**The best of each task**",
+        "\n".join(f"- {best(found, task)}" for task in content["tasks"]),
+    ]
+    for title, table in tables(found):
+        parts += [f"**{title}**", report.markdown(table)]
+    return "\n\n".join(parts) + "\n"
+
+
+# ---- the picture ----
+
+
+def draw(content: Report, shade: str) -> str:
+    """An SVG of the first task: each setting's differences to the first baseline, with intervals."""
+    import io
+
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    found, colours = Found(content), SHADES[shade]
+    task = next(iter(content["tasks"]))
+    base, drawn = found.baselines(task)[0], content["drawn"]
+    names = [name for name in reversed(found.names(task)) if name != base]
+    style = {"svg.hashsalt": content["study"], "svg.fonttype": "none", "font.size": 9}
+    style |= dict.fromkeys(("text.color", "axes.labelcolor", "ytick.color"), colours["text"])
+    style |= {"xtick.color": colours["text"], "axes.edgecolor": colours["grid"]}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(10, 1.2 + 0.22 * len(names)), layout="constrained")
+        figure.patch.set_alpha(0)
+        panels = figure.subplots(1, len(drawn), sharey=True, squeeze=False)[0]
+        for panel, metric in zip(panels, drawn, strict=True):
+            panel.patch.set_alpha(0)
+            panel.axvline(0, color=colours["text"], linewidth=0.8)
+            panel.grid(axis="x", color=colours["grid"], linewidth=0.5)
+            for y, name in enumerate(names):
+                d = found.between(task, metric, name, base)
+                better = (d.mean > 0) == found.metrics[metric]["higher"]
+                colour = colours["better" if better else "worse"] if d.counts else colours["text"]
+                half = d.half if math.isfinite(d.half) else 0
+                panel.errorbar(d.mean, y, xerr=half, fmt="o", ms=3, color=colour, linewidth=1.2)
+            panel.set_title(found.metrics[metric]["title"], color=colours["text"], fontsize=9)
+            panel.tick_params(length=0)
+            for side in panel.spines.values():
+                side.set_visible(False)
+        panels[0].set_yticks(range(len(names)), names)
+        panels[0].set_ylim(-0.6, len(names) - 0.4)
+        words = f"{content['title']}: difference to {base}, 95 % intervals of {len(content['seeds'])} seeds"
+        figure.suptitle(f"{words}; {content['tasks'][task]}", fontsize=9)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+
+
+def pictures(contents: Iterable[Report]) -> dict[str, str]:
+    """The pictures of reports, by their paths."""
+    return {
+        PICTURE.format(name=content["study"], shade=shade): draw(content, shade)
+        for content in contents
+        for shade in SHADES
+    }
+
+
+def load(root: Path) -> Mapping[str, Report]:
+    """The reports that are committed, by the study's name, in the page's order."""
+    paths = root.glob(f"bench/results/{NAME}*.json")
+    found = {x["study"]: x for x in (json.loads(path.read_text()) for path in paths)}
+    return dict(sorted(found.items(), key=lambda pair: ORDER.index(pair[0])))
