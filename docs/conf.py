@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import pkgutil
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import selfkd
 
@@ -55,3 +58,14 @@ def public_modules() -> Iterator[str]:
 
 _BLOCK = "## {0}\n\n```{{eval-rst}}\n.. automodule:: {0}\n   :members:\n```\n"
 myst_substitutions = {"modules": "\n".join(map(_BLOCK.format, public_modules()))}
+
+
+def setup(app: Any) -> None:
+    """Copy the pictures that pages show by HTML, which Sphinx does not read."""
+
+    def copy(app: Any, error: Exception | None) -> None:
+        images = Path(app.srcdir) / "images"
+        if images.is_dir():
+            shutil.copytree(images, Path(app.outdir) / "images", dirs_exist_ok=True)
+
+    app.connect("build-finished", copy)

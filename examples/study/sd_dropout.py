@@ -47,8 +47,8 @@ LIGHT = {f"{SDD}, weight 0.1": WEIGHTS[f"{SDD}, weight 0.1"]}
 OF_TASKS = {
     "few": {**WAYS, **SWEEPS, **HOSTS, **ON_TOP, **LONGER},
     "wrong20": {**WAYS, **LIGHT, **HOSTS, **ON_TOP},
-    "wrong40": {**WAYS, **LIGHT, **HOSTS, **ON_TOP},
-    "many": {**WAYS, **LIGHT, **HOSTS, **ON_TOP},
+    "wrong40": {**WAYS, **LIGHT, **HOSTS},
+    "many": {**{name: WAYS[name] for name in (CE, DROPOUT, SDD)}, **LIGHT, **HOSTS},
 }
 
 

@@ -13,7 +13,7 @@ from . import train
 from .grid import Claim, Metric, Setting, Study
 
 CE, TEACHER, SOFT, FULL = "cross-entropy", "self-teacher alone", "FRSKD without features", "FRSKD"
-EPOCHS, BATCH = 24, 8
+EPOCHS, BATCH = 32, 8
 AUTHORS_BETA = 50.0  # where the finest maps are 128 wide; here they are as wide as the canvases
 BETA = AUTHORS_BETA * 16**2 / 128**2
 AUTHORS = f"{FULL}, beta {AUTHORS_BETA:.0f}"
@@ -37,7 +37,7 @@ def run(setting: Setting, seed: int, part: float) -> dict[str, float]:
     teacher = SegmenterTeacher(everything.classes, bifpn_fuse) if options else None
     criterion = FRSKDLoss(*options.values(), 1.0, ignore_index=IGNORED) if options else None
     modules, epochs = [x for x in (network, teacher) if x], train.part_of(EPOCHS, part)
-    steps = train.training(modules, 80, epochs, seed, batch=BATCH, decay=5e-4)
+    steps = train.training(modules, 80, epochs, seed, batch=BATCH, rate=0.1, decay=5e-4)
     for epoch, index in steps:
         maps = network.maps(images[index])
         logits = network.classify(maps)

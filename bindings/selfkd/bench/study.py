@@ -6,6 +6,7 @@ settings is one of pairs: its mean, its standard error and the 95 % interval of 
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import statistics
@@ -18,6 +19,7 @@ from . import report
 
 Report = dict[str, Any]
 NAME = "study-"  # begins the names of the files
+MINUS = "\N{MINUS SIGN}"
 ORDER = ("sd_dropout", "detector", "frskd", "segmentation", "aikd", "simreg")  # on the page
 PICTURE = "docs/images/study-{name}-{shade}.svg"
 SHADES = {  # of text and lines, of what counts and of what does not
@@ -96,7 +98,7 @@ class Found:
 
     def number(self, metric: str, value: float) -> str:
         """With its sign, and one digit more than the metric has."""
-        return f"{value:+.{self.metrics[metric]['digits'] + 1}f}".replace("-", "−")
+        return f"{value:+.{self.metrics[metric]['digits'] + 1}f}".replace("-", MINUS)
 
     def interval(self, metric: str, d: Difference) -> str:
         if math.isinf(d.half):
@@ -169,17 +171,25 @@ def tables(found: Found) -> Iterable[tuple[str, report.Table]]:
                 yield f"{words}: {group}", other_table(found, task, group)
 
 
-def best(found: Found, task: str) -> str:
-    """The setting of the largest mean of the first metric, and which ones cannot be told from it."""
-    metric = next(iter(found.metrics))
+def best(found: Found, task: str) -> list[str]:
+    """The setting of the best mean of the first metric, its gain, and what cannot be told from it."""
+    metric, base = next(iter(found.metrics)), found.baselines(task)[0]
     names = found.names(task)
     top = max(names, key=lambda name: statistics.fmean(found.values[task, name][metric]))
-    near = [
+    alike = [
         name for name in names if name != top and not found.between(task, metric, name, top).counts
     ]
-    digits = f"{found.mean(task, top, metric)} ({found.metrics[metric]['title']})"
-    alike = f"; not told from it: {', '.join(near)}" if near else ""
-    return f"{found.content['tasks'][task]}: {top}, {digits}{alike}."
+    gain = found.interval(metric, found.between(task, metric, top, base))
+    title = f"{found.metrics[metric]['title']}: {found.mean(task, top, metric)}"
+    words = found.content["tasks"][task]
+    return [found.content["title"], words, top, title, gain, "; ".join(alike) or "none"]
+
+
+def first_choices(contents: Iterable[Report]) -> report.Table:
+    """What was best in each task of each study."""
+    head = ["study", "task", "best", "its mean", "95 % interval of its gain", "not told from it"]
+    rows = [best(Found(content), task) for content in contents for task in content["tasks"]]
+    return [head, *rows]
 
 
 # ---- where they are shown ----
@@ -188,6 +198,8 @@ def best(found: Found, task: str) -> str:
 def print_study(content: Report) -> None:
     """The tables of a report on the screen."""
     found = Found(content)
+    if content["part"] != 1:
+        print(f"trained for {content['part']:g} of the epochs: too short for conclusions")
     for title, table in tables(found):
         plain = [[cell.replace("**", "") for cell in row] for row in table]
         report.print_table(plain, f"{content['title']}: {title}")
@@ -203,9 +215,14 @@ def show(path: Path) -> None:
     print_study(content)
 
 
-def block(content: Report) -> str:
-    """What the page shows of a study: picture, verdicts, tables."""
-    found, name = Found(content), content["study"]
+def block(name: str, contents: Mapping[str, Report]) -> str:
+    """What the page shows of a study: picture, verdicts, tables; of "all", what was best."""
+    if name == "all" and contents:
+        return f"{report.markdown(first_choices(contents.values()))}\n"
+    if name not in contents:
+        return "Not yet run: `make study`.\n"
+    content = contents[name]
+    found = Found(content)
     about, seeds = content["machine"], len(content["seeds"])
     light, dark = (PICTURE.format(name=name, shade=shade).removeprefix("docs/") for shade in SHADES)
     parts = [
@@ -217,8 +234,6 @@ def block(content: Report) -> str:
         f'{content["baselines"][0]}, with 95 % intervals"></picture>',
         "**What is claimed**",
         report.markdown(verdicts(found)),
-        "**The best of each task**",
-        "\n".join(f"- {best(found, task)}" for task in content["tasks"]),
     ]
     for title, table in tables(found):
         parts += [f"**{title}**", report.markdown(table)]
@@ -230,8 +245,6 @@ def block(content: Report) -> str:
 
 def draw(content: Report, shade: str) -> str:
     """An SVG of the first task: each setting's differences to the first baseline, with intervals."""
-    import io
-
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -239,7 +252,7 @@ def draw(content: Report, shade: str) -> str:
     task = next(iter(content["tasks"]))
     base, drawn = found.baselines(task)[0], content["drawn"]
     names = [name for name in reversed(found.names(task)) if name != base]
-    style = {"svg.hashsalt": content["study"], "svg.fonttype": "none", "font.size": 9}
+    style: Any = {"svg.hashsalt": content["study"], "svg.fonttype": "none", "font.size": 9}
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "ytick.color"), colours["text"])
     style |= {"xtick.color": colours["text"], "axes.edgecolor": colours["grid"]}
     with mpl.rc_context(style):
@@ -269,17 +282,17 @@ def draw(content: Report, shade: str) -> str:
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
 
 
-def pictures(contents: Iterable[Report]) -> dict[str, str]:
-    """The pictures of reports, by their paths."""
-    return {
-        PICTURE.format(name=content["study"], shade=shade): draw(content, shade)
-        for content in contents
-        for shade in SHADES
-    }
-
-
 def load(root: Path) -> Mapping[str, Report]:
     """The reports that are committed, by the study's name, in the page's order."""
     paths = root.glob(f"bench/results/{NAME}*.json")
     found = {x["study"]: x for x in (json.loads(path.read_text()) for path in paths)}
     return dict(sorted(found.items(), key=lambda pair: ORDER.index(pair[0])))
+
+
+def pictures(root: Path) -> dict[Path, str]:
+    """What the pictures of the committed reports must be."""
+    return {
+        root / PICTURE.format(name=name, shade=shade): draw(content, shade)
+        for name, content in load(root).items()
+        for shade in SHADES
+    }
