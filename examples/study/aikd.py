@@ -87,6 +87,7 @@ STUDY = Study(
     title="AI-KD",
     tasks={task: data.IN_WORDS[task] for task in TASKS},
     metrics=metrics.CLASSIFICATION,
+    headline=ALL,
     baselines=(CE, LONGER),
     grid=[Setting(task, *pair) for task in TASKS for pair in WAYS.items()],
     claims=[

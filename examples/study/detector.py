@@ -185,6 +185,7 @@ STUDY = Study(
         "class": Metric("class of digits' positions, %", group="other"),
         "ece": Metric("ECE of digits' positions", 3, False, "other"),
     },
+    headline=SDD,
     baselines=(CE, DROPOUT),
     grid=[Setting("canvases", *pair) for pair in WAYS.items()],
     claims=[

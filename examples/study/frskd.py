@@ -180,6 +180,7 @@ STUDY = Study(
     title="FRSKD",
     tasks={task: data.IN_WORDS[task] for task in OF_TASKS},
     metrics=metrics.CLASSIFICATION,
+    headline=FULL,
     baselines=(CE, TEACHER),
     grid=[Setting(task, *pair) for task, ways in OF_TASKS.items() for pair in ways.items()],
     claims=[

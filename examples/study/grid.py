@@ -45,16 +45,21 @@ class Study:
     title: str
     tasks: Mapping[str, str]  # in words
     metrics: Mapping[str, Metric]
+    headline: str  # the setting that is the paper's method
     baselines: tuple[str, ...]  # every difference is to one of these
     grid: list[Setting]
     claims: list[Claim]
     drawn: tuple[str, ...]  # metrics of the picture
     run: Callable[[Setting, int, float], dict[str, float]]  # of setting, seed, part of the epochs
+    references: tuple[str, ...] = ()  # settings that nobody chooses: what others are held against
 
     def __post_init__(self) -> None:
         named = {(x.task, x.name) for x in self.grid}
         if len(named) != len(self.grid):
             raise ValueError(f"{self.name}: two settings of one task have one name")
+        for task in self.tasks:
+            if not {(task, self.headline), (task, self.baselines[0])} <= named:
+                raise ValueError(f"{self.name}: {task} lacks the headline or the first baseline")
         for claim in self.claims:
             for name in (claim.name, claim.against):
                 if (claim.task, name) not in named:

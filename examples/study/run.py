@@ -139,7 +139,9 @@ def report(study: Any, seeds: list[int], part: float, runs: dict[Key, Any]) -> d
         "part": part,
         "tasks": dict(study.tasks),
         "metrics": {name: asdict(metric) for name, metric in study.metrics.items()},
+        "headline": study.headline,
         "baselines": list(study.baselines),
+        "references": list(study.references),
         "drawn": list(study.drawn),
         "claims": [asdict(claim) for claim in study.claims],
         "settings": [

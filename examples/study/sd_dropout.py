@@ -138,6 +138,7 @@ STUDY = Study(
     title="SD-Dropout",
     tasks=data.IN_WORDS,
     metrics=metrics.CLASSIFICATION,
+    headline=SDD,
     baselines=(CE, DROPOUT),
     grid=[Setting(task, *pair) for task, ways in OF_TASKS.items() for pair in ways.items()],
     claims=[

@@ -61,6 +61,7 @@ STUDY = Study(
     title="FRSKD, segmentation",
     tasks={"canvases": "80 labelled canvases of 16 x 16 pixels, four digits on each"},
     metrics={"mean_iou": Metric("mean IoU, %")},
+    headline=FULL,
     baselines=(CE, TEACHER),
     grid=[Setting("canvases", *pair) for pair in WAYS.items()],
     claims=[

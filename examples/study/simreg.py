@@ -157,6 +157,7 @@ STUDY = Study(
         "probe_few": Metric("linear probe of 200 labels, %", group="other"),
         "neighbour": Metric("nearest neighbour, %", group="other"),
     },
+    headline=DEEP,
     baselines=(LAYERS[0], OWN),
     grid=[Setting("features", *pair) for pair in WAYS.items()],
     claims=[
@@ -172,4 +173,5 @@ STUDY = Study(
     ],
     drawn=("probe", "probe_few", "neighbour"),
     run=run,
+    references=(TEACHER, UNTRAINED),
 )

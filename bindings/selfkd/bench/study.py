@@ -10,6 +10,7 @@ import io
 import json
 import math
 import statistics
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +157,9 @@ def verdicts(found: Found) -> report.Table:
         who = f"{claim['text']} ({claim['name']} against {claim['against']})"
         mean = f"{found.number(metric, d.mean)} ± {d.error:.{found.metrics[metric]['digits'] + 1}f}"
         title = found.metrics[metric]["title"]
-        table.append([who, task, title, mean, found.interval(metric, d), verdict])
+        table.append(
+            [who, found.content["tasks"][task], title, mean, found.interval(metric, d), verdict]
+        )
     return table
 
 
@@ -174,7 +177,7 @@ def tables(found: Found) -> Iterable[tuple[str, report.Table]]:
 def best(found: Found, task: str) -> list[str]:
     """The setting of the best mean of the first metric, its gain, and what cannot be told from it."""
     metric, base = next(iter(found.metrics)), found.baselines(task)[0]
-    names = found.names(task)
+    names = [name for name in found.names(task) if name not in found.content["references"]]
     top = max(names, key=lambda name: statistics.fmean(found.values[task, name][metric]))
     alike = [
         name for name in names if name != top and not found.between(task, metric, name, top).counts
@@ -218,20 +221,18 @@ def show(path: Path) -> None:
 def block(name: str, contents: Mapping[str, Report]) -> str:
     """What the page shows of a study: picture, verdicts, tables; of "all", what was best."""
     if name == "all" and contents:
-        return f"{report.markdown(first_choices(contents.values()))}\n"
+        picture = shown("all", "Differences of each paper's method to training without it")
+        return f"{picture}\n\n{report.markdown(first_choices(contents.values()))}\n"
     if name not in contents:
         return "Not yet run: `make study`.\n"
     content = contents[name]
     found = Found(content)
     about, seeds = content["machine"], len(content["seeds"])
-    light, dark = (PICTURE.format(name=name, shade=shade).removeprefix("docs/") for shade in SHADES)
     parts = [
         f"{seeds} seeds, {len(content['settings'])} settings; {report.hardware(about)}, PyTorch "
         f"{about['torch']}; `bench/results/{NAME}{name}.json` ({about['date']}, {about['commit']}). "
         f"With {seeds} seeds an interval is ± {t_quantile(max(1, seeds - 1)):.2f} standard errors.",
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="{content["title"]}: differences to '
-        f'{content["baselines"][0]}, with 95 % intervals"></picture>',
+        shown(name, f"{content['title']}: differences to {content['baselines'][0]}"),
         "**What is claimed**",
         report.markdown(verdicts(found)),
     ]
@@ -240,46 +241,94 @@ def block(name: str, contents: Mapping[str, Report]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-# ---- the picture ----
+# ---- pictures ----
+
+Row = tuple[str, Difference, bool]  # what it is of, the difference, whether it is for the better
+
+
+def of_setting(found: Found, task: str, metric: str, name: str) -> Row:
+    """The difference of a setting to the first baseline of its task."""
+    d = found.between(task, metric, name, found.baselines(task)[0])
+    return name, d, (d.mean > 0) == found.metrics[metric]["higher"]
 
 
 def draw(content: Report, shade: str) -> str:
-    """An SVG of the first task: each setting's differences to the first baseline, with intervals."""
+    """The first task of a study: each setting's differences in several metrics."""
+    found, task = Found(content), next(iter(content["tasks"]))
+    base, *_ = found.baselines(task)
+    panels = {
+        found.metrics[metric]["title"]: [
+            of_setting(found, task, metric, name) for name in found.names(task) if name != base
+        ]
+        for metric in content["drawn"]
+    }
+    words = f"{content['title']}: difference to {base}; {content['tasks'][task]}"
+    return svg(panels, f"{words}; {seeds_of(content)}", shade)
+
+
+def draw_all(contents: Iterable[Report], shade: str) -> str:
+    """The setting that each study is named after, in each of its tasks, by the first metric, in points."""
+    rows: list[Row] = []
+    seeds = set()
+    for content in contents:
+        found, name = Found(content), content["headline"]
+        metric = next(iter(found.metrics))
+        seeds.add(seeds_of(content))
+        for task, words in content["tasks"].items():
+            _, d, better = of_setting(found, task, metric, name)
+            short = textwrap.shorten(words, 44, placeholder=" ...")
+            title = found.metrics[metric]["title"].removesuffix(", %")
+            rows.append((f"{content['title']}, {short}: {title}", d, better))
+    return svg({"points more than without it": rows}, "; ".join(sorted(seeds)), shade)
+
+
+def seeds_of(content: Report) -> str:
+    return f"95 % intervals, {len(content['seeds'])} seeds"
+
+
+def svg(panels: Mapping[str, Sequence[Row]], words: str, shade: str) -> str:
+    """Points with their intervals, a panel for each metric, all of the same rows."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    found, colours = Found(content), SHADES[shade]
-    task = next(iter(content["tasks"]))
-    base, drawn = found.baselines(task)[0], content["drawn"]
-    names = [name for name in reversed(found.names(task)) if name != base]
-    style: Any = {"svg.hashsalt": content["study"], "svg.fonttype": "none", "font.size": 9}
+    colours, labels = SHADES[shade], [name for name, *_ in next(iter(panels.values()))]
+    style: Any = {"svg.hashsalt": "selfkd", "svg.fonttype": "none", "font.size": 9}
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "ytick.color"), colours["text"])
-    style |= {"xtick.color": colours["text"], "axes.edgecolor": colours["grid"]}
+    style |= {"xtick.color": colours["text"], "grid.color": colours["grid"]}
+    buffer = io.StringIO()
     with mpl.rc_context(style):
-        figure = Figure(figsize=(10, 1.2 + 0.22 * len(names)), layout="constrained")
+        figure = Figure(figsize=(9, 0.9 + 0.22 * len(labels)), layout="constrained")
         figure.patch.set_alpha(0)
-        panels = figure.subplots(1, len(drawn), sharey=True, squeeze=False)[0]
-        for panel, metric in zip(panels, drawn, strict=True):
-            panel.patch.set_alpha(0)
-            panel.axvline(0, color=colours["text"], linewidth=0.8)
-            panel.grid(axis="x", color=colours["grid"], linewidth=0.5)
-            for y, name in enumerate(names):
-                d = found.between(task, metric, name, base)
-                better = (d.mean > 0) == found.metrics[metric]["higher"]
-                colour = colours["better" if better else "worse"] if d.counts else colours["text"]
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axis, (title, rows) in zip(axes, panels.items(), strict=True):
+            axis.patch.set_alpha(0)
+            axis.grid(axis="x", linewidth=0.5)
+            axis.axvline(0, color=colours["text"], linewidth=0.8)
+            for y, (_, d, better) in enumerate(rows):
+                kind = ("better" if better else "worse") if d.counts else "text"
+                marker = {"better": "^", "worse": "v", "text": "o"}[kind]
                 half = d.half if math.isfinite(d.half) else 0
-                panel.errorbar(d.mean, y, xerr=half, fmt="o", ms=3, color=colour, linewidth=1.2)
-            panel.set_title(found.metrics[metric]["title"], color=colours["text"], fontsize=9)
-            panel.tick_params(length=0)
-            for side in panel.spines.values():
+                axis.errorbar(
+                    d.mean, y, xerr=half, fmt=marker, ms=4, color=colours[kind], linewidth=1.2
+                )
+            axis.set_title(title, fontsize=9)
+            axis.tick_params(length=0)
+            for side in axis.spines.values():
                 side.set_visible(False)
-        panels[0].set_yticks(range(len(names)), names)
-        panels[0].set_ylim(-0.6, len(names) - 0.4)
-        words = f"{content['title']}: difference to {base}, 95 % intervals of {len(content['seeds'])} seeds"
-        figure.suptitle(f"{words}; {content['tasks'][task]}", fontsize=9)
-        buffer = io.StringIO()
+        axes[0].set_yticks(range(len(labels)), labels)
+        axes[0].set_ylim(len(labels) - 0.4, -0.6)
+        figure.suptitle(words, fontsize=9)
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+
+
+def shown(name: str, words: str) -> str:
+    """A picture on a page, in the shade that the reader's system has."""
+    light, dark = (PICTURE.format(name=name, shade=x).removeprefix("docs/") for x in SHADES)
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img src="{light}" alt="{words}"></picture>'
+    )
 
 
 def load(root: Path) -> Mapping[str, Report]:
@@ -291,8 +340,11 @@ def load(root: Path) -> Mapping[str, Report]:
 
 def pictures(root: Path) -> dict[Path, str]:
     """What the pictures of the committed reports must be."""
-    return {
-        root / PICTURE.format(name=name, shade=shade): draw(content, shade)
-        for name, content in load(root).items()
-        for shade in SHADES
-    }
+    found: dict[Path, str] = {}
+    contents = load(root)
+    for shade in SHADES:
+        drawn = {name: draw(content, shade) for name, content in contents.items()}
+        if contents:
+            drawn["all"] = draw_all(contents.values(), shade)
+        found |= {root / PICTURE.format(name=x, shade=shade): text for x, text in drawn.items()}
+    return found
