@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from . import data
 from .grid import Metric
 
-EPSILON = 0.1  # largest change of a pixel by an attack
+EPSILON, ATTACKED = (
+    0.1,
+    300,
+)  # largest change of a pixel by an attack; how many images, to save time
 BINS = 15
 CLASSIFICATION = {
     "accuracy": Metric("accuracy, %"),
@@ -95,6 +98,7 @@ def evaluate(model: nn.Module, split: data.Split, seed: int) -> dict[str, float]
     logits, labels = model(split.test), split.test_labels
     temperature = fitted_temperature(model(split.validation), split.validation_labels)
     scaled = logits.double() / temperature
+    attacked = split.test[:ATTACKED], labels[:ATTACKED]
     strange = {
         "photographs": data.patches(len(labels), generator),
         "spliced": data.spliced(split.test, labels, generator),
@@ -114,7 +118,7 @@ def evaluate(model: nn.Module, split: data.Split, seed: int) -> dict[str, float]
             name: accuracy(model(corrupt(split.test, generator)), labels)
             for name, corrupt in data.CORRUPTIONS.items()
         },
-        "fgsm": accuracy(model(fgsm(model, split.test, labels)), labels),
-        "pgd": accuracy(model(pgd(model, split.test, labels)), labels),
+        "fgsm": accuracy(model(fgsm(model, *attacked)), attacked[1]),
+        "pgd": accuracy(model(pgd(model, *attacked)), attacked[1]),
         **{name: auroc(confidence(logits), confidence(model(x))) for name, x in strange.items()},
     }

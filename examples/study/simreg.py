@@ -18,7 +18,7 @@ WIDE, NARROW = (
     (32, 64, 64),
     (8, 16, 64),
 )  # as many features, so that a student may do without a head
-TEACHER_EPOCHS, STUDENT_EPOCHS, BATCH = 60, 70, 100
+TEACHER_EPOCHS, STUDENT_EPOCHS, BATCH = 60, 50, 100
 TEACHER, UNTRAINED, OWN = "the teacher", "untrained", "contrastive, no teacher"
 LAYERS = {n: f"{n} layers" if n != 1 else "1 layer" for n in (0, 1, 2, 4)}
 DEEP = LAYERS[4]
