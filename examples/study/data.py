@@ -22,10 +22,10 @@ TASKS = {  # labelled images, share of wrong labels
     "many": (1000, 0.0),
 }
 IN_WORDS = {
-    "few": "200 labelled images",
-    "wrong20": "200 labelled images, 20 % of the labels wrong",
-    "wrong40": "200 labelled images, 40 % of the labels wrong",
-    "many": "1,000 labelled images",
+    "few": "200 labels",
+    "wrong20": "200 labels, 20 % wrong",
+    "wrong40": "200 labels, 40 % wrong",
+    "many": "1,000 labels",
 }
 
 

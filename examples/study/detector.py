@@ -184,9 +184,9 @@ def better(text: str, name: str, against: str, metric: str = "map") -> Claim:
 STUDY = Study(
     name="detector",
     title="SD-Dropout, detection",
-    tasks={"canvases": "1,000 canvases of 24 x 24 pixels, one to three of 200 digits on each"},
+    tasks={"canvases": "1,000 canvases"},
     metrics={
-        "map": Metric("mAP at an overlap of 0.5, %"),
+        "map": Metric("mAP, %"),
         "class": Metric("class of digits' positions, %", group="other"),
         "ece": Metric("ECE of digits' positions", 3, False, "other"),
     },

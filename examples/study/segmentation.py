@@ -57,7 +57,7 @@ def better(text: str, name: str, against: str) -> Claim:
 STUDY = Study(
     name="segmentation",
     title="FRSKD, segmentation",
-    tasks={"canvases": "80 labelled canvases of 16 x 16 pixels, four digits on each"},
+    tasks={"canvases": "80 canvases"},
     metrics={"mean_iou": Metric("mean IoU, %")},
     headline=FULL,
     baselines=(CE, TEACHER),

@@ -151,7 +151,7 @@ def better(text: str, name: str, against: str, metric: str = "probe") -> Claim:
 STUDY = Study(
     name="simreg",
     title="SimReg",
-    tasks={"features": "1,000 images without labels; labels only for what measures the features"},
+    tasks={"features": "no labels"},
     metrics={
         "probe": Metric("linear probe, %"),
         "probe_few": Metric("linear probe of 200 labels, %", group="other"),

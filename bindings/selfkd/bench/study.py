@@ -10,7 +10,6 @@ import io
 import json
 import math
 import statistics
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +184,8 @@ def best(found: Found, task: str) -> list[str]:
     gain = found.interval(metric, found.between(task, metric, top, base))
     title = f"{found.metrics[metric]['title']}: {found.mean(task, top, metric)}"
     words = found.content["tasks"][task]
-    return [found.content["title"], words, top, title, gain, "; ".join(alike) or "none"]
+    more = f"; {len(alike) - 4} more" if len(alike) > 4 else ""
+    return [found.content["title"], words, top, title, gain, "; ".join(alike[:4]) + more or "none"]
 
 
 def first_choices(contents: Iterable[Report]) -> report.Table:
@@ -276,9 +276,8 @@ def draw_all(contents: Iterable[Report], shade: str) -> str:
         seeds.add(seeds_of(content))
         for task, words in content["tasks"].items():
             _, d, better = of_setting(found, task, metric, name)
-            short = textwrap.shorten(words, 44, placeholder=" ...")
             title = found.metrics[metric]["title"].removesuffix(", %")
-            rows.append((f"{content['title']}, {short}: {title}", d, better))
+            rows.append((f"{content['title']}, {words}: {title}", d, better))
     return svg({"points more than without it": rows}, "; ".join(sorted(seeds)), shade)
 
 
