@@ -77,7 +77,7 @@ def content(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     run.work(left, path, 1.0, os.getppid())
     assert len(calls) == len(set(calls)) == len(jobs)
     assert not run.finished(path, 0.5)  # runs of shorter trainings do not count
-    return run.report(toy(calls), seeds, 1.0, run.finished(path, 1.0))
+    return run.report(toy(calls), run.here(), seeds, 1.0, run.finished(path, 1.0))
 
 
 def test_runs_of_other_code_do_not_count(content: Any, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ try:
     from selfkd import __version__
     from selfkd.bench.report import save
     from selfkd.bench.run import machine
-    from selfkd.bench.study import print_study
+    from selfkd.bench.study import NAME, print_study
 
     from . import aikd, detector, frskd, sd_dropout, segmentation, simreg
 except ModuleNotFoundError as error:
@@ -63,16 +63,16 @@ def key(job: Job) -> Key:
 
 
 def finished(path: Path, part: float) -> dict[Key, dict[str, float]]:
-    """Return the values of the runs that a file holds, without a last line that was not finished."""
+    """Return the values of the runs that a file holds; a line that was cut off is none."""
     found: dict[Key, dict[str, float]] = {}
-    written = path.read_text().splitlines(keepends=True) if path.exists() else []
-    for line in written:
-        if line.endswith("\n"):
+    text = path.read_text() if path.exists() else ""
+    for line in text.splitlines():
+        with suppress(json.JSONDecodeError):
             run = json.loads(line)
             if (run["code"], run["part"]) == (code(), part):
                 found[(*run["key"],)] = run["values"]
-    if written and not written[-1].endswith("\n"):
-        path.write_text("".join(written[:-1]))
+    if text and not text.endswith("\n"):
+        path.write_text(f"{text}\n")  # so that the next line begins one
     return found
 
 
@@ -101,12 +101,11 @@ def train_all(jobs: list[Job], path: Path, part: float, processes: int) -> None:
     left = [job for job in jobs if key(job) not in runs]
     before = lines(path)
     context = multiprocessing.get_context("spawn")
+    shares = [[x for x in left if seeds.index(x[2]) % processes == k] for k in range(processes)]
     workers = [
-        context.Process(
-            target=work,
-            args=([x for x in left if seeds.index(x[2]) % processes == k], path, part, os.getpid()),
-        )
-        for k in range(processes)
+        context.Process(target=work, args=(share, path, part, os.getpid()))
+        for share in shares
+        if share
     ]
     bar = Progress(
         *("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn()),
@@ -128,13 +127,20 @@ def train_all(jobs: list[Job], path: Path, part: float, processes: int) -> None:
             worker.terminate()
 
 
-def report(study: Any, seeds: list[int], part: float, runs: dict[Key, Any]) -> dict[str, Any]:
+def here() -> dict[str, Any]:
+    """Return what the numbers depend on, as the benchmark's reports say it."""
+    about = machine(argparse.Namespace(device="cpu", repeat=None))
+    return {name: x for name, x in about.items() if name != "repeat"}
+
+
+def report(
+    study: Any, about: dict[str, Any], seeds: list[int], part: float, runs: dict[Key, Any]
+) -> dict[str, Any]:
     """Return all that is known of a study: the grid, the claims, every value of every seed."""
-    about = machine(argparse.Namespace(device="cpu", repeat=len(seeds)))
     return {
         "study": study.name,
         "title": study.title,
-        "machine": {name: x for name, x in about.items() if name != "repeat"},
+        "machine": about,
         "seeds": seeds,
         "part": part,
         "tasks": dict(study.tasks),
@@ -190,13 +196,13 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     with suppress(KeyboardInterrupt):
         train_all(jobs, path, part, options.processes)
-    runs = finished(path, part)
-    missing = sum(key(job) not in runs for job in jobs)
-    if missing:
-        print(f"{missing} of {len(jobs)} runs are missing; the same command goes on from here")
-        return 1
+    runs, about = finished(path, part), here()
+    missing = [job for job in jobs if key(job) not in runs]
     for study in chosen if not options.task else ():
-        found = report(study, seeds, part, runs)
-        save(found, (options.report or folder) / f"study-{study.name}.json")
-        print_study(found)
-    return 0
+        if study.name not in {name for name, *_ in missing}:
+            found = report(study, about, seeds, part, runs)
+            save(found, (options.report or folder) / f"{NAME}{study.name}.json")
+            print_study(found)
+    if missing:
+        print(f"{len(missing)} of {len(jobs)} runs are missing; the same command goes on from here")
+    return 1 if missing else 0
