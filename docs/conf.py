@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import pkgutil
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,7 +123,15 @@ def write_math(display: str) -> Any:
     return write
 
 
+def copy_pictures(app: Sphinx, error: Exception | None) -> None:
+    """Copy those that pages show by HTML, which Sphinx does not read."""
+    images = Path(app.srcdir) / "images"
+    if images.is_dir():
+        shutil.copytree(images, Path(app.outdir) / "images", dirs_exist_ok=True)
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("build-finished", copy_pictures)
     app.connect("source-read", add_to_page)
     app.connect("doctree-resolved", link_names)
     inline, block = write_math("inline"), write_math("block")

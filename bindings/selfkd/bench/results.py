@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import report
+from . import report, study
 
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end results -->)", re.DOTALL)
 NO_GPU = (
@@ -67,18 +67,29 @@ def block(name: str, machines: Iterable[Machine]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def text_of(name: str, machines: Iterable[Machine], studies: Mapping[str, report.Result]) -> str:
+    """What stands between the markers of a name: that of a study begins with "study_"."""
+    if name.startswith("study_"):
+        return study.block(name.removeprefix("study_"), studies)
+    return block(name, machines)
+
+
 def regenerate(root: Path) -> dict[Path, str]:
     """What the files that show results must contain."""
     reports = {
-        path.name: json.loads(path.read_text()) for path in root.glob("bench/results/*.json")
+        path.name: json.loads(path.read_text())
+        for path in root.glob("bench/results/*.json")
+        if not path.name.startswith(study.NAME)
     }
-    machines = merge(reports)
+    machines, studies = merge(reports), study.load(root)
     found = {}
     for path in (root / "README.md", *sorted(root.glob("docs/**/*.md"))):
         text = path.read_text()
         if text.count("<!-- results: ") != len(BLOCK.findall(text)):
             raise ValueError(f"{path}: a table of results begins and has no end")
-        found[path] = BLOCK.sub(lambda m: f"{m[1]}\n{block(m[2], machines)}\n{m[3]}", text)
+        found[path] = BLOCK.sub(
+            lambda m: f"{m[1]}\n{text_of(m[2], machines, studies)}\n{m[3]}", text
+        )
     for name, content in reports.items():
         if "gpu" in content["machine"]:
             path = root / "bench" / "results" / Path(name).with_suffix(".md")
@@ -88,8 +99,10 @@ def regenerate(root: Path) -> dict[Path, str]:
 
 def main() -> int:
     """Write the files that have changed."""
-    for path, text in regenerate(Path.cwd()).items():
+    root = Path.cwd()
+    for path, text in {**regenerate(root), **study.pictures(root)}.items():
         if not path.exists() or path.read_text() != text:
+            path.parent.mkdir(exist_ok=True)
             path.write_text(text)
             print(path)
     return 0
