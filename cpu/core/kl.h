@@ -138,6 +138,7 @@ SK_SPECIAL void sk_compare_group(enum sk_form form, enum sk_wanted wanted, enum 
          dy_[SK_LANES] = {0};
     sk_to_lanes(r, g, m->hu, hu);
     sk_to_lanes(r, g, m->hv, hv);
+#pragma omp simd
     for (int k = 0; k < SK_LANES; k++) {
         const sk_split gap = form == SK_APART ? sk_split_of(hu[k] * t.per_T - hv[k] * t_v.per_T)
                                               : sk_split_difference(hu[k], hv[k]);

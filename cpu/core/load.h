@@ -161,9 +161,17 @@ static inline bool sk_in_place(const sk_arg *x, int64_t stride, int64_t n) {
 
 /* Copies n elements of x from `at`, rounded up to whole groups of lanes with -inf. */
 static inline void sk_fill(const sk_arg *x, int64_t at, int64_t stride, int64_t n, real *to) {
-    const int64_t rest = n % SK_LANES;
-    for (int k = 0; k < SK_LANES && rest > 0; k++) to[n - rest + k] = -INFINITY;
-    sk_copy(x, at, stride, n, to);
+    const int64_t rest = n % SK_LANES, whole = n - rest;
+    if (x->data && sk_is_plain(x, stride)) {
+        const real *const from = (const real *)x->data + at;
+        for (int64_t i = 0; i < whole; i++) to[i] = from[i];
+        if (rest == 0) return;
+#pragma omp simd
+        for (int k = 0; k < SK_LANES; k++) to[whole + k] = k < rest ? from[whole + k] : -INFINITY;
+        return;
+    }
+    for (int k = 0; k < SK_LANES && rest > 0; k++) to[whole + k] = -INFINITY;
+    sk_copy_apart(x, at, stride, n, to);
 }
 
 /* n elements of x from `at`, where they lie or, if they cannot be used there, in the buffer. */

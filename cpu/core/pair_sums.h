@@ -21,6 +21,19 @@ typedef struct sk_tops {
     SK_ALIGNED real u[SK_PITCH], v_there[SK_PITCH], v[SK_PITCH], u_there[SK_PITCH];
 } sk_tops;
 
+/* Raises `top` to the largest of a row's lanes, and takes what the first such lane has with it. */
+static inline void sk_raise_row(const real *lane, const real *with, real *top, real *with_top) {
+    real largest = *top;
+    int first = SK_LANES;
+#pragma omp simd reduction(max : largest)
+    for (int k = 0; k < SK_LANES; k++) largest = lane[k] > largest ? lane[k] : largest;
+    if (!(largest > *top)) return;
+#pragma omp simd reduction(min : first)
+    for (int k = 0; k < SK_LANES; k++) first = lane[k] == largest && k < first ? k : first;
+    *top = largest;
+    *with_top = with[first];
+}
+
 /* Raises them to those of a group of lanes. */
 static inline void sk_raise_pair(const sk_task *r, const real *u, const real *v, int64_t depth,
                                  int64_t g, sk_tops *x) {
@@ -40,15 +53,19 @@ static inline void sk_raise_pair(const sk_task *r, const real *u, const real *v,
             top_v[k] = b > top_v[k] ? b : top_v[k];
         }
     }
-    for (int k = 0; k < SK_LANES; k++) {
-        const int64_t i = r->positions ? g * SK_LANES + k : g;
-        const bool of_u = r->positions | (top_u[k] > x->u[i]);
-        const bool of_v = r->positions | (top_v[k] > x->v[i]);
-        x->v_there[i] = of_u ? with_u[k] : x->v_there[i];
-        x->u[i] = of_u ? top_u[k] : x->u[i];
-        x->u_there[i] = of_v ? with_v[k] : x->u_there[i];
-        x->v[i] = of_v ? top_v[k] : x->v[i];
+    if (r->positions) {
+        const int64_t i = g * SK_LANES;
+#pragma omp simd
+        for (int k = 0; k < SK_LANES; k++) {
+            x->u[i + k] = top_u[k];
+            x->v_there[i + k] = with_u[k];
+            x->v[i + k] = top_v[k];
+            x->u_there[i + k] = with_v[k];
+        }
+        return;
     }
+    sk_raise_row(top_u, with_u, &x->u[g], &x->v_there[g]);
+    sk_raise_row(top_v, with_v, &x->v[g], &x->u_there[g]);
 }
 
 /* A group of lanes of the tile from class c. */

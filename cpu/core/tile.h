@@ -33,9 +33,17 @@ static inline void sk_load_tile(const sk_task *r, const sk_arg *x, int64_t c, in
                        : sk_read(x, sk_class_at(r, x, g, c), x->stride[1], classes, tile + g * row);
 }
 
-/* lane[k] = what x, one scalar for each row, holds for lane k of group g. */
+/* lane[k] = what x, one scalar for each row, holds for lane k of group g. It is stored as a vector:
+ * a load of a vector waits for lanes that were stored one by one, longer than a short row takes. */
 static inline void sk_to_lanes(const sk_task *r, int64_t g, const real *x, real *lane) {
-    for (int k = 0; k < SK_LANES; k++) lane[k] = x[r->positions ? g * SK_LANES + k : g];
+    if (r->positions) {
+#pragma omp simd
+        for (int k = 0; k < SK_LANES; k++) lane[k] = x[g * SK_LANES + k];
+        return;
+    }
+    const real of_row = x[g];
+#pragma omp simd
+    for (int k = 0; k < SK_LANES; k++) lane[k] = of_row;
 }
 
 static inline sk_ahead sk_next_tile(const sk_task *r, const sk_arg *x, int64_t g, int64_t c) {
@@ -63,8 +71,11 @@ static inline void sk_raise(const sk_task *r, const real *x, int64_t depth, int6
             lane[k] = abcd > lane[k] ? abcd : lane[k];
         }
     }
-    for (int k = 0; k < SK_LANES && r->positions; k++) top[g * SK_LANES + k] = lane[k];
-    if (r->positions) return;
+    if (r->positions) {
+#pragma omp simd
+        for (int k = 0; k < SK_LANES; k++) top[g * SK_LANES + k] = lane[k];
+        return;
+    }
     real largest = lane[0];
 #pragma omp simd reduction(max : largest)
     for (int k = 0; k < SK_LANES; k++) largest = lane[k] > largest ? lane[k] : largest;
@@ -73,8 +84,11 @@ static inline void sk_raise(const sk_task *r, const real *x, int64_t depth, int6
 
 /* sum += part, lane k of group g being part of its row. */
 static inline void sk_add_lanes(const sk_task *r, int64_t g, const real *part, double *sum) {
-    for (int k = 0; k < SK_LANES && r->positions; k++) sum[g * SK_LANES + k] += part[k];
-    if (r->positions) return;
+    if (r->positions) {
+#pragma omp simd
+        for (int k = 0; k < SK_LANES; k++) sum[g * SK_LANES + k] += part[k];
+        return;
+    }
     double all = 0;
 #pragma omp simd reduction(+ : all)
     for (int k = 0; k < SK_LANES; k++) all += part[k];
