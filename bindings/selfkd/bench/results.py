@@ -1,12 +1,13 @@
-"""Writes the tables of README.md and docs/ from the committed reports: ``make results``.
+"""Writes the tables and pictures of README.md and docs/ from the committed reports: ``make results``.
 
-A table stands between ``<!-- results: NAME -->`` and ``<!-- end results -->``, NAME being an operator or
-"all". Of reports of one machine, one whose name comes later in the alphabet replaces the earlier
+A text stands between ``<!-- results: NAME -->`` and ``<!-- end results -->``, NAME being an operator,
+"all", "cases" (what each is), "meaning" (of the columns), "headline" or "shown" (of README.md). Of reports of one machine, one whose name comes later in the alphabet replaces the earlier
 one's figures case by case. A report of a GPU also gets a page of its own beside it.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
@@ -14,12 +15,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import report
+from . import readme, report
 
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end results -->)", re.DOTALL)
+STAMP = re.compile(r"selfkd-drawn \w+")  # of a picture: equal where figures and drawing code are
 NO_GPU = (
-    "**GPU speed is not yet measured**: the CUDA kernels pass every case in the emulator; on a GPU "
-    "run `make gpu-check` and `selfkd bench --device cuda`."
+    "**GPU speed is not measured**: the CUDA kernels pass every case in an emulator, and their machine "
+    "code is inspected. On a GPU run `make gpu-check` and `selfkd bench --device cuda`."
 )
 
 
@@ -54,6 +56,17 @@ def merge(reports: Mapping[str, report.Result]) -> list[Machine]:
     return sorted(found.values(), key=lambda machine: "gpu" in machine.about)
 
 
+def cases() -> str:
+    """What the operators of the cases are given, and how sizes are written."""
+    from .cases import FORMS
+
+    lines = []
+    for name, form in FORMS.items():
+        text = inspect.getdoc(getattr(form.make, "func", form.make)) or ""
+        lines.append(f"- `{name} {form}`: {' '.join(text.split())}")
+    return "\n".join(lines) + "\n"
+
+
 def block(name: str, machines: Iterable[Machine]) -> str:
     """The text of a table: of one operator, with the names of the forms compared, or of all."""
     parts = []
@@ -70,26 +83,51 @@ def block(name: str, machines: Iterable[Machine]) -> str:
 def regenerate(root: Path) -> dict[Path, str]:
     """What the files that show results must contain."""
     reports = {
-        path.name: json.loads(path.read_text()) for path in root.glob("bench/results/*.json")
+        path.name: json.loads(path.read_text())
+        for path in root.glob("bench/results/*.json")
+        if not path.name.startswith("study-")
     }
-    machines = merge(reports)
+    machines, shown = merge(reports), readme.newest(reports)
+    texts = {
+        "headline": lambda: readme.headline(shown),
+        "shown": lambda: f"{readme.table(shown)}\n",
+        "cases": cases,
+        "meaning": lambda: f"{report.MEANING}\n",
+    }
+
+    def written(match: re.Match[str]) -> str:
+        text = texts[match[2]]() if match[2] in texts else block(match[2], machines)
+        return f"{match[1]}\n{text}\n{match[3]}"
+
     found = {}
     for path in (root / "README.md", *sorted(root.glob("docs/**/*.md"))):
         text = path.read_text()
         if text.count("<!-- results: ") != len(BLOCK.findall(text)):
             raise ValueError(f"{path}: a table of results begins and has no end")
-        found[path] = BLOCK.sub(lambda m: f"{m[1]}\n{block(m[2], machines)}\n{m[3]}", text)
+        found[path] = BLOCK.sub(written, text)
     for name, content in reports.items():
         if "gpu" in content["machine"]:
             path = root / "bench" / "results" / Path(name).with_suffix(".md")
             found[path] = report.page(content, path.stem)
+    for theme, drawn in readme.pictures(shown).items() if shown else ():
+        found[root / "docs" / "images" / f"bench-{theme}.svg"] = drawn
     return found
+
+
+def outdated(path: Path, text: str) -> bool:
+    """Whether a file must be written. Of a picture the bytes depend on matplotlib's version, too."""
+    if not path.exists():
+        return True
+    old = path.read_text()
+    stamps = STAMP.search(old), STAMP.search(text)
+    return stamps[0][0] != stamps[1][0] if all(stamps) else old != text
 
 
 def main() -> int:
     """Write the files that have changed."""
     for path, text in regenerate(Path.cwd()).items():
-        if not path.exists() or path.read_text() != text:
+        if outdated(path, text):
+            path.parent.mkdir(exist_ok=True)
             path.write_text(text)
             print(path)
     return 0
