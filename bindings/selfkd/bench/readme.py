@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from . import report
 from .report import NAMES, Result
 
-SHOWN = {  # the shapes are those of ImageNet's classes and features, of a vocabulary, and of CIFAR's feature maps
+# Shapes of ImageNet's classes and features, of a vocabulary, and of CIFAR's feature maps.
+SHOWN = {
     "distill 256x1000 T 4": "`distill`: cross-entropy and a teacher's KL; 256 rows, 1,000 classes",
     "sd_dropout_kl 512x32000": "`sd_dropout_kl`: KL of two dropout samples; 512 rows, 32,000 classes",
     "js_divergence 512x32000": "`js_divergence`: of a student and a teacher; 512 rows, 32,000 classes",
@@ -58,12 +59,16 @@ def headline(found: Mapping[str, tuple[Result, Result]]) -> str:
     fast = [span([next(iter(report.times(x, kind).values())) for x in results]) for kind in KINDS]
     peaks = [x for x in map(report.peaks, results) if set(x) >= {"selfkd", *KINDS}]
     text = (
-        f"**Speed:** {fast[0]} times that of eager PyTorch and {fast[1]} times that of torch.compile, forward and "
-        f"backward of {len(results)} losses, each against the faster of two ways to write it."
+        f"**Speed:** {fast[0]} times that of eager PyTorch and {fast[1]} times that of torch.compile, "
+        f"forward and backward of {len(results)} losses, each against the faster of two ways to write it."
     )
     if peaks:
         less = [span([x[kind] / x["selfkd"] for x in peaks]) for kind in KINDS]
-        text += f" **Peak memory:** eager PyTorch takes {less[0]} times as much, torch.compile {less[1]} times."
+        some = f" ({len(peaks)} of them counted)" if len(peaks) < len(results) else ""
+        text += (
+            f" **Peak memory{some}:** eager PyTorch takes {less[0]} times as much, torch.compile "
+            f"{less[1]} times."
+        )
     return textwrap.fill(f"{text} Measured on {'; '.join(machines(found))}.", 118)
 
 

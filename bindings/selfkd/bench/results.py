@@ -1,8 +1,9 @@
 """Writes the tables and pictures of README.md and docs/ from the committed reports: ``make results``.
 
 A text stands between ``<!-- results: NAME -->`` and ``<!-- end results -->``, NAME being an operator,
-"all", "cases" (what each is), "meaning" (of the columns), "headline" or "shown" (of README.md). Of reports of one machine, one whose name comes later in the alphabet replaces the earlier
-one's figures case by case. A report of a GPU also gets a page of its own beside it.
+"all", "cases" (what each is), "meaning" (of the columns), "headline" or "shown" (of README.md). Of
+reports of one machine, one whose name comes later in the alphabet replaces the earlier one's figures
+case by case. A report of a GPU also gets a page of its own beside it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import inspect
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +22,7 @@ from . import readme, report
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end results -->)", re.DOTALL)
 STAMP = re.compile(r"selfkd-drawn \w+")  # of a picture: equal where figures and drawing code are
 NO_GPU = (
-    "**GPU speed is not measured**: the CUDA kernels pass every case in an emulator, and their machine "
+    "**GPU speed is not measured**: the CUDA kernels pass every case in an emulator, and their machine\n"
     "code is inspected. On a GPU run `make gpu-check` and `selfkd bench --device cuda`."
 )
 
@@ -63,7 +65,8 @@ def cases() -> str:
     lines = []
     for name, form in FORMS.items():
         text = inspect.getdoc(getattr(form.make, "func", form.make)) or ""
-        lines.append(f"- `{name} {form}`: {' '.join(text.split())}")
+        line = f"- `{name} {form}`: {' '.join(text.split())}"
+        lines.append(textwrap.fill(line, 118, subsequent_indent="  "))
     return "\n".join(lines) + "\n"
 
 
@@ -88,8 +91,9 @@ def regenerate(root: Path) -> dict[Path, str]:
         if not path.name.startswith("study-")
     }
     machines, shown = merge(reports), readme.newest(reports)
+    on_gpu = "" if any("gpu" in machine.about for machine in machines) else f"\n\n{NO_GPU}"
     texts = {
-        "headline": lambda: readme.headline(shown),
+        "headline": lambda: f"{readme.headline(shown)}{on_gpu}\n",
         "shown": lambda: f"{readme.table(shown)}\n",
         "cases": cases,
         "meaning": lambda: f"{report.MEANING}\n",
@@ -119,8 +123,8 @@ def outdated(path: Path, text: str) -> bool:
     if not path.exists():
         return True
     old = path.read_text()
-    stamps = STAMP.search(old), STAMP.search(text)
-    return stamps[0][0] != stamps[1][0] if all(stamps) else old != text
+    stamps = STAMP.findall(old), STAMP.findall(text)
+    return stamps[0] != stamps[1] if all(stamps) else old != text
 
 
 def main() -> int:
