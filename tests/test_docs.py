@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -189,6 +191,106 @@ def test_numpy_page() -> None:
     u, v = (torch.from_numpy(names[key]) for key in "uv")
     loss = torch.as_tensor(names["forward"].loss)
     torch.testing.assert_close(loss, selfkd.reference.sd_dropout_kl(u, v), rtol=3e-6, atol=0)
+
+
+# ---- the README ----
+
+README = ROOT / "README.md"
+FRONT, _, REST = README.read_text().partition("\n## More\n")
+
+
+def hunks() -> dict[str, str]:
+    """The README's changes by what stands between the signs @@."""
+    (diff,) = (text for language, text in blocks(README) if language == "diff")
+    _, *parts = re.split(r"^@@ (.*) @@\n", diff, flags=re.MULTILINE)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def test_the_first_screen_is_one() -> None:
+    assert len(FRONT.splitlines()) <= 60
+    assert REST
+
+
+def test_pictures_of_the_readme_are_there() -> None:
+    """Those of the study once it has a report."""
+    studied = any(ROOT.glob("bench/results/study-*.json"))
+    names = re.findall(r'"(docs/images/[^"]+)"', README.read_text())
+    assert len(names) == 4
+    for name in names:
+        assert (ROOT / name).exists() or ("study" in name and not studied), name
+
+
+def test_the_snippet_runs_as_it_stands() -> None:
+    (text,) = (text for language, text in blocks(README) if language == "python")
+    torch.manual_seed(SEED)
+    names: dict[str, Any] = {}
+    exec(text, names)
+    weight = names["student"].weight
+    z = names["student"](names["images"])
+    expected = selfkd.reference.distill(z, names["labels"], names["t"], temperature=4.0)
+    torch.testing.assert_close(weight.grad, torch.autograd.grad(expected, weight)[0])
+    assert names["loss"].requires_grad
+    assert names["logits"].shape == (256, 10)
+
+
+def test_the_plain_loop_of_the_readme() -> None:
+    change = hunks()["a plain loop"]
+    found = []
+    for sign in "-+":
+        names = situations() | {"selfkd": selfkd, "T": 3.0}
+        names["z"].requires_grad_()
+        exec(version(change, sign), names)
+        found.append((names["loss"], *torch.autograd.grad(names["loss"], names["z"])))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
+
+
+def test_the_toolkits_of_the_readme() -> None:
+    """Each changed line stands in the page of toolkits, whose changes its tests run; the names exist."""
+    page = "".join((DOCS / "integrations.md").read_text().split())
+    _, torchdistill, transformers = hunks().values()
+    for line in torchdistill.splitlines():
+        assert "".join(line[1:].split()) in page
+    importlib.import_module(re.search(r"'(selfkd\.[\w.]+)'", torchdistill)[1])  # type: ignore[index]
+    (where,) = (name for name in hunks() if name.startswith("Transformers"))
+    module = importlib.import_module(where.split()[-1])
+
+    class Trainer:
+        args, model = SimpleNamespace(device="cpu"), torch.nn.Linear(2, 2)
+
+        def __init__(self, *given: Any, **options: Any) -> None:
+            pass
+
+    names = {"Trainer": Trainer, "DistillMixin": module.DistillMixin}
+    names |= dict.fromkeys(("student", "arguments", "data"))
+    names["teacher"] = torch.nn.Linear(2, 2)
+    for sign in "-+":
+        exec(version(transformers, sign), names)
+    assert isinstance(names["trainer"], module.DistillMixin)
+
+
+def test_no_row_of_the_table_of_losses_is_there_twice() -> None:
+    first = re.findall(r"^\| ([^|]+) \| `selfkd", REST, re.MULTILINE)
+    calls = re.findall(r"^\| [^|]+ \| (`selfkd[^|]+) \|", REST, re.MULTILINE)
+    assert len(first) > 5
+    mentioned = re.findall(r"`selfkd\.(\w+)`", " ".join(calls))
+    assert len(mentioned) == len(set(mentioned))
+    assert set(contract.modules()) <= set(mentioned)
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    (commands,) = (x for language, x in blocks(README) if language == "sh" and "make test" in x)
+    words = [line.split("#")[0].strip() for line in commands.splitlines()]
+    assert words == ["make demo", "make test"]
+    assert "make test" in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_papers_to_cite_are_those_of_the_table() -> None:
+    (text,) = (text for language, text in blocks(README) if language == "bibtex")
+    cited = re.findall(r"eprint = \{([\d.]+)\}", text)
+    assert sorted(cited) == ["2103.08273", "2201.05131", "2208.05642", "2211.10938"]
+    assert all(f"arxiv.org/abs/{number}" in REST for number in cited)
+    cff = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {selfkd.__version__}\n" in cff
 
 
 # ---- the build ----

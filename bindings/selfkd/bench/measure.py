@@ -159,7 +159,7 @@ def peak(run: Pass, device: str) -> int:
         profiled(run, "cpu", memory=True).export_chrome_trace(file.name)
         events = json.loads(Path(file.name).read_text())["traceEvents"]
     changes = sorted((x for x in events if x["name"] == "[memory]"), key=lambda x: x["ts"])
-    return max(accumulate((x["args"]["Bytes"] for x in changes), initial=0))
+    return max(accumulate((int(x["args"]["Bytes"]) for x in changes), initial=0))
 
 
 def profiled(run: Pass, device: str, memory: bool = False) -> Any:

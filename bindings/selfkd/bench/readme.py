@@ -5,7 +5,6 @@ Each case is shown as the newest report has it, whatever its figures.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 
 from . import report
@@ -26,13 +25,13 @@ KINDS = ("eager", "compile")
 
 def newest(reports: Mapping[str, Result]) -> dict[str, tuple[Result, Result]]:
     """The cases shown that were measured on a CPU: result and machine."""
-    found = {}
+    found: dict[str, tuple[Result, Result]] = {}
     for _, content in sorted(reports.items(), key=lambda x: (x[1]["machine"]["date"], x[0])):
         about = content["machine"]
-        if "gpu" not in about:
-            found |= {
-                x["case"]: (x, about) for x in content["results"] if not report.disturbances(x)
-            }
+        if "gpu" not in about:  # of its results those that compare, on a quiet machine
+            for x in content["results"]:
+                if set(KINDS) <= set(x["ratios"]) and not report.disturbances(x):
+                    found[x["case"]] = x, about
     return {case: found[case] for case in SHOWN if case in found}
 
 
@@ -44,11 +43,6 @@ def machines(found: Mapping[str, tuple[Result, Result]]) -> dict[str, list[str]]
     return names
 
 
-def digits(x: float) -> str:
-    """Three of them."""
-    return f"{x:.3g}" if x < 999.5 else f"{x:,.0f}"
-
-
 def span(values: Sequence[float]) -> str:
     return " to ".join(dict.fromkeys(f"{x:.1f}" for x in (min(values), max(values))))
 
@@ -56,6 +50,8 @@ def span(values: Sequence[float]) -> str:
 def headline(found: Mapping[str, tuple[Result, Result]]) -> str:
     """Speed and memory in two sentences."""
     results = [result for result, _ in found.values()]
+    if not results:
+        return "Not yet measured."
     fast = [span([next(iter(report.times(x, kind).values())) for x in results]) for kind in KINDS]
     peaks = [x for x in map(report.peaks, results) if set(x) >= {"selfkd", *KINDS}]
     text = (
@@ -69,7 +65,7 @@ def headline(found: Mapping[str, tuple[Result, Result]]) -> str:
             f" **Peak memory{some}:** eager PyTorch takes {less[0]} times as much, torch.compile "
             f"{less[1]} times."
         )
-    return textwrap.fill(f"{text} Measured on {'; '.join(machines(found))}.", 118)
+    return f"{text} Measured on {'; '.join(machines(found))}."
 
 
 def table(found: Mapping[str, tuple[Result, Result]]) -> str:
@@ -78,10 +74,10 @@ def table(found: Mapping[str, tuple[Result, Result]]) -> str:
     rows = [[*head, f"peak memory, {' / '.join(head[1:])}"]]
     for case, (result, _) in found.items():
         own = result["quartiles"]["selfkd"][1]
-        cells = [f"{digits(1e3 * own)} ms"]
+        cells = [f"{report.digits(1e3 * own)} ms"]
         for kind in KINDS:
             forms = report.times(result, kind).values()
-            ends = dict.fromkeys(digits(1e3 * own * x) for x in (min(forms), max(forms)))
+            ends = dict.fromkeys(report.digits(1e3 * own * x) for x in (min(forms), max(forms)))
             cells.append(f"{' - '.join(ends)} ms ({report.faster(result, kind)})")
         counted = report.peaks(result)
         cells.append(f"{report.memory(result, KINDS)} MB" if counted else "not counted")

@@ -92,6 +92,11 @@ def milliseconds(quartiles: Sequence[float]) -> list[str]:
     return [middle, f"{low} - {high}"]
 
 
+def digits(x: float) -> str:
+    """Three of them."""
+    return f"{x:.3g}" if x < 999.5 else f"{x:,.0f}"
+
+
 def megabytes(count: float) -> str:
     """Bytes in units of 2^20."""
     number = count / 2**20

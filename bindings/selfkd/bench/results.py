@@ -13,7 +13,7 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from . import readme, report
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end results -->)", re.DOTALL)
 STAMP = re.compile(r"selfkd-drawn \w+")  # of a picture: equal where figures and drawing code are
 NO_GPU = (
-    "**GPU speed is not measured**: the CUDA kernels pass every case in an emulator, and their machine\n"
+    "**GPU speed is not measured**: the CUDA kernels pass every case in an emulator, and their machine "
     "code is inspected. On a GPU run `make gpu-check` and `selfkd bench --device cuda`."
 )
 
@@ -91,9 +91,9 @@ def regenerate(root: Path) -> dict[Path, str]:
         if not path.name.startswith("study-")
     }
     machines, shown = merge(reports), readme.newest(reports)
-    on_gpu = "" if any("gpu" in machine.about for machine in machines) else f"\n\n{NO_GPU}"
-    texts = {
-        "headline": lambda: f"{readme.headline(shown)}{on_gpu}\n",
+    on_gpu = "" if any("gpu" in machine.about for machine in machines) else f" {NO_GPU}"
+    texts: dict[str, Callable[[], str]] = {
+        "headline": lambda: f"{textwrap.fill(readme.headline(shown) + on_gpu, 118)}\n",
         "shown": lambda: f"{readme.table(shown)}\n",
         "cases": cases,
         "meaning": lambda: f"{report.MEANING}\n",
