@@ -2,7 +2,12 @@
 # make test       run the tests (in two processes of one thread each; TESTS="-n 0 -k NAMES" for others)
 # make test-full  run what that leaves out: whole trainings, large cases, warnings of all that is built
 # make bench      time selfkd against eager PyTorch and torch.compile (BENCH="--case 128x100 --json FILE")
+<<<<<<< HEAD
+# make results    write the tables of README.md and docs/ from the reports in bench/results/, and docs/'s pictures
+=======
+# make study      train what the papers claim on digits: 25 minutes; QUICK=1 for 3; goes on where it was stopped
 # make results    write the tables of README.md and docs/ from the reports in bench/results/
+>>>>>>> 01ade8047bf8a3dd16234797649be10ea4bdf77f
 # make gpu-check  run the GPU tests with the Python and PyTorch already here; writes a report (REPORT=FILE;
 #                 SANITIZED="-k NAMES" restricts what compute-sanitizer sees)
 # make wheel      build an sdist and wheels for x86-64 and AArch64 (manylinux_2_28) twice, compare, test (CUDA=OFF: no
@@ -27,6 +32,7 @@ TORCH ?= torch==2.13.0
 CLANG_FORMAT ?= clang-format==14.0.6
 CXX ?= c++
 BENCH ?=
+QUICK ?=
 TESTS ?= -n 2 --dist worksteal
 REPORT ?= bench/results/gpu-check.txt
 SANITIZED ?=
@@ -47,7 +53,7 @@ IN := PATH="$(abspath $(VENV))/bin:$$PATH"
 SOURCES := $(shell find ops cpu cuda cmake bindings -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 C_FILES := $(shell find ops cpu cuda bindings tests examples -name '*.[ch]' -o -name '*.cu*' -o -name '*.cpp')
 
-.PHONY: help demo test test-full bench results docs wheel hub sanitize fuzz soak big gpu-check compat new sass lint clean arm needs-python needs-compilers needs-cmocka needs-arm
+.PHONY: help demo test test-full bench study results docs wheel hub sanitize fuzz soak big gpu-check compat new sass lint clean arm needs-python needs-compilers needs-cmocka needs-arm
 help:; @sed -n 's/^# make/make/p' Makefile
 
 demo: $(VENV)/selfkd.stamp; $(IN) python examples/sd_dropout.py
@@ -56,7 +62,12 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 python -m pytest
 test: $(VENV)/tools.stamp | needs-cmocka; $(IN) $(PYTEST) $(TESTS)
 test-full: $(VENV)/tools.stamp | needs-cmocka; $(IN) SELFKD_FULL=1 $(PYTEST) -m full $(TESTS)
 bench: $(VENV)/selfkd.stamp; $(IN) selfkd bench $(BENCH)
+<<<<<<< HEAD
+results: $(VENV)/selfkd.stamp; $(IN) python -m selfkd.bench.results && python docs/pictures.py
+=======
+study: $(VENV)/selfkd.stamp; $(IN) PYTHONPATH=examples python -m study $(if $(QUICK),--quick,--report bench/results)
 results: $(VENV)/selfkd.stamp; $(IN) python -m selfkd.bench.results
+>>>>>>> 01ade8047bf8a3dd16234797649be10ea4bdf77f
 docs: $(VENV)/tools.stamp; $(IN) python -m sphinx -W --keep-going docs build/docs
 sanitize: $(VENV)/tools.stamp | needs-cmocka; $(IN) python tests/sanitize.py
 fuzz: $(VENV)/tools.stamp | needs-cmocka; $(IN) python tests/fuzz/campaign.py $(or $(MINUTES),10)

@@ -1,7 +1,7 @@
 """`make new LOSS=name`: lays out the files of a new row loss, which works once its formula is written.
 
 Each file of cmake/new_loss becomes one of the project, with the name in the place of @NAME@. The README's
-table and CHANGELOG.md get a line each.
+table, the list of operators' pages and CHANGELOG.md get a line each.
 """
 
 from __future__ import annotations
@@ -14,6 +14,11 @@ HERE = Path(__file__).parent / "new_loss"
 ROOT = HERE.parent.parent
 LINES = {  # file, what the line stands before or after, the line
     "README.md": ("", "\nEach function has a page:", "| WRITE: what it is | `selfkd.{name}` | |\n"),
+    "docs/operators/index.md": (
+        "",
+        "\n## What they share",
+        "- [{name}]({name}.md): WRITE what it is\n",
+    ),
     "CHANGELOG.md": ("### Added\n\n", "", "- `{name}`: WRITE what it is, and its source.\n"),
 }
 
@@ -38,7 +43,7 @@ def main(name: str) -> None:
         text = (ROOT / path).read_text()
         found = text.replace(after + before, after + line.format(name=name) + before, 1)
         (ROOT / path).write_text(found)
-    print("README.md and CHANGELOG.md have a line each. Next: the places that say WRITE.")
+    print(f"{', '.join(LINES)} have a line each. Next: the places that say WRITE.")
 
 
 if __name__ == "__main__":

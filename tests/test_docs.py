@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import selfkd
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from pages import DOCS, blocks, load
+from pages import OPERATORS as PAGES
 from selfkd import contract
 
-DOCS = ROOT / "docs"
-PAGES = {path.stem: path for path in sorted((DOCS / "operators").glob("*.md"))}
+pictures = load("pictures")
 HEADINGS = [
     "Formula",
     "Shapes and dtypes",
     "What it replaces",
+    "How it is computed",
     "Measured",
     "Limits",
     "The contract",
@@ -38,11 +38,6 @@ def _in_float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-def blocks(path: Path) -> list[tuple[str, str]]:
-    """Language and text of each fenced block of a page."""
-    return re.findall(r"^```(\w+)\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)
 
 
 def diffs() -> list[Any]:
@@ -113,12 +108,48 @@ def test_every_operator_has_its_page(name: str) -> None:
     text = PAGES[name].read_text()
     sections = re.findall(r"^## (.*)$", text, re.MULTILINE)
     assert sections == HEADINGS
-    assert f"{{py:func}}`selfkd.{name}`" in text
-    assert f"{{literalinclude}} ../../ops/{name}.h" in text
+    assert f"Reference: `selfkd.{name}`" in text
+    assert (
+        f"\n[ops/{name}.h](../../ops/{name}.h)\n" in text
+    )  # a line of its own: Sphinx shows the file
     assert re.search(
         rf"^<!-- results: {name} -->\n(.*\n)*?<!-- end results -->$", text, re.MULTILINE
     )
     assert name in [block.values[0] for block in diffs()]
+    drawn = pictures.FOLDER / f"{name}.svg"
+    assert (f"](pictures/{drawn.name})" in text) == (name not in pictures.NOT_DRAWN)
+
+
+def bytes_kept(name: str, accumulator: int) -> dict[str, int]:
+    """Bytes of the results of forward that backward is given, for each row or what else has some."""
+    given = {item.name for item in contract.contract(f"{name}_backward").items}
+    kept: Counter[str] = Counter()
+    for item in contract.contract(name).outputs:
+        planes, each = re.fullmatch(r"(\d*)(.*)", item.shape).groups()
+        if item.name in given and each in ("N*", "N"):
+            of = "sample" if each == "N" else "position" if name == "attention" else "row"
+            kept[of] += int(planes or 1) * (8 if item.rule == "F64" else accumulator)
+    return dict(kept)
+
+
+@pytest.mark.parametrize("name", sorted(set(contract.modules()) & set(contract.operators())))
+def test_bytes_kept_for_backward(name: str) -> None:
+    """What a page says is kept is what the contract says."""
+    text = PAGES[name].read_text()
+    said = text[text.index("**Kept for backward.**") :].partition("**Nothing cancels.**")[0]
+    found = {of: int(count) for count, of in re.findall(r"(\d+) bytes a (\w+)", said)}
+    assert found == bytes_kept(name, 4)
+    assert found or "Nothing but" in said
+    wide = {int(count) for count in re.findall(r"(\d+) bytes with float64", said)}
+    assert wide == set(bytes_kept(name, 8).values()) - set(found.values())
+
+
+def test_pictures_are_those_of_the_kernels() -> None:
+    """They are drawn anew by `make results`."""
+    drawn = pictures.regenerate()
+    assert set(drawn) == set(pictures.FOLDER.glob("*.svg"))
+    for path, picture in drawn.items():
+        assert path.read_text() == picture, path.name
 
 
 def test_every_page_is_an_operators() -> None:
@@ -193,112 +224,30 @@ def test_numpy_page() -> None:
     torch.testing.assert_close(loss, selfkd.reference.sd_dropout_kl(u, v), rtol=3e-6, atol=0)
 
 
-# ---- the README ----
-
-README = ROOT / "README.md"
-FRONT, _, REST = README.read_text().partition("\n## More\n")
-
-
-def hunks() -> dict[str, str]:
-    """The README's changes by what stands between the signs @@."""
-    (diff,) = (text for language, text in blocks(README) if language == "diff")
-    _, *parts = re.split(r"^@@ (.*) @@\n", diff, flags=re.MULTILINE)
-    return dict(zip(parts[::2], parts[1::2], strict=True))
-
-
-def test_the_first_screen_is_one() -> None:
-    assert len(FRONT.splitlines()) <= 60
-    assert REST
-
-
-def test_pictures_of_the_readme_are_there() -> None:
-    """Those of the study once it has a report."""
-    studied = any(ROOT.glob("bench/results/study-*.json"))
-    names = re.findall(r'"(docs/images/[^"]+)"', README.read_text())
-    assert len(names) == 4
-    for name in names:
-        assert (ROOT / name).exists() or ("study" in name and not studied), name
-
-
-def test_the_snippet_runs_as_it_stands() -> None:
-    (text,) = (text for language, text in blocks(README) if language == "python")
-    torch.manual_seed(SEED)
-    names: dict[str, Any] = {}
-    exec(text, names)
-    weight = names["student"].weight
-    z = names["student"](names["images"])
-    expected = selfkd.reference.distill(z, names["labels"], names["t"], temperature=4.0)
-    torch.testing.assert_close(weight.grad, torch.autograd.grad(expected, weight)[0])
-    assert names["loss"].requires_grad
-    assert names["logits"].shape == (256, 10)
-
-
-def test_the_plain_loop_of_the_readme() -> None:
-    change = hunks()["a plain loop"]
-    found = []
-    for sign in "-+":
-        names = situations() | {"selfkd": selfkd, "T": 3.0}
-        names["z"].requires_grad_()
-        exec(version(change, sign), names)
-        found.append((names["loss"], *torch.autograd.grad(names["loss"], names["z"])))
-    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
-
-
-def test_the_toolkits_of_the_readme() -> None:
-    """Each changed line stands in the page of toolkits, whose changes its tests run; the names exist."""
-    page = "".join((DOCS / "integrations.md").read_text().split())
-    _, torchdistill, transformers = hunks().values()
-    for line in torchdistill.splitlines():
-        assert "".join(line[1:].split()) in page
-    importlib.import_module(re.search(r"'(selfkd\.[\w.]+)'", torchdistill)[1])  # type: ignore[index]
-    (where,) = (name for name in hunks() if name.startswith("Transformers"))
-    module = importlib.import_module(where.split()[-1])
-
-    class Trainer:
-        args, model = SimpleNamespace(device="cpu"), torch.nn.Linear(2, 2)
-
-        def __init__(self, *given: Any, **options: Any) -> None:
-            pass
-
-    names = {"Trainer": Trainer, "DistillMixin": module.DistillMixin}
-    names |= dict.fromkeys(("student", "arguments", "data"))
-    names["teacher"] = torch.nn.Linear(2, 2)
-    for sign in "-+":
-        exec(version(transformers, sign), names)
-    assert isinstance(names["trainer"], module.DistillMixin)
-
-
-def test_no_row_of_the_table_of_losses_is_there_twice() -> None:
-    first = re.findall(r"^\| ([^|]+) \| `selfkd", REST, re.MULTILINE)
-    calls = re.findall(r"^\| [^|]+ \| (`selfkd[^|]+) \|", REST, re.MULTILINE)
-    assert len(first) > 5
-    mentioned = re.findall(r"`selfkd\.(\w+)`", " ".join(calls))
-    assert len(mentioned) == len(set(mentioned))
-    assert set(contract.modules()) <= set(mentioned)
-
-
-def test_ci_runs_the_test_command_of_the_readme() -> None:
-    (commands,) = (x for language, x in blocks(README) if language == "sh" and "make test" in x)
-    words = [line.split("#")[0].strip() for line in commands.splitlines()]
-    assert words == ["make demo", "make test"]
-    assert "make test" in (ROOT / ".ci" / "run").read_text().splitlines()
-
-
-def test_papers_to_cite_are_those_of_the_table() -> None:
-    (text,) = (text for language, text in blocks(README) if language == "bibtex")
-    cited = re.findall(r"eprint = \{([\d.]+)\}", text)
-    assert sorted(cited) == ["2103.08273", "2201.05131", "2208.05642", "2211.10938"]
-    assert all(f"arxiv.org/abs/{number}" in REST for number in cited)
-    cff = (ROOT / "CITATION.cff").read_text()
-    assert f"\nversion: {selfkd.__version__}\n" in cff
-
-
 # ---- the build ----
+
+
+def check_site(path: Path, text: str, site: dict[Path, str]) -> None:
+    """Links of a built page lead somewhere, and all that it needs lies beside it."""
+    for link in re.findall(r'<a [^>]*href="([^"]*)"', text):
+        file, _, anchor = link.partition("#")
+        to = (path.parent / file).resolve() if file else path
+        if "://" not in link and anchor and to in site:
+            assert f'id="{anchor}"' in site[to], f"{path}: {link}"
+        elif "://" not in link:
+            assert to.exists(), f"{path}: {link}"
+    for needed in re.findall(r'<(?:script|img|source|link rel="stylesheet")[^>]*', text):
+        assert "://" not in needed, f"{path}: {needed}"
+    shown = re.sub(r"<(pre|code|title)\b.*?</\1>", "", text, flags=re.DOTALL)
+    wrong = re.search(
+        r".{,40}(\$|\\[a-z]|<merror).{,40}", shown
+    )  # a formula that was not taken for one
+    assert wrong is None, f"{path}: {wrong and wrong[0]}"
 
 
 def test_sphinx_builds_without_a_warning(tmp_path: Path) -> None:
     """Every name, link and file that a page refers to is there."""
-    for module in ("furo", "myst_parser"):
+    for module in ("furo", "latex2mathml", "myst_parser"):
         pytest.importorskip(module, reason=f"there is no {module}: pip install '.[docs]'")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", tmp_path / "cache"]
     done = subprocess.run(
@@ -309,7 +258,10 @@ def test_sphinx_builds_without_a_warning(tmp_path: Path) -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    api = (tmp_path / "html" / "api.html").read_text()
+    site = {path: path.read_text() for path in (tmp_path / "html").glob("**/*.html")}
+    for path, text in site.items():
+        check_site(path, text, site)
+    api = site[tmp_path / "html" / "api.html"]
     for name in contract.modules():
         assert f'id="selfkd.{name}"' in api
         assert f'id="selfkd.reference.{name}"' in api

@@ -10,7 +10,7 @@ import functools
 import inspect
 import numbers
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -182,16 +182,12 @@ def tensor(op: str, name: str, value: Any, optional: bool = False) -> None:
 
 
 def _mistake(
-    op: str, signature: inspect.Signature, args: Sequence[Any], named: Mapping[str, Any]
+    op: str, parameters: Mapping[str, inspect.Parameter], given: Mapping[str, Any]
 ) -> Exception | None:
     """The sentence for the first argument that is not of its annotation's type."""
-    try:
-        given = signature.bind(*args, **named).arguments
-    except TypeError:  # Python's own sentence names the argument
-        return None
     first: torch.Tensor | None = None
     for name, value in given.items():
-        parameter = signature.parameters[name]
+        parameter = parameters[name]
         if not isinstance(parameter.annotation, str):  # that of `self` is none
             continue
         many = parameter.kind is inspect.Parameter.VAR_POSITIONAL
@@ -209,16 +205,35 @@ def _mistake(
     return None
 
 
+def explain(
+    error: Exception,
+    op: str,
+    parameters: Mapping[str, inspect.Parameter],
+    given: Mapping[str, Any],
+    learns: bool = False,
+) -> None:
+    """Raise, in place of an error of a public function, the sentence about the type of an argument.
+
+    The types are those of the parameters' annotations. Returns where no argument is to blame, or the error
+    says itself which. `learns`: everything may ask for a gradient, as in a reference.
+    """
+    if re.match(f"{op}: .* expected ", str(error)):
+        return
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not learns):
+        mistake = _mistake(op, parameters, given)
+    if mistake:
+        raise mistake from None
+
+
 def _plain(x: Any) -> Any:
     """A scalar of NumPy as a Python number; anything else as it is."""
     return x.item() if type(x).__module__ == "numpy" and x.ndim == 0 else x
 
 
 def public(op: str, learns: bool = False) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Decorator of a function that users call: what goes wrong in it for the type of an argument says so.
+    """Decorator of a function that users call: what goes wrong in it gets the sentence of :func:`explain`.
 
-    The types are those of its annotations. The looking happens only once something went wrong. `learns`:
-    everything may ask for a gradient, as in a reference.
+    The looking happens only once something went wrong.
     """
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -230,12 +245,12 @@ def public(op: str, learns: bool = False) -> Callable[[Callable[_P, _R]], Callab
             try:
                 return function(*args, **named)
             except Exception as error:
-                if re.match(f"{op}: .* expected ", str(error)):
-                    raise
-                with torch.set_grad_enabled(torch.is_grad_enabled() and not learns):
-                    mistake = _mistake(op, inspect.signature(function), args, named)
-                if mistake:
-                    raise mistake from None
+                signature = inspect.signature(function)
+                try:
+                    given = signature.bind(*args, **named).arguments
+                except TypeError:  # Python's own sentence names the argument
+                    raise error from None
+                explain(error, op, signature.parameters, given, learns)
                 raise
 
         return call
@@ -272,6 +287,8 @@ def classes_first(op: str, name: str, x: torch.Tensor, dim: int) -> torch.Tensor
 
 def logits_view(op: str, name: str, x: torch.Tensor, dim: int) -> torch.Tensor:
     """`x` with its classes in dimension 1, the dimensions behind them merged; a view where strides allow."""
+    if dim == 1 and 1 < x.ndim <= 3:
+        return x
     return merged(x if dim == 1 else classes_first(op, name, x, dim), 2)
 
 

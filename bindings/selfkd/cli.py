@@ -91,6 +91,18 @@ def _check(options: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
+def _study(options: argparse.Namespace) -> int:
+    """Print the tables of a report of `make study`."""
+    from .bench.study import show
+
+    try:
+        show(options.show)
+    except (OSError, ValueError) as error:
+        print(f"selfkd study: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     parser = _Parser(prog="selfkd", description="Fused self-distillation losses.")
@@ -99,9 +111,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("info", info, "library, CPU variant, CUDA, PyTorch and operators"),
         ("check", _check, "whether every operator is right on this machine; seconds"),
         ("bench", _bench, "speed, memory and accuracy beside eager PyTorch and torch.compile"),
+        ("study", _study, "the tables of a report of `make study`: whether the losses help"),
     ):
         commands.add_parser(name, help=what).set_defaults(run=run)
     add_arguments(commands.choices["bench"])
+    commands.choices["study"].add_argument(
+        "--show", type=Path, metavar="FILE", required=True, help="a report, study-NAME.json"
+    )
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(given, argparse.Namespace(given=given))
     return int(options.run(options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -49,35 +50,48 @@ def _each(name: str, value: _T | Sequence[_T], count: int) -> list[_T]:
     return list(value)
 
 
-def _teachers(
-    teachers: Any,
+def _tensors(teachers: Any) -> list[torch.Tensor | None]:
+    """The teachers, None in place of one that is None."""
+    if not isinstance(teachers, (list, tuple)):
+        return [] if teachers is None else [teachers]
+    if len(teachers) > 2:
+        raise ValueError(
+            f"{_OP}: teachers has {len(teachers)} tensors, expected at most 2; add a third by a second"
+            " call with ce_weight=0, or average teachers' probabilities"
+        )
+    return list(teachers)
+
+
+def _options(
+    count: int,
     weights: float | Sequence[float],
     temperature: float | Sequence[float],
     own: float | Sequence[float | None] | None,
     kind: str | Sequence[str],
-) -> list[_Teacher | None]:
-    """The arguments of each teacher, None in place of one that is None.
+) -> list[tuple[Any, Any, Any, str]]:
+    """Weight, temperature, its own temperature and kind of each teacher.
 
     Its own temperature is that of the student, or 1 for probabilities.
     """
-    found = [] if teachers is None else [teachers]
-    if isinstance(teachers, (list, tuple)):
-        found = list(teachers)
-    n = len(found)
-    if n > 2:
-        raise ValueError(
-            f"{_OP}: teachers has {n} tensors, expected at most 2; add a third by a second call with "
-            "ce_weight=0, or average teachers' probabilities"
-        )
-    kinds: list[str] = [kind] * n if isinstance(kind, str) else _each("teacher_kind", kind, n)
-    temperatures = _each("temperature", temperature, n)
+    kinds: list[str] = (
+        [kind] * count if isinstance(kind, str) else _each("teacher_kind", kind, count)
+    )
+    temperatures = _each("temperature", temperature, count)
     owns = [
         (t if k == "logits" else 1.0) if o is None else o
-        for o, t, k in zip(_each("teacher_temperature", own, n), temperatures, kinds, strict=True)
+        for o, t, k in zip(
+            _each("teacher_temperature", own, count), temperatures, kinds, strict=True
+        )
     ]
-    columns = (found, _each("teacher_weights", weights, n), temperatures, owns, kinds)
-    rows = zip(*columns, strict=True)
-    return [None if row[0] is None else _Teacher(*row) for row in rows]
+    found = _each("teacher_weights", weights, count)
+    return list(zip(found, temperatures, owns, kinds, strict=True))
+
+
+def _teachers(teachers: Any, *options: Any) -> list[_Teacher | None]:
+    """The arguments of each teacher, None in place of one that is None."""
+    found = _tensors(teachers)
+    rows = zip(found, _options(len(found), *options), strict=True)
+    return [None if x is None else _Teacher(x, *row) for x, row in rows]
 
 
 def given(teachers: Sequence[_Teacher | None]) -> list[_Teacher]:
@@ -125,8 +139,20 @@ _OF_A_TEACHER = {  # the contract's names, those of the functions, and what stan
 
 def of_contract(teacher: _Teacher) -> list[Any]:
     """Numbers and kind of a teacher, in the contract's order."""
-    _, weight, temperature, own_temperature, kind = teacher
-    return [weight, temperature, own_temperature, _kind(kind)]
+    return [*teacher[1:4], _kind(teacher.kind)]
+
+
+def _numbers(is_given: tuple[bool, ...], *options: Any) -> list[Any]:
+    """Numbers and kinds of two teachers, in the contract's order."""
+    rows = zip(is_given, _options(len(is_given), *options), strict=True)
+    found = [[*row[:3], _kind(row[3])] if given else _ABSENT for given, row in rows]
+    first, second = [*found, _ABSENT, _ABSENT][:2]
+    return [*first, *second]
+
+
+# Of numbers and names, which cannot change behind it. A sequence may hold True, which is equal to 1.
+_numbers_of_plain = functools.lru_cache(256, typed=True)(_numbers)
+_PLAIN = {float, int, str, type(None)}
 
 
 def _fused(
@@ -135,27 +161,28 @@ def _fused(
     of_teachers, numbers = others[:4], others[4:7]
     mask_teachers, weight, reduction, divisor, dim, return_parts = others[7:]
     code = _reduction(reduction)
-    found = _teachers(teachers, *of_teachers)
-    _check(logits, target, len(given(found)), mask_teachers)
+    found = _tensors(teachers)
+    is_given = tuple([x is not None for x in found])
+    plain = _PLAIN.issuperset(map(type, of_teachers)) and not torch.compiler.is_compiling()
+    options = (_numbers_of_plain if plain else _numbers)(is_given, *of_teachers)
+    _check(logits, target, sum(is_given), mask_teachers)
     z = arguments.logits_view(_OP, "logits", logits, dim)
     values: list[Any] = [z]
     values += [z, False] if target is None else [arguments.merged(target, 1), True]
-    slots = [*found, None, None][:2]
-    for k, teacher in enumerate(slots):
-        x = z
-        if teacher:
-            arguments.without_gradient(_OP, f"teachers[{k}]", teacher.logits, _LEARNS_TOO)
-            x = arguments.logits_view(_OP, f"teachers[{k}]", teacher.logits, dim)
-        values += [x, teacher is not None]
+    for k in (0, 1):
+        x = found[k] if k < len(found) else None
+        if x is None:
+            values += [z, False]
+            continue
+        if x.requires_grad:
+            arguments.without_gradient(_OP, f"teachers[{k}]", x, _LEARNS_TOO)
+        values += [arguments.logits_view(_OP, f"teachers[{k}]", x, dim), True]
     values += [z if weight is None else arguments.weight_view(_OP, weight), weight is not None]
     values += [
         z if divisor is None else arguments.divisor_tensor(_OP, divisor, reduction, z),
         divisor is not None,
     ]
-    values += numbers
-    for teacher in slots:
-        values += of_contract(teacher) if teacher else _ABSENT
-    values += [mask_teachers, code]
+    values += [*numbers, *options, mask_teachers, code]
     if not return_parts:
         return _call(*values)
     loss, ce, kl, rows, ce_rows, kl_rows, *_ = _call.outputs(*values)

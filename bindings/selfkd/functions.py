@@ -124,13 +124,21 @@ def _both(
     """
     op, signature = definition.__name__, inspect.signature(definition)
     space, head = definition.__globals__, _head(signature)
-    public = kernels.generate(op, head, body, space, **kept)
+    given = "{" + ", ".join(f"{name!r}: {name}" for name in signature.parameters) + "}"
+    explained = [
+        "try:",
+        textwrap.indent(body, " "),
+        "except Exception as error:",
+        f" _explain(error, {op!r}, _parameters, {given})",
+        " raise",
+    ]
+    kept |= {"_explain": arguments.explain, "_parameters": signature.parameters}
+    public = kernels.generate(op, head, "\n".join(explained), space, **kept)
     learns: Callable[..., Any] = definition
     if formula is not None:
-        named = ", ".join(f"{name!r}: {name}" for name in signature.parameters)
-        learns = kernels.generate(op, head, f"return _run({{{named}}})", space, _run=formula)
+        learns = kernels.generate(op, head, f"return _run({given})", space, _run=formula)
         functools.update_wrapper(learns, definition)
-    public = arguments.public(op)(functools.update_wrapper(public, definition))
+    functools.update_wrapper(public, definition)
     reference = arguments.public(op, learns=True)(learns)
     public.__doc__ = documented(definition, of)
     reference.__name__ = reference.__qualname__ = "reference"
@@ -222,6 +230,7 @@ class _RowLoss:
         inputs = [item for item in self.of.items if item.is_input]
         self.wide = [item.name for item in inputs if item.shape in ("NC*", "NK*")]
         self.listed = [item.name for item in inputs if item.shape == "NK*"]
+        self.required = [item.name for item in inputs if item.kind == "IN"]
         self.narrow = [item.name for item in inputs if item.shape == "N*"]
         rules = {item.name: item.rule for item in inputs}
         self.constant = [x for x in self.wide + self.narrow if rules[x] in ("CONSTANT", "TEACHER")]
@@ -237,7 +246,9 @@ class _RowLoss:
         if self.numbers:
             lines.append(f"{', '.join(self.numbers)} = _numbers({', '.join(self.numbers)})")
         for name in self.constant:
-            lines.append(f"_arguments.without_gradient({op}, {name!r}, {name})")
+            given = "" if name in self.required else f"{name} is not None and "
+            lines.append(f"if {given}{name}.requires_grad:")
+            lines.append(f"  _arguments.without_gradient({op}, {name!r}, {name})")
         if len(live) > 1:
             lines.append(f"if not ({' == '.join(f'{name}.dtype' for name in live)}):")
             lines.append(f"  {', '.join(live)} = _arguments.same_dtype({', '.join(live)})")

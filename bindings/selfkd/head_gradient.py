@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import arguments, kernels, operators
+from . import arguments, gradients, kernels
 from . import head_checks as checks
 
 _OUTPUTS = ["loss", "rows", "denominator", "logits", "grad_features", "grad_weight", "grad_bias"]
@@ -57,7 +57,7 @@ def define(run: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., A
             _, _, denominator, _, *grads = outputs
             if ctx.by_row:
                 tensors = [x for x in values if isinstance(x, torch.Tensor)]
-                found = iter(operators.savable(tuple(tensors)))
+                found = iter(gradients.savable(tuple(tensors)))
                 ctx.save_for_backward(
                     *(next(found) if isinstance(x, torch.Tensor) else None for x in values)
                 )

@@ -18,10 +18,11 @@ def numbers_of(
     teacher_temperature: float | None,
 ) -> tuple[float, float, float, float, float]:
     """The numbers of a call, with those that None stands for."""
-    if not arguments.wants_gradient(beta):  # it may in the reference
+    learns = arguments.wants_gradient(beta)  # in the reference it may
+    if not learns:
         beta = arguments.number(_OP, "beta", beta)
     if teacher_weight is None and student_weight is None:
-        first, last = arguments.is_zero(beta), arguments.is_zero(1 - beta)
+        first, last = not learns and beta == 0, not learns and beta == 1
         teacher_weight = 1.0 if first else 0.0 if last else beta
         student_weight = 0.0 if first else 1.0 if last else 1 - beta
     a = 0.0 if teacher_weight is None else teacher_weight

@@ -135,16 +135,21 @@ def _tangent(x: torch.Tensor) -> torch.Tensor | None:
     return forward_ad.unpack_dual(x).tangent  # type: ignore[no-any-return, no-untyped-call]
 
 
+def transforms_are_active() -> bool:
+    """Whether PyTorch is in forward mode or in a transform of torch.func."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
 def refuse_transforms(op: str, values: Sequence[Any]) -> None:
     """Raise where PyTorch wants a derivative that the operator has not, and would take 0 for it.
 
     That is forward-mode, whose tangents no operator but PyTorch's own sees, and torch.func, which
     does not see into registered gradients.
     """
+    if not transforms_are_active():
+        return
     forward = forward_ad._current_level >= 0
     function = torch._C._are_functorch_transforms_active()
-    if not forward and not function:
-        return
     tensors = [x for x in values if isinstance(x, torch.Tensor)]
     if (function and any_requires_grad(*tensors)) or (
         forward and any(_tangent(x) is not None for x in tensors)
@@ -186,6 +191,12 @@ def kernel(op: str) -> Callable[..., Any]:
         return results
 
     return run
+
+
+def call(op: str) -> Callable[..., Any]:
+    """:func:`kernel` for eager code, without the frame of Python that PyTorch puts around it."""
+    run = kernel(op)
+    return getattr(run, "_op", run)
 
 
 def register_fake(op: str) -> None:

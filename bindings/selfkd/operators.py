@@ -1,15 +1,9 @@
-"""Gradient and call of every operator, derived from its contract. Names no operator.
-
-The gradient is derived from the contract of ``<op>_backward``: an argument named like an input or
-an output of the forward operator is that tensor, GRAD is the gradient of the result, and
-``grad_<input>`` is what it returns.
-"""
+"""Call of every operator, derived from its contract. Names no operator."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -17,182 +11,17 @@ import torch
 from . import arguments, kernels, library
 from . import contract as contracts
 from .contract import Contract, contract
-from .kernels import any_requires_grad, as_tuple, below_autograd, by_name, kernel, refuse_transforms
-
-
-def _tuple_getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """operator.itemgetter that gives a tuple for any number of positions."""
-    if len(positions) > 1:
-        return itemgetter(*positions)
-    return lambda values: tuple(values[k] for k in positions)
-
-
-def _keep_uncounted(x: torch.Tensor) -> None:
-    """Tell the compiler, which is tracing, to keep an input for backward whose versions nobody counts.
-
-    So it keeps what is stored in a context, from PyTorch 2.13 on. Whether the tensors of a later call are
-    inference tensors, which have no version, cannot be known while tracing.
-    """
-    from torch.fx.experimental import proxy_tensor
-
-    for proxy in getattr(proxy_tensor, "_get_proxies", lambda x: ())(x):
-        node = proxy.node
-        while True:
-            node.meta["saved_tensor_with_no_vc_check"] = True
-            if not getattr(node.target, "is_view", False):
-                break
-            node = node.args[0]  # the compiler may keep what it is a view of
-
-
-def _alias(x: torch.Tensor) -> torch.Tensor:
-    """An ordinary tensor of the memory of an inference tensor."""
-    alias = torch.empty(0, dtype=x.dtype, device=x.device)
-    return alias.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
-
-
-def savable(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """The tensors for ``save_for_backward``, which refuses those made under ``torch.inference_mode()``.
-
-    They are saved as ordinary tensors of the same memory.
-    """
-    if torch.compiler.is_compiling():
-        for x in tensors:
-            if not x.requires_grad:
-                _keep_uncounted(x)
-        return tensors
-    for x in tensors:
-        if x.is_inference():
-            return tuple(_alias(x) if x.is_inference() else x for x in tensors)
-    return tensors
-
-
-class _Plan:
-    """Where the arguments of a backward operator come from, worked out once from the two contracts."""
-
-    def __init__(self, forward: Contract) -> None:
-        self.forward = forward
-        backward = contract(f"{forward.name}_backward")
-        inputs = {name: k for k, name in enumerate(forward.torch_arguments)}
-        outputs = {item.name: k for k, item in enumerate(forward.outputs)}
-        tensors = [item.name for item in forward.items if item.is_input]
-        kept = [item.name for item in backward.items if item.kind == "IN" and item.name in outputs]
-        numbers = [name for name in inputs if name not in tensors]
-        grad = next(item for item in backward.items if item.kind == "GRAD")
-        self.inputs = inputs
-        self.grad_merges = grad.shape.endswith("*")
-        self.live = [item.name.removeprefix("grad_") for item in backward.outputs]
-        self.get_live = _tuple_getter([inputs[name] for name in self.live])
-        self.get_tensors = _tuple_getter([inputs[name] for name in tensors])
-        self.get_kept = _tuple_getter([outputs[name] for name in kept])
-        self.get_numbers = _tuple_getter([inputs[name] for name in numbers])
-        # Backward has (grad, saved tensors, numbers) at hand, in this order, then the defaults of the
-        # numbers that it alone has, then which gradients are needed; `restore` gives the forward
-        # arguments back from those between.
-        own = [item for item in backward.items if item.is_number and item.name not in inputs]
-        needs = [f"needs_{name}" for name in self.live]
-        own.sort(key=lambda item: item.name in needs)
-        self.defaults = tuple(item.default for item in own if item.name not in needs)
-        self.get_needs = _tuple_getter(
-            [needs.index(item.name) + 2 for item in own if item.name in needs]
-        )
-        source = [grad.name, *tensors, *kept, *numbers, *(item.name for item in own)]
-        self.get_backward = _tuple_getter([source.index(name) for name in backward.torch_arguments])
-        self.restore = [(source.index(name) - 1, name) for name in inputs]
-        self.rows = outputs.get("rows", 0)
-        self.reduction = inputs.get("reduction")
-        self.flags = [
-            numbers.index(f"has_{x}") if f"has_{x}" in inputs else None for x in self.live
-        ]
-
-    def given(self, numbers: Sequence[Any]) -> list[tuple[str, int]]:
-        """The inputs with a gradient, but absent OPT tensors, and their gradients' positions."""
-        return [
-            (name, k)
-            for k, (name, flag) in enumerate(zip(self.live, self.flags, strict=True))
-            if flag is None or numbers[flag]
-        ]
-
-    def result(self, values: Sequence[Any]) -> int:
-        """Position of the output with the gradient: rows where nothing is reduced, else the first."""
-        return self.rows if self.reduction is not None and values[self.reduction] == 0 else 0
-
-
-def _double_backward(
-    plan: _Plan, reference: Callable[..., torch.Tensor], ctx: Any, grad: torch.Tensor
-) -> list[torch.Tensor | None]:
-    """The gradient as a differentiable PyTorch graph."""
-    values = ctx.saved_tensors + ctx.numbers
-    live = [name for name, _ in plan.given(ctx.numbers)]
-    named = by_name(plan.forward, tuple(values[k] for k, _ in plan.restore))
-    with torch.enable_grad():
-        for name in live:  # an alias each: the same tensor may be given twice
-            named[name] = named[name].view_as(named[name])
-        for item in plan.forward.items:
-            if item.choices:
-                named[item.name] = item.choices[named[item.name]]
-        result = reference(**named)
-    if not result.requires_grad:  # all weights are 0
-        return [torch.zeros_like(named[name]) if name in live else None for name in plan.live]
-    wanted = [name for name in live if named[name].requires_grad]
-    grads = torch.autograd.grad(
-        result,
-        [named[name] for name in wanted],
-        grad,
-        create_graph=True,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    found = dict(zip(wanted, grads, strict=True))
-    return [found.get(name) for name in plan.live]
-
-
-def _gradient(plan: _Plan, reference: Callable[..., torch.Tensor]) -> type[torch.autograd.Function]:
-    """The autograd.Function of an operator: its backward operator; for a graph, `reference`."""
-    run, run_backward = kernel(plan.forward.name), kernel(f"{plan.forward.name}_backward")
-    unused = (None,) * (len(plan.live) + 2)
-
-    class Gradient(torch.autograd.Function):
-        @staticmethod
-        def forward(
-            ctx: Any, whole: bool, values: tuple[Any, ...], *live: torch.Tensor
-        ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-            """All outputs of the operator if `whole`, else the result alone.
-
-            `values` are its arguments; those that learn come again, as PyTorch looks for them among the
-            arguments of the node, and each of those costs time.
-            """
-            with below_autograd():
-                outputs = as_tuple(run(*values))
-            result = plan.result(values)
-            ctx.result = result if whole else 0
-            ctx.numbers = plan.get_numbers(values)
-            ctx.save_for_backward(*savable(plan.get_tensors(values)), *plan.get_kept(outputs))
-            ctx.set_materialize_grads(False)
-            if not whole:
-                return outputs[result]
-            ctx.mark_non_differentiable(*outputs[:result], *outputs[result + 1 :])
-            return outputs if len(outputs) > 1 else outputs[0]
-
-        @staticmethod
-        def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-            grad = grads[ctx.result]
-            if grad is None:
-                return unused
-            if torch.is_grad_enabled():
-                found: Sequence[torch.Tensor | None] = _double_backward(plan, reference, ctx, grad)
-            else:
-                if plan.grad_merges and grad.ndim > 2:
-                    grad = grad.contiguous()  # its trailing dimensions must merge
-                needs = plan.get_needs(ctx.needs_input_grad)
-                values = (grad, *ctx.saved_tensors, *ctx.numbers, *plan.defaults, *needs)
-                found = as_tuple(run_backward(*plan.get_backward(values)))
-            result: list[torch.Tensor | None] = list(unused)
-            for _, k in plan.given(ctx.numbers):  # what stands for an absent OPT tensor may learn
-                if ctx.needs_input_grad[k + 2]:
-                    result[k + 2] = found[k]
-            return tuple(result)
-
-    return type(plan.forward.name, (Gradient,), {})  # a backward node is named after its class
+from .gradients import Plan, tuple_getter
+from .kernels import (
+    any_requires_grad,
+    as_tuple,
+    below_autograd,
+    by_name,
+    call,
+    kernel,
+    refuse_transforms,
+    transforms_are_active,
+)
 
 
 class Numbers:
@@ -209,7 +38,7 @@ class Numbers:
             if x.kind in rules
         ]
         self.op = of.name
-        self.get = _tuple_getter([k for k, *_ in self.rules])
+        self.get = tuple_getter([k for k, *_ in self.rules])
         self.plain: set[tuple[type, ...]] = set()  # types that stay what they are
 
     def __call__(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -287,10 +116,7 @@ def register(
     of = contract(op)
     for name in (op, f"{op}_backward"):
         kernels.register_fake(name)
-    plan = _Plan(of)
-    gradient = _gradient(plan, reference)
-    run = kernel(op)
-
+    plan, run = Plan(of, reference), kernel(op)
     fixed = [x.name for x in of.items if x.is_input and x.name not in plan.live]
 
     def autograd(*values: Any) -> tuple[torch.Tensor, ...]:
@@ -299,44 +125,41 @@ def register(
             named = by_name(of, values)
             for name in fixed:
                 arguments.without_gradient(op, name, named[name])
-            return gradient.apply(True, values, *plan.get_live(values))  # type: ignore[no-any-return, no-untyped-call]
+            node = plan.node(values)
+            return node.function.apply(True, values, *node.get_live(values))  # type: ignore[no-any-return]
         with below_autograd():
             return run(*values)  # type: ignore[no-any-return]
 
     if not (registry := kernels.registry()):
-        return Operator(of, plan, gradient, autograd, names or {})
+        return Operator(plan, autograd, names or {})
     registry.impl(op, autograd, "Autograd")  # type: ignore[no-untyped-call]
-    return Operator(of, plan, gradient, run, names or {})
+    return Operator(plan, run, names or {})
 
 
 class Operator:
     """An operator as Python functions call it: with all arguments, in the schema's order."""
 
-    def __init__(
-        self,
-        of: Contract,
-        plan: _Plan,
-        gradient: type[torch.autograd.Function],
-        run: Callable[..., Any],
-        names: Mapping[str, str],
-    ) -> None:
-        self._of, self._plan, self._gradient, self._run = of, plan, gradient, run
-        self._names, self._numbers = names, Numbers(of, of.torch_arguments, names)
+    def __init__(self, plan: Plan, run: Callable[..., Any], names: Mapping[str, str]) -> None:
+        of = plan.of
+        self._of, self._plan, self._run, self._names = of, plan, run, names
+        self._call = call(of.name)
+        self._numbers = Numbers(of, of.torch_arguments, names)
 
     def __call__(self, *values: Any) -> torch.Tensor:
         """The result: ``rows`` for reduction "none", else the first output."""
         values = self._numbers(values)
         try:
-            # In eager mode straight to the gradient's node: half the dispatch of `_run`, which the
-            # compiler needs.
-            if (
-                torch.is_grad_enabled()
-                and not torch.compiler.is_compiling()
-                and any_requires_grad(*values)
-            ):
-                live = self._plan.get_live(values)
-                return self._gradient.apply(False, values, *live)  # type: ignore[no-any-return, no-untyped-call]
-            return as_tuple(self._run(*values))[self._plan.result(values)]
+            # In eager mode straight to the gradient's node, or to the kernels: half the dispatch of
+            # `_run`, which the compiler needs.
+            if torch.compiler.is_compiling() or transforms_are_active():
+                outputs = self._run(*values)
+            elif torch.is_grad_enabled() and any_requires_grad(*values):
+                node = self._plan.node(values)
+                return node.apply(False, values, *node.get_live(values))  # type: ignore[no-any-return]
+            else:
+                with below_autograd():
+                    outputs = self._call(*values)
+            return as_tuple(outputs)[self._plan.result(values)]
         except (RuntimeError, TypeError, ValueError) as error:
             self._explain(error, values)
             raise

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import readme, report
+from . import readme, report, study
 
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end results -->)", re.DOTALL)
 STAMP = re.compile(r"selfkd-drawn \w+")  # of a picture: equal where figures and drawing code are
@@ -83,14 +83,21 @@ def block(name: str, machines: Iterable[Machine]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def text_of(name: str, machines: Iterable[Machine], studies: Mapping[str, report.Result]) -> str:
+    """What stands between the markers of a name: that of a study begins with "study_"."""
+    if name.startswith("study_"):
+        return study.block(name.removeprefix("study_"), studies)
+    return block(name, machines)
+
+
 def regenerate(root: Path) -> dict[Path, str]:
     """What the files that show results must contain."""
     reports = {
         path.name: json.loads(path.read_text())
         for path in root.glob("bench/results/*.json")
-        if not path.name.startswith("study-")
+        if not path.name.startswith(study.NAME)
     }
-    machines, shown = merge(reports), readme.newest(reports)
+    machines, studies, shown = merge(reports), study.load(root), readme.newest(reports)
     on_gpu = "" if any("gpu" in machine.about for machine in machines) else f" {NO_GPU}"
     texts: dict[str, Callable[[], str]] = {
         "headline": lambda: f"{textwrap.fill(readme.headline(shown) + on_gpu, 118)}\n",
@@ -100,7 +107,8 @@ def regenerate(root: Path) -> dict[Path, str]:
     }
 
     def written(match: re.Match[str]) -> str:
-        text = texts[match[2]]() if match[2] in texts else block(match[2], machines)
+        name = match[2]
+        text = texts[name]() if name in texts else text_of(name, machines, studies)
         return f"{match[1]}\n{text}\n{match[3]}"
 
     found = {}
@@ -129,7 +137,8 @@ def outdated(path: Path, text: str) -> bool:
 
 def main() -> int:
     """Write the files that have changed."""
-    for path, text in regenerate(Path.cwd()).items():
+    root = Path.cwd()
+    for path, text in {**regenerate(root), **study.pictures(root)}.items():
         if outdated(path, text):
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from .. import arguments, contract, functions, kernels, operators
+from .. import arguments, contract, functions, gradients, kernels
 from ..sd_dropout_kl import sd_dropout_kl
 
 _FORM = 2 + contract.MAX_RANK  # numbers that describe a shard: classes, dtype, shape of the rows
@@ -136,7 +136,7 @@ def gradient(op: str) -> type[torch.autograd.Function]:
                 tensors, ctx.others = tensors[:live], tensors[live:]
                 ctx.save_for_backward(*tensors)
             else:
-                ctx.save_for_backward(*operators.savable(tensors))
+                ctx.save_for_backward(*gradients.savable(tensors))
             return result.clone()
 
         @staticmethod

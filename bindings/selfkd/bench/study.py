@@ -1,0 +1,349 @@
+"""What is made of the reports of ``make study``: tables, verdicts and pictures, all from their JSON.
+
+A report holds every value of every seed. Each setting was run with the same seeds, so a difference of two
+settings is one of pairs: its mean, its standard error and the 95 % interval of Student's t.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import report
+
+Report = dict[str, Any]
+NAME = "study-"  # begins the names of the files
+MINUS = "\N{MINUS SIGN}"
+ORDER = ("sd_dropout", "detector", "frskd", "segmentation", "aikd", "simreg")  # on the page
+PICTURE = "docs/images/study-{name}-{shade}.svg"
+SHADES = {  # of text and lines, of what counts and of what does not
+    "light": {"text": "#1f2328", "grid": "#d1d9e0", "better": "#1a7f37", "worse": "#cf222e"},
+    "dark": {"text": "#f0f6fc", "grid": "#3d444d", "better": "#3fb950", "worse": "#f85149"},
+}
+
+
+# ---- numbers ----
+
+
+def t_quantile(freedom: int, share: float = 0.95) -> float:
+    """Within plus and minus this is that share of Student's t with so many degrees of freedom."""
+
+    def within(t: float) -> float:
+        theta = math.atan(t / math.sqrt(freedom))
+        cos, odd = math.cos(theta) ** 2, freedom % 2
+        term = math.cos(theta) if odd else 1.0
+        total = term * (freedom > 1)
+        for k in range(3 if odd else 2, freedom - 1, 2):
+            term *= cos * (k - 1) / k
+            total += term
+        total *= math.sin(theta)
+        return 2 / math.pi * (theta + total) if odd else total
+
+    low, high = 0.0, 1e4
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if within(middle) < share else (low, middle)
+    return high
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean of paired differences, its standard error, half the width of its 95 % interval."""
+
+    mean: float
+    error: float
+    half: float
+
+    @property
+    def counts(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return abs(self.mean) > self.half
+
+
+def difference(values: Sequence[float], others: Sequence[float]) -> Difference:
+    """Of values and others, of the same seeds; of one seed nothing is known but the mean."""
+    pairs = [a - b for a, b in zip(values, others, strict=True)]
+    if len(pairs) < 2:
+        return Difference(pairs[0], math.nan, math.inf)
+    error = statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return Difference(statistics.fmean(pairs), error, error * t_quantile(len(pairs) - 1))
+
+
+class Found:
+    """A report, by task and setting."""
+
+    def __init__(self, content: Report) -> None:
+        self.content = content
+        self.metrics: dict[str, Any] = content["metrics"]
+        self.values = {(x["task"], x["name"]): x["values"] for x in content["settings"]}
+
+    def names(self, task: str) -> list[str]:
+        return [name for where, name in self.values if where == task]
+
+    def baselines(self, task: str) -> list[str]:
+        return [name for name in self.content["baselines"] if (task, name) in self.values]
+
+    def mean(self, task: str, name: str, metric: str) -> str:
+        found = statistics.fmean(self.values[task, name][metric])
+        return f"{found:.{self.metrics[metric]['digits']}f}"
+
+    def between(self, task: str, metric: str, name: str, against: str) -> Difference:
+        return difference(self.values[task, name][metric], self.values[task, against][metric])
+
+    def number(self, metric: str, value: float) -> str:
+        """With its sign, and one digit more than the metric has."""
+        return f"{value:+.{self.metrics[metric]['digits'] + 1}f}".replace("-", MINUS)
+
+    def interval(self, metric: str, d: Difference) -> str:
+        if math.isinf(d.half):
+            return "unknown"
+        ends = (self.number(metric, d.mean + side * d.half) for side in (-1, 1))
+        return " to ".join(ends)
+
+
+# ---- tables ----
+
+
+def first_table(found: Found, task: str) -> report.Table:
+    """The first metric: mean; against each baseline the difference, its standard error, its interval."""
+    metric = next(iter(found.metrics))
+    digits = found.metrics[metric]["digits"] + 1
+    baselines = found.baselines(task)
+    table = [["setting", found.metrics[metric]["title"]]]
+    for name in baselines:
+        table[0] += [f"minus {name}", "95 % interval"]
+    for name in found.names(task):
+        row = [name, found.mean(task, name, metric)]
+        for base in baselines:
+            d = found.between(task, metric, name, base)
+            cell = f"{found.number(metric, d.mean)} ± {d.error:.{digits}f}"
+            row += ["", ""] if base == name else [cell, found.interval(metric, d)]
+        table.append(row)
+    return table
+
+
+def other_table(found: Found, task: str, group: str) -> report.Table:
+    """Other metrics: mean, and in brackets the difference to the first baseline, half its interval."""
+    metrics = [name for name, x in found.metrics.items() if x["group"] == group]
+    base = found.baselines(task)[0]
+    table = [["setting", *(found.metrics[metric]["title"] for metric in metrics)]]
+    for name in found.names(task):
+        cells = []
+        for metric in metrics:
+            d, cell = found.between(task, metric, name, base), found.mean(task, name, metric)
+            if name != base:
+                digits = found.metrics[metric]["digits"]
+                cell += f" ({found.number(metric, d.mean)} ± {d.half:.{digits + 1}f})"
+            cells.append(f"**{cell}**" if d.counts and name != base else cell)
+        table.append([name, *cells])
+    return table
+
+
+def verdicts(found: Found) -> report.Table:
+    """Each claim, and whether it shows: whether the interval leaves 0 out on the side that is better."""
+    table = [["claim", "task", "metric", "difference", "95 % interval", "verdict"]]
+    for claim in found.content["claims"]:
+        task, metric = claim["task"], claim["metric"]
+        d = found.between(task, metric, claim["name"], claim["against"])
+        better = (d.mean > 0) == found.metrics[metric]["higher"]
+        verdict = ("**shows**" if better else "**the opposite shows**") if d.counts else "not shown"
+        who = f"{claim['text']} ({claim['name']} against {claim['against']})"
+        mean = f"{found.number(metric, d.mean)} ± {d.error:.{found.metrics[metric]['digits'] + 1}f}"
+        title = found.metrics[metric]["title"]
+        table.append(
+            [who, found.content["tasks"][task], title, mean, found.interval(metric, d), verdict]
+        )
+    return table
+
+
+def tables(found: Found) -> Iterable[tuple[str, report.Table]]:
+    """Every table of a study with its title."""
+    groups = dict.fromkeys(x["group"] for x in found.metrics.values())
+    first = next(iter(groups))
+    for task, words in found.content["tasks"].items():
+        yield words, first_table(found, task)
+        for group in groups:
+            if group != first:
+                yield f"{words}: {group}", other_table(found, task, group)
+
+
+def best(found: Found, task: str) -> list[str]:
+    """The setting of the best mean of the first metric, its gain, and what cannot be told from it."""
+    metric, base = next(iter(found.metrics)), found.baselines(task)[0]
+    names = [name for name in found.names(task) if name not in found.content["references"]]
+    top = max(names, key=lambda name: statistics.fmean(found.values[task, name][metric]))
+    alike = [
+        name for name in names if name != top and not found.between(task, metric, name, top).counts
+    ]
+    gain = found.interval(metric, found.between(task, metric, top, base))
+    title = f"{found.metrics[metric]['title']}: {found.mean(task, top, metric)}"
+    words = found.content["tasks"][task]
+    more = f"; {len(alike) - 4} more" if len(alike) > 4 else ""
+    return [found.content["title"], words, top, title, gain, "; ".join(alike[:4]) + more or "none"]
+
+
+def first_choices(contents: Iterable[Report]) -> report.Table:
+    """What was best in each task of each study."""
+    head = ["study", "task", "best", "its mean", "95 % interval of its gain", "not told from it"]
+    rows = [best(Found(content), task) for content in contents for task in content["tasks"]]
+    return [head, *rows]
+
+
+# ---- where they are shown ----
+
+
+def print_study(content: Report) -> None:
+    """The tables of a report on the screen."""
+    found = Found(content)
+    if content["part"] != 1:
+        print(f"trained for {content['part']:g} of the epochs: too short for conclusions")
+    for title, table in tables(found):
+        plain = [[cell.replace("**", "") for cell in row] for row in table]
+        report.print_table(plain, f"{content['title']}: {title}")
+    plain = [[cell.replace("**", "") for cell in row] for row in verdicts(found)]
+    report.print_table(plain, f"{content['title']}: claims")
+
+
+def show(path: Path) -> None:
+    """Print the file of a study."""
+    content = json.loads(path.read_text())
+    if "study" not in content:
+        raise ValueError(f"{path} is no report of a study")
+    print_study(content)
+
+
+def block(name: str, contents: Mapping[str, Report]) -> str:
+    """What the page shows of a study: picture, verdicts, tables; of "all", what was best."""
+    if name == "all" and contents:
+        picture = shown("all", "Differences of each paper's method to training without it")
+        return f"{picture}\n\n{report.markdown(first_choices(contents.values()))}\n"
+    if name not in contents:
+        return "Not yet run: `make study`.\n"
+    content = contents[name]
+    found = Found(content)
+    about, seeds = content["machine"], len(content["seeds"])
+    parts = [
+        f"{seeds} seeds, {len(content['settings'])} settings; {report.hardware(about)}, PyTorch "
+        f"{about['torch']}; `bench/results/{NAME}{name}.json` ({about['date']}, {about['commit']}). "
+        f"With {seeds} seeds an interval is ± {t_quantile(max(1, seeds - 1)):.2f} standard errors.",
+        shown(name, f"{content['title']}: differences to {content['baselines'][0]}"),
+        "**What is claimed**",
+        report.markdown(verdicts(found)),
+    ]
+    for title, table in tables(found):
+        parts += [f"**{title}**", report.markdown(table)]
+    return "\n\n".join(parts) + "\n"
+
+
+# ---- pictures ----
+
+Row = tuple[str, Difference, bool]  # what it is of, the difference, whether it is for the better
+
+
+def of_setting(found: Found, task: str, metric: str, name: str) -> Row:
+    """The difference of a setting to the first baseline of its task."""
+    d = found.between(task, metric, name, found.baselines(task)[0])
+    return name, d, (d.mean > 0) == found.metrics[metric]["higher"]
+
+
+def draw(content: Report, shade: str) -> str:
+    """The first task of a study: each setting's differences in several metrics."""
+    found, task = Found(content), next(iter(content["tasks"]))
+    base, *_ = found.baselines(task)
+    panels = {
+        found.metrics[metric]["title"]: [
+            of_setting(found, task, metric, name) for name in found.names(task) if name != base
+        ]
+        for metric in content["drawn"]
+    }
+    words = f"{content['title']}: difference to {base}; {content['tasks'][task]}"
+    return svg(panels, f"{words}; {seeds_of(content)}", shade)
+
+
+def draw_all(contents: Iterable[Report], shade: str) -> str:
+    """The setting that each study is named after, in each of its tasks, by the first metric, in points."""
+    rows: list[Row] = []
+    seeds = set()
+    for content in contents:
+        found, name = Found(content), content["headline"]
+        metric = next(iter(found.metrics))
+        seeds.add(seeds_of(content))
+        for task, words in content["tasks"].items():
+            _, d, better = of_setting(found, task, metric, name)
+            title = found.metrics[metric]["title"].removesuffix(", %")
+            rows.append((f"{content['title']}, {words}: {title}", d, better))
+    return svg({"points more than without it": rows}, "; ".join(sorted(seeds)), shade)
+
+
+def seeds_of(content: Report) -> str:
+    return f"95 % intervals, {len(content['seeds'])} seeds"
+
+
+def svg(panels: Mapping[str, Sequence[Row]], words: str, shade: str) -> str:
+    """Points with their intervals, a panel for each metric, all of the same rows."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    colours, labels = SHADES[shade], [name for name, *_ in next(iter(panels.values()))]
+    style: Any = {"svg.hashsalt": "selfkd", "svg.fonttype": "none", "font.size": 9}
+    style |= dict.fromkeys(("text.color", "axes.labelcolor", "ytick.color"), colours["text"])
+    style |= {"xtick.color": colours["text"], "grid.color": colours["grid"]}
+    buffer = io.StringIO()
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(9, 0.9 + 0.22 * len(labels)), layout="constrained")
+        figure.patch.set_alpha(0)
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axis, (title, rows) in zip(axes, panels.items(), strict=True):
+            axis.patch.set_alpha(0)
+            axis.grid(axis="x", linewidth=0.5)
+            axis.axvline(0, color=colours["text"], linewidth=0.8)
+            for y, (_, d, better) in enumerate(rows):
+                kind = ("better" if better else "worse") if d.counts else "text"
+                marker = {"better": "^", "worse": "v", "text": "o"}[kind]
+                half = d.half if math.isfinite(d.half) else 0
+                axis.errorbar(
+                    d.mean, y, xerr=half, fmt=marker, ms=4, color=colours[kind], linewidth=1.2
+                )
+            axis.set_title(title, fontsize=9)
+            axis.tick_params(length=0)
+            for side in axis.spines.values():
+                side.set_visible(False)
+        axes[0].set_yticks(range(len(labels)), labels)
+        axes[0].set_ylim(len(labels) - 0.4, -0.6)
+        figure.suptitle(words, fontsize=9)
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+
+
+def shown(name: str, words: str) -> str:
+    """A picture on a page, in the shade that the reader's system has."""
+    light, dark = (PICTURE.format(name=name, shade=x).removeprefix("docs/") for x in SHADES)
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img src="{light}" alt="{words}"></picture>'
+    )
+
+
+def load(root: Path) -> Mapping[str, Report]:
+    """The reports that are committed, by the study's name, in the page's order."""
+    paths = root.glob(f"bench/results/{NAME}*.json")
+    found = {x["study"]: x for x in (json.loads(path.read_text()) for path in paths)}
+    return dict(sorted(found.items(), key=lambda pair: ORDER.index(pair[0])))
+
+
+def pictures(root: Path) -> dict[Path, str]:
+    """What the pictures of the committed reports must be."""
+    found: dict[Path, str] = {}
+    contents = load(root)
+    for shade in SHADES:
+        drawn = {name: draw(content, shade) for name, content in contents.items()}
+        if contents:
+            drawn["all"] = draw_all(contents.values(), shade)
+        found |= {root / PICTURE.format(name=x, shade=shade): text for x, text in drawn.items()}
+    return found
