@@ -23,8 +23,9 @@ BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end results -->)", re.D
 STAMP = re.compile(r"selfkd-drawn \w+")  # of a picture: equal where figures and drawing code are
 NO_GPU = (
     "**GPU speed is not measured**: the CUDA kernels pass every case in an emulator, and their machine "
-    "code is inspected. On a GPU run `make gpu-check` and `selfkd bench --device cuda`."
+    "code is inspected."
 )
+TO_DO = "On a GPU run `make gpu-check` and `selfkd bench --device cuda`."
 
 
 @dataclass
@@ -79,7 +80,7 @@ def block(name: str, machines: Iterable[Machine]) -> str:
             caption = machine.caption(x["case"] for x in shown)
             parts += [caption, report.markdown(report.summary(shown, named=name != "all"))]
     if not any("gpu" in machine.about for machine in machines):
-        parts.append(NO_GPU if parts else "Not yet measured.")
+        parts.append(f"{NO_GPU} {TO_DO}" if parts else "Not yet measured.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -99,8 +100,9 @@ def regenerate(root: Path) -> dict[Path, str]:
     }
     machines, studies, shown = merge(reports), study.load(root), readme.newest(reports)
     on_gpu = "" if any("gpu" in machine.about for machine in machines) else f" {NO_GPU}"
+    gains = study.gains(studies.values())
     texts: dict[str, Callable[[], str]] = {
-        "headline": lambda: f"{textwrap.fill(readme.headline(shown) + on_gpu, 118)}\n",
+        "headline": lambda: f"{textwrap.fill(f'{readme.headline(shown)}{on_gpu} {gains}', 118)}\n",
         "shown": lambda: f"{readme.table(shown)}\n",
         "cases": cases,
         "meaning": lambda: f"{report.MEANING}\n",
