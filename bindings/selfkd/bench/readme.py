@@ -5,6 +5,7 @@ Each case is shown as the newest report has it, whatever its figures.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from . import report
@@ -35,37 +36,32 @@ def newest(reports: Mapping[str, Result]) -> dict[str, tuple[Result, Result]]:
     return {case: found[case] for case in SHOWN if case in found}
 
 
-def machines(found: Mapping[str, tuple[Result, Result]]) -> dict[str, list[str]]:
-    """The cases of each machine."""
-    names: dict[str, list[str]] = {}
-    for case, (_, about) in found.items():
-        names.setdefault(f"{report.hardware(about)}, PyTorch {about['torch']}", []).append(case)
-    return names
-
-
 def span(values: Sequence[float]) -> str:
     return " to ".join(dict.fromkeys(f"{x:.1f}" for x in (min(values), max(values))))
 
 
-def headline(found: Mapping[str, tuple[Result, Result]]) -> str:
-    """Speed and memory in two sentences."""
+def headline(found: Mapping[str, tuple[Result, Result]], *more: str) -> str:
+    """A list: speed, memory, and what else is said."""
     results = [result for result, _ in found.values()]
     if not results:
-        return "Not yet measured."
+        return "Not yet measured.\n"
     fast = [span([next(iter(report.times(x, kind).values())) for x in results]) for kind in KINDS]
-    peaks = [x for x in map(report.peaks, results) if set(x) >= {"selfkd", *KINDS}]
-    text = (
+    machines = dict.fromkeys(report.hardware(about) for _, about in found.values())
+    said = [
         f"**Speed:** {fast[0]} times that of eager PyTorch and {fast[1]} times that of torch.compile, "
-        f"forward and backward of {len(results)} losses, each against the faster of two ways to write it."
-    )
+        f"forward and backward of {len(results)} losses, each against the faster of two ways to write it "
+        f"({'; '.join(machines)})."
+    ]
+    peaks = [x for x in map(report.peaks, results) if set(x) >= {"selfkd", *KINDS}]
     if peaks:
         less = [span([x[kind] / x["selfkd"] for x in peaks]) for kind in KINDS]
         some = f" ({len(peaks)} of them counted)" if len(peaks) < len(results) else ""
-        text += (
-            f" **Peak memory{some}:** eager PyTorch takes {less[0]} times as much, torch.compile "
-            f"{less[1]} times."
+        said.append(
+            f"**Peak memory:** eager PyTorch takes {less[0]} times as much, torch.compile {less[1]} "
+            f"times{some}."
         )
-    return f"{text} Measured on {'; '.join(machines(found))}."
+    lines = [f"- {text}" for text in (*said, *more) if text]
+    return "\n".join(textwrap.fill(line, 118, subsequent_indent="  ") for line in lines) + "\n"
 
 
 def table(found: Mapping[str, tuple[Result, Result]]) -> str:

@@ -99,10 +99,10 @@ def regenerate(root: Path) -> dict[Path, str]:
         if not path.name.startswith(study.NAME)
     }
     machines, studies, shown = merge(reports), study.load(root), readme.newest(reports)
-    on_gpu = "" if any("gpu" in machine.about for machine in machines) else f" {NO_GPU}"
+    on_gpu = "" if any("gpu" in machine.about for machine in machines) else NO_GPU
     gains = study.gains(studies.values())
     texts: dict[str, Callable[[], str]] = {
-        "headline": lambda: f"{textwrap.fill(f'{readme.headline(shown)}{on_gpu} {gains}', 118)}\n",
+        "headline": lambda: readme.headline(shown, gains, on_gpu),
         "shown": lambda: f"{readme.table(shown)}\n",
         "cases": cases,
         "meaning": lambda: f"{report.MEANING}\n",
