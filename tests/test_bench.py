@@ -412,6 +412,8 @@ def test_the_picture_of_the_readme_says_what_its_table_says(theme: str) -> None:
     for result, _ in found.values():
         for kind in readme.KINDS:
             assert f">{plot.ends(report.times(result, kind).values())}<" in drawn
+            peaks = report.peaks(result)
+            assert not peaks or f">{plot.ends([peaks[kind] / peaks['selfkd']])}<" in drawn
     assert plot.INKS[theme][0] in drawn
 
 
