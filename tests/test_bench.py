@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import ROOT
 from selfkd import cli, contract
-from selfkd.bench import measure, report, results, run
+from selfkd.bench import measure, plot, readme, report, results, run
 from selfkd.bench.case import Case
 from selfkd.bench.cases import FORMS, PROVEN, make
 from selfkd.bench.suite import suite
@@ -48,6 +48,7 @@ def result_of(
     figures["busy"] = measure.disturbances(figures, device, others, others)
     return {
         "case": case.name,
+        "dtype": case.dtype,
         "device": device,
         "environment": {},
         "errors": dict.fromkeys(timed, (1e-7, 2e-6)),
@@ -181,8 +182,16 @@ def test_launches_are_sorted() -> None:
 
 
 def test_peak_memory_is_what_a_call_adds() -> None:
-    found = measure.peak(lambda: torch.ones(64 << 20), "cpu")
-    assert 200 << 20 < found < 300 << 20
+    """What is held at once, small or large, and not what is freed before."""
+    x = torch.ones(1000)
+
+    def run() -> torch.Tensor:
+        for _ in range(3):
+            y = torch.ones(1000) + x
+        return y
+
+    assert measure.peak(run, "cpu") == 3 * 4 * 1000
+    assert measure.peak(lambda: torch.ones(64 << 20), "cpu") == 256 << 20
 
 
 def test_a_contender_without_memory_enough_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +256,7 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
     assert found["machine"]["threads"] == 1
     (result,) = found["results"]
     assert result["case"] == "sd_dropout_kl 8x10 bfloat16"
-    assert set(result["ratios"]) == {"eager", "copy"}
+    assert set(result["ratios"]) == {"eager", "memory", "copy"}
     assert result["errors"]["selfkd"][1] < 2**-7
     assert files["f.png"].read_bytes().startswith(b"\x89PNG")
     trace = json.loads((tmp_path / "t-sd_dropout_kl-8x10-bfloat16.json").read_text())
@@ -299,7 +308,7 @@ def test_require(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     out = " ".join(capsys.readouterr().out.split())
     assert "2.00x (must be >= 2.5) MISSED" in out
     assert (
-        "missed: simreg 3x4 has 2.00x the speed of eager, at least 2.5x is required; simreg 3x4 has"
+        "missed: simreg 3x4 has 2.00x the speed of eager PyTorch, at least 2.5x is required; simreg 3x4 has"
     ) in out
     assert "x the time of copying its bytes, at most 100x is required" in out
     assert "THE MACHINE IS BUSY (copied at 13.4 GB/s, expected 18 or more)" in out
@@ -384,10 +393,39 @@ def test_without_rich(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 # ---- committed results ----
 
 
-def test_tables_are_what_the_reports_say() -> None:
+def test_pages_are_what_the_reports_say() -> None:
+    """Texts to the letter; pictures by the stamp of what they were drawn of, and by what is read in them."""
     for path, text in results.regenerate(ROOT).items():
-        assert path.read_text() == text, f"{path}: run `make results`"
-    assert "<!-- results: all -->" in (ROOT / "README.md").read_text()
+        assert not results.outdated(path, text), f"{path}: run `make results`"
+    for name in ("headline", "shown"):
+        assert f"<!-- results: {name} -->" in (ROOT / "README.md").read_text()
+    assert "<!-- results: all -->" in (ROOT / "docs" / "results.md").read_text()
+
+
+@pytest.mark.parametrize("theme", plot.INKS)
+def test_the_picture_of_the_readme_says_what_its_table_says(theme: str) -> None:
+    drawn = (ROOT / "docs" / "images" / f"bench-{theme}.svg").read_text()
+    reports = {x.name: json.loads(x.read_text()) for x in ROOT.glob("bench/results/cpu-*.json")}
+    found = readme.newest(reports)
+    assert set(readme.SHOWN) <= {case.name for case in suite("cpu")}
+    assert found
+    for result, _ in found.values():
+        for kind in readme.KINDS:
+            assert f">{plot.ends(report.times(result, kind).values())}<" in drawn
+            peaks = report.peaks(result)
+            assert not peaks or f">{plot.ends([peaks[kind] / peaks['selfkd']])}<" in drawn
+    assert plot.INKS[theme][0] in drawn
+
+
+def test_a_picture_is_outdated_by_figures_and_not_by_matplotlib(tmp_path: Path) -> None:
+    shown = {"simreg": result_of(make("simreg", 3, 4), QUIET)}
+    path = tmp_path / "x.svg"
+    drawn = plot.svg(shown, "", 4, "light")
+    assert drawn == plot.svg(shown, "", 4, "light")
+    path.write_text(drawn.replace("<svg ", "<svg  "))
+    assert not results.outdated(path, drawn)
+    other = {"simreg": result_of(make("simreg", 3, 4), QUIET | {"eager a": 2.01})}
+    assert results.outdated(path, plot.svg(other, "", 4, "light"))
 
 
 def test_tables_from_reports(tmp_path: Path) -> None:
@@ -397,34 +435,42 @@ def test_tables_from_reports(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (tmp_path / "docs" / "operators").mkdir(parents=True)
     markers = "{0}<!-- results: {1} -->\nold\n<!-- end results -->\nafter\n"
-    (tmp_path / "README.md").write_text(markers.format("before\n", "all"))
+    texts = [markers.format("", name) for name in ("headline", "shown", "all")]
+    (tmp_path / "README.md").write_text("before\n" + "".join(texts))
     docs = tmp_path / "docs" / "operators" / "simreg.md"
     docs.write_text(markers.format("", "simreg"))
 
     def write(name: str, machine: dict[str, Any], *found: dict[str, Any]) -> None:
         report.save({"machine": machine, "results": found, "failed": []}, folder / name)
 
-    first, second = make("simreg", 3, 4), make("adversarial", 8)
-    slow = result_of(first, QUIET | {"selfkd": 2.0})
+    first, second = make("simreg", 256, 2048), make("adversarial", 8)
+    times = QUIET | {"compile a": 4.0}
+    peaks = {"selfkd": 3 << 20, "eager a": 6 << 20, "compile a": 9 << 20}
+    slow = result_of(first, times | {"selfkd": 2.0})
     write("a.json", {**about, "date": "day 1"}, slow, result_of(second, QUIET))
-    write("b.json", {**about, "date": "day 2"}, result_of(first, QUIET))
+    write("b.json", {**about, "date": "day 2"}, result_of(first, times) | {"peak_bytes": peaks})
     found = results.regenerate(tmp_path)
-    readme = found[tmp_path / "README.md"]
-    assert readme.startswith("before\n<!-- results: all -->\n")
-    assert readme.endswith("\n<!-- end results -->\nafter\n")
-    assert "old" not in readme
-    assert "Z80 (base), 1 thread, PyTorch 2.13" in readme
-    assert "| simreg 3x4 | 1.000 | 2.0x - 3.0x |" in readme
-    assert readme.index("| simreg 3x4") < readme.index("| adversarial 8")
-    assert results.NO_GPU in readme
-    assert "| simreg 3x4 | 1.000 | 2.0x (a), 3.0x (b) |" in found[docs]
+    front = found[tmp_path / "README.md"]
+    assert front.startswith("before\n<!-- results: headline -->\n")
+    assert front.endswith("\n<!-- end results -->\nafter\n")
+    assert "old" not in front
+    assert "**Speed:** 2.0 times that of eager PyTorch and 4.0 times that of torch.compile" in front
+    assert "eager PyTorch takes 2.0 times as much, torch.compile 3.0 times" in " ".join(
+        front.split()
+    )
+    assert "| 1 ms | 2 - 3 ms (2.0x - 3.0x) | 4 ms (4.0x) | 3 / 6 / 9 MB |" in front
+    assert "Z80 (base), 1 thread, PyTorch 2.13" in front
+    assert "| simreg 256x2048 | 1.000 | 2.0x - 3.0x |" in front
+    assert front.index("| simreg 256x2048") < front.index("| adversarial 8")
+    assert results.NO_GPU in front
+    assert "| simreg 256x2048 | 1.000 | 2.0x (a), 3.0x (b) |" in found[docs]
     assert "`bench/results/b.json` (day 2, abc)" in found[docs]
     assert "a.json" not in found[docs]
     assert "adversarial" not in found[docs]
 
     gpu = {**about, "date": "day 3", "gpu": "a GPU", "driver": "1"}
     times = QUIET | {"graph selfkd": 0.5, "graph a": 0.75}
-    wide = replace(first, name="simreg 3x4 bfloat16", need={"eager": 3})
+    wide = replace(first, name="simreg 256x2048 bfloat16", need={"eager": 3})
     passes = {"forward": 1, "backward": 0}
     launches = {"selfkd": {k: {"kernels": 1, "memsets": n, "copies": 0} for k, n in passes.items()}}
     write("g.json", gpu, result_of(wide, times, "cuda") | {"launches": launches})
@@ -433,9 +479,9 @@ def test_tables_from_reports(tmp_path: Path) -> None:
     assert "a GPU, PyTorch 2.13; `bench/results/g.json` (day 3, abc)" in found[docs]
     page = found[folder / "g.md"]
     assert "- driver: 1" in page
-    assert "| simreg 3x4 bfloat16 | 1.000 | 2.0x - 3.0x | 1.5x |" in page
+    assert "| simreg 256x2048 bfloat16 | 1.000 | 2.0x - 3.0x | 1.5x |" in page
     assert "1 (1 memsets) + 1" in page
-    assert "Missed: simreg 3x4 bfloat16 has" in page
+    assert "Missed: simreg 256x2048 bfloat16 has" in page
 
     docs.write_text("<!-- results: simreg -->\n")
     with pytest.raises(ValueError, match=r"simreg\.md: a table of results begins and has no end"):

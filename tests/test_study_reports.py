@@ -119,6 +119,12 @@ def test_a_killed_study_goes_on(tmp_path: Path) -> None:
 # ---- reports ----
 
 
+def test_the_readmes_sentence_has_the_interval_of_what_a_study_is_named_after(content: Any) -> None:
+    row = study.verdicts(study.Found(content))[1]
+    assert f": A toy {row[4]} (score)." in study.gains([content])
+    assert study.gains([]) == ""
+
+
 def test_verdicts_follow_the_intervals(content: dict[str, Any]) -> None:
     table = study.verdicts(study.Found(content))
     assert [row[-1] for row in table[1:]] == ["**shows**", "**the opposite shows**", "not shown"]

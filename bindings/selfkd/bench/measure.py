@@ -8,11 +8,14 @@ the float64 reference.
 from __future__ import annotations
 
 import gc
+import json
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,6 @@ from .others import busy_seconds as busy_seconds
 
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 SAMPLE_SECONDS = 5e-3  # short calls are repeated until a sample takes this long
-GIVEN_BACK = 32 << 20  # bytes; glibc returns larger blocks, so that resident memory tells something
 GRAPHED = 1 << 30  # bytes of inputs; beyond it launches cost nothing, and a graph keeps its memory
 SLOW_COPY = 18e9  # bytes/s; a CPU below it is busy with something else
 LACKING = 0.25  # cores that others had and this process wanted
@@ -140,7 +142,11 @@ def graphs(case: Case, inputs: list[Tensor], grad: Tensor | None) -> dict[str, P
 
 
 def peak(run: Pass, device: str) -> int:
-    """Return the bytes that a call adds to those in use, at most: resident ones on the CPU."""
+    """Return the bytes of tensors that a call holds at once, at most, beside those there before.
+
+    PyTorch's allocators tell it: results, gradients, what is kept for backward and scratch count. On the CPU
+    the process's memory would not do, which keeps freed blocks and hands them out again.
+    """
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -149,29 +155,19 @@ def peak(run: Pass, device: str) -> int:
         run()
         torch.cuda.synchronize()
         return int(torch.cuda.max_memory_allocated() - before)
-
-    def resident(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(x for x in lines if x.startswith(field)).split()[1])
-
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-    before = resident("VmRSS")
-    run()
-    return resident("VmHWM") - before
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        profiled(run, "cpu", memory=True).export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_text())["traceEvents"]
+    changes = sorted((x for x in events if x["name"] == "[memory]"), key=lambda x: x["ts"])
+    return max(accumulate((int(x["args"]["Bytes"]) for x in changes), initial=0))
 
 
-def tells_memory(case: Case, inputs: list[Tensor], device: str) -> bool:
-    """Whether peak memory means anything: small blocks stay in the process, and tell nothing."""
-    large = max(x.nbytes for x in inputs) >= GIVEN_BACK and not case.environment
-    return device == "cuda" or "memory" in case.need or large
-
-
-def profiled(run: Pass, device: str) -> Any:
-    """A call under PyTorch's profiler."""
+def profiled(run: Pass, device: str, memory: bool = False) -> Any:
+    """A call under PyTorch's profiler, which notes what is allocated if `memory`."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=activities, profile_memory=memory) as profile:
         run()
         if device == "cuda":
             torch.cuda.synchronize()
@@ -344,8 +340,7 @@ def measure(
             failed.append(name)
             del passes[name]
             continue
-        if tells_memory(case, inputs, device):
-            memory[name] = peak(run, device)
+        memory[name] = peak(run, device)
         if device == "cuda":
             launched[name] = launches(found[name], inputs, grad)
     if trace:

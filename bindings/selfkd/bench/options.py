@@ -83,7 +83,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--suite", choices=("all", "required"), default="all", help="required: cases with bounds")
     add("--json", type=Path, metavar="FILE", help="save machine, quartiles, ratios and errors")
     add(
-        "--plot", type=Path, metavar="FILE", help="save a picture: speed-ups, share of the roofline"
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="save a picture: time and peak memory over selfkd's",
     )
     add("--trace", type=Path, metavar="FILE", help="save a Chrome trace of a pass of each")
     add(

@@ -9,9 +9,32 @@ from pathlib import Path
 from typing import Any
 
 Result = dict[str, Any]
+MEANING = """\
+Forward and backward through autograd, float32 unless the case names a dtype. Each loss is written in
+PyTorch in up to two ways, its forms: the usual one and a tuned one. Both run eagerly and under
+torch.compile (mode max-autotune-no-cudagraphs on CUDA, else its default); there half types become
+float32, as under autocast.
+
+- **ms**: selfkd's time, the median of runs in turns with the others in one process.
+- **times eager PyTorch's speed**: the time of each form over selfkd's, the fastest form first. Below 1x
+  selfkd is slower.
+- **peak MB**: what tensors a forward and backward hold at once, at most, beside the inputs (results,
+  gradients, what is kept for backward, scratch), in units of 2^20 bytes. Of eager PyTorch and
+  torch.compile, by the fastest form. "-": not counted in that report.
+- **of copy bandwidth**: the bytes that a separate forward and backward must read and write at least,
+  over the time; 100 % is the speed of copying a large buffer in the same run. What stays in the cache
+  can be faster.
+- **gradient error**: the largest error against float64, over the largest gradient of its row (of its
+  tensor, where there are no rows of classes); eager's is that of its fastest form."""
 Table = list[list[str]]  # the first row is the head
 AT_MOST = ("copy", "part", "memory")  # ratios that must not be larger than needed; others: smaller
-NAMES = {"eager": "eager", "compile": "torch.compile", "graph": "CUDA graph", "liger": "Liger"}
+NAMES = {
+    "eager": "eager PyTorch",
+    "compile": "torch.compile",
+    "graph": "CUDA graph",
+    "liger": "Liger",
+}
+KINKED = ("BiFPN",)  # its largest error is that of a ReLU whose input rounds to the other sign
 
 
 # ---- judging ----
@@ -69,6 +92,17 @@ def milliseconds(quartiles: Sequence[float]) -> list[str]:
     return [middle, f"{low} - {high}"]
 
 
+def digits(x: float) -> str:
+    """Three of them."""
+    return f"{x:.3g}" if x < 999.5 else f"{x:,.0f}"
+
+
+def megabytes(count: float) -> str:
+    """Bytes in units of 2^20."""
+    number = count / 2**20
+    return f"{number:.0f}" if number >= 9.95 else f"{number:.2g}"
+
+
 def bound(result: Result, kind: str) -> str:
     """What a ratio must be, and whether it is."""
     if kind not in result["need"]:
@@ -111,7 +145,7 @@ def of_case(result: Result) -> Table:
                 note,
                 *(f"{x:.0e}" for x in result["errors"].get(name, ())),
                 *[""] * (2 * (name not in result["errors"])),
-                "" if peak is None else f"{peak / 2**20:.0f}",
+                "" if peak is None else megabytes(peak),
                 launched(result, name),
             ]
         )
@@ -145,22 +179,42 @@ def share(result: Result) -> str:
     return f"{100 / result['ratios']['copy']:.0f} %"
 
 
-def faster(result: Result, kind: str, named: bool = False) -> str:
-    """How many times faster selfkd is than each form of a kind of contender, the fastest first."""
+def times(result: Result, kind: str) -> dict[str, float]:
+    """How many times selfkd's time each form of a kind of contender takes, the fastest first."""
     own = result["quartiles"]["graph selfkd" if kind == "graph" else "selfkd"][1]
-    times = {
+    found = {
         name.removeprefix(f"{kind} "): x[1] / own
         for name, x in result["quartiles"].items()
         if name.startswith(f"{kind} ") and name != "graph selfkd"
     }
-    forms = sorted(times, key=lambda form: times[form])
-    if named and len(forms) > 1:
-        return ", ".join(f"{times[form]:.1f}x ({form})" for form in forms)
-    return " - ".join(dict.fromkeys(f"{times[form]:.1f}x" for form in forms))
+    return dict(sorted(found.items(), key=lambda form: form[1]))
+
+
+def faster(result: Result, kind: str, named: bool = False) -> str:
+    """The same in words."""
+    found = times(result, kind)
+    if named and len(found) > 1:
+        return ", ".join(f"{x:.1f}x ({form})" for form, x in found.items())
+    return " - ".join(dict.fromkeys(f"{x:.1f}x" for x in found.values()))
+
+
+def peaks(result: Result) -> dict[str, int]:
+    """Bytes of selfkd, and of the fastest form of each kind of contender, where they were counted."""
+    names = {"selfkd": "selfkd", **result["fastest"]}
+    found = result["peak_bytes"]
+    return {kind: found[name] for kind, name in names.items() if name in found}
+
+
+def memory(result: Result, kinds: Sequence[str]) -> str:
+    """The peaks of selfkd and of `kinds`."""
+    found = peaks(result)
+    return " / ".join(megabytes(found[k]) if k in found else "-" for k in ("selfkd", *kinds))
 
 
 def gradient_errors(result: Result) -> str:
     """Of selfkd, and of the fastest eager form."""
+    if result["case"].split()[0] in KINKED:
+        return "a ReLU's sign rounds, in both"
     names = ["selfkd", result["fastest"].get("eager", "selfkd")]
     return " / ".join(f"{result['errors'][name][1]:.0e}" for name in dict.fromkeys(names))
 
@@ -168,15 +222,18 @@ def gradient_errors(result: Result) -> str:
 def summary(results: Sequence[Result], named: bool = False) -> Table:
     """A row for each case; `named`: with the names of the forms compared."""
     kinds = [k for k in NAMES if any(k in result["ratios"] for result in results)]
-    head = ["case", "ms", *(f"against {NAMES[kind]}" for kind in kinds), "of copy bandwidth"]
-    table = [[*head, "gradient error / eager's"]]
+    counted = [k for k in kinds if any(k in peaks(result) for result in results)]
+    head = ["case", "ms", *(f"times {NAMES[kind]}'s speed" for kind in kinds)]
+    head += [f"peak MB: {' / '.join(['selfkd', *(NAMES[k] for k in counted)])}"] * bool(counted)
+    table = [[*head, "of copy bandwidth", "gradient error: selfkd / eager"]]
     for result in results:
         figures = [faster(result, kind, named) for kind in kinds]
-        figures.append(share(result))
+        part = share(result)
         if disturbances(result):
-            figures = ["busy"] * len(figures)
+            figures, part = ["busy"] * len(figures), "busy"
+        figures += [memory(result, counted)] * bool(counted)
         time = milliseconds(result["quartiles"]["selfkd"])[0]
-        table.append([result["case"], time, *figures, gradient_errors(result)])
+        table.append([result["case"], time, *figures, part, gradient_errors(result)])
     return table
 
 
@@ -243,12 +300,7 @@ def page(found: Result, name: str) -> str:
     parts = [
         f"# {name}",
         about,
-        "Forward and backward through autograd: medians of interleaved runs in one process per case, "
-        "in milliseconds; how many times faster selfkd is than each form of the loss, the fastest "
-        "first; the part of the copy bandwidth, measured in the same run, at which the bytes are moved "
-        "that a separate forward and backward must read and write; largest error of a gradient against "
-        "float64. torch.compile is in mode max-autotune-no-cudagraphs on CUDA, else in its default; "
-        "baselines see half types in float32, as under autocast.",
+        MEANING,
         markdown(summary(found["results"])),
     ]
     for result in found["results"]:

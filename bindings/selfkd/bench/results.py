@@ -1,26 +1,31 @@
-"""Writes the tables of README.md and docs/ from the committed reports: ``make results``.
+"""Writes the tables and pictures of README.md and docs/ from the committed reports: ``make results``.
 
-A table stands between ``<!-- results: NAME -->`` and ``<!-- end results -->``, NAME being an operator or
-"all". Of reports of one machine, one whose name comes later in the alphabet replaces the earlier
-one's figures case by case. A report of a GPU also gets a page of its own beside it.
+A text stands between ``<!-- results: NAME -->`` and ``<!-- end results -->``, NAME being an operator,
+"all", "cases" (what each is), "meaning" (of the columns), "headline" or "shown" (of README.md). Of
+reports of one machine, one whose name comes later in the alphabet replaces the earlier one's figures
+case by case. A report of a GPU also gets a page of its own beside it.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import report, study
+from . import readme, report, study
 
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end results -->)", re.DOTALL)
+STAMP = re.compile(r"selfkd-drawn \w+")  # of a picture: equal where figures and drawing code are
 NO_GPU = (
-    "**GPU speed is not yet measured**: the CUDA kernels pass every case in the emulator; on a GPU "
-    "run `make gpu-check` and `selfkd bench --device cuda`."
+    "**GPU speed is not measured**: the CUDA kernels pass every case in an emulator, and their machine "
+    "code is inspected."
 )
+TO_DO = "On a GPU run `make gpu-check` and `selfkd bench --device cuda`."
 
 
 @dataclass
@@ -54,6 +59,18 @@ def merge(reports: Mapping[str, report.Result]) -> list[Machine]:
     return sorted(found.values(), key=lambda machine: "gpu" in machine.about)
 
 
+def cases() -> str:
+    """What the operators of the cases are given, and how sizes are written."""
+    from .cases import FORMS
+
+    lines = []
+    for name, form in FORMS.items():
+        text = inspect.getdoc(getattr(form.make, "func", form.make)) or ""
+        line = f"- `{name} {form}`: {' '.join(text.split())}"
+        lines.append(textwrap.fill(line, 118, subsequent_indent="  "))
+    return "\n".join(lines) + "\n"
+
+
 def block(name: str, machines: Iterable[Machine]) -> str:
     """The text of a table: of one operator, with the names of the forms compared, or of all."""
     parts = []
@@ -63,7 +80,7 @@ def block(name: str, machines: Iterable[Machine]) -> str:
             caption = machine.caption(x["case"] for x in shown)
             parts += [caption, report.markdown(report.summary(shown, named=name != "all"))]
     if not any("gpu" in machine.about for machine in machines):
-        parts.append(NO_GPU if parts else "Not yet measured.")
+        parts.append(f"{NO_GPU} {TO_DO}" if parts else "Not yet measured.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -81,27 +98,50 @@ def regenerate(root: Path) -> dict[Path, str]:
         for path in root.glob("bench/results/*.json")
         if not path.name.startswith(study.NAME)
     }
-    machines, studies = merge(reports), study.load(root)
+    machines, studies, shown = merge(reports), study.load(root), readme.newest(reports)
+    on_gpu = "" if any("gpu" in machine.about for machine in machines) else NO_GPU
+    gains = study.gains(studies.values())
+    texts: dict[str, Callable[[], str]] = {
+        "headline": lambda: readme.headline(shown, gains, on_gpu),
+        "shown": lambda: f"{readme.table(shown)}\n",
+        "cases": cases,
+        "meaning": lambda: f"{report.MEANING}\n",
+    }
+
+    def written(match: re.Match[str]) -> str:
+        name = match[2]
+        text = texts[name]() if name in texts else text_of(name, machines, studies)
+        return f"{match[1]}\n{text}\n{match[3]}"
+
     found = {}
     for path in (root / "README.md", *sorted(root.glob("docs/**/*.md"))):
         text = path.read_text()
         if text.count("<!-- results: ") != len(BLOCK.findall(text)):
             raise ValueError(f"{path}: a table of results begins and has no end")
-        found[path] = BLOCK.sub(
-            lambda m: f"{m[1]}\n{text_of(m[2], machines, studies)}\n{m[3]}", text
-        )
+        found[path] = BLOCK.sub(written, text)
     for name, content in reports.items():
         if "gpu" in content["machine"]:
             path = root / "bench" / "results" / Path(name).with_suffix(".md")
             found[path] = report.page(content, path.stem)
+    for theme, drawn in readme.pictures(shown).items() if shown else ():
+        found[root / "docs" / "images" / f"bench-{theme}.svg"] = drawn
     return found
+
+
+def outdated(path: Path, text: str) -> bool:
+    """Whether a file must be written. Of a picture the bytes depend on matplotlib's version, too."""
+    if not path.exists():
+        return True
+    old = path.read_text()
+    stamps = STAMP.findall(old), STAMP.findall(text)
+    return stamps[0] != stamps[1] if all(stamps) else old != text
 
 
 def main() -> int:
     """Write the files that have changed."""
     root = Path.cwd()
     for path, text in {**regenerate(root), **study.pictures(root)}.items():
-        if not path.exists() or path.read_text() != text:
+        if outdated(path, text):
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
             print(path)
