@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import ROOT
 from selfkd import cli, contract
-from selfkd.bench import measure, plot, readme, report, results, run
+from selfkd.bench import calls, measure, plot, readme, report, results, run
 from selfkd.bench.case import Case
 from selfkd.bench.cases import FORMS, PROVEN, make
 from selfkd.bench.suite import suite
@@ -486,3 +486,25 @@ def test_tables_from_reports(tmp_path: Path) -> None:
     docs.write_text("<!-- results: simreg -->\n")
     with pytest.raises(ValueError, match=r"simreg\.md: a table of results begins and has no end"):
         results.regenerate(tmp_path)
+
+
+def test_the_suite_of_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every operator is beside a bare Function with as many inputs that learn; the table is of the report."""
+    threads, path = torch.get_num_threads(), tmp_path / "calls.json"
+    try:
+        assert (
+            bench("simreg", "adversarial", "--suite", "calls", "--repeat", 1, "--json", path) == 0
+        )
+    finally:
+        torch.set_num_threads(threads)
+    content = json.loads(path.read_text())
+    assert [x["call"] for x in content["calls"]] == ["simreg 2x10", "adversarial 2"]
+    assert all(x["ratio"] == x["us"] / x["bare"] > 0.5 for x in content["calls"])
+    assert content["machine"]["threads"] == 1
+    figure = f"{content['calls'][0]['ratio']:.2f}x"
+    machines = results.merge({"calls.json": content})
+    assert figure in results.block_of_calls(machines)
+    assert figure in capsys.readouterr().out
+    assert "a bare Function, at most 0.1x" in calls.missed([content["calls"][0] | {"most": 0.1}])[0]
+    assert set(calls.MOST) <= set(calls.SHAPES) <= set(FORMS)
+    assert bench("BiFPN", "--suite", "calls") == 2

@@ -524,3 +524,23 @@ def test_backward_of_a_part_is_a_part_of_backward(
             backend, f"{OP}_backward", {**named, **part, "classes": shape[1]}
         )
         torch.testing.assert_close(found["grad_logits"], whole[:, start:end], rtol=1e-6, atol=1e-9)
+
+
+@harness.needs_operators
+def test_options_are_looked_at_in_each_call() -> None:
+    """What is worked out once for numbers and names serves no values that are only equal to them."""
+    torch.manual_seed(0)
+    z, t = torch.randn(3, 5), torch.randn(3, 5)
+    temperature = torch.tensor(2.0)
+
+    def both(**options: Any) -> list[torch.Tensor]:
+        return [f(z, None, t, **options) for f in (selfkd.distill, selfkd.reference.distill)]
+
+    for value in (2.0, 1.0):
+        temperature.fill_(value)
+        for options in ({"temperature": temperature}, {"temperature": value}):
+            torch.testing.assert_close(*both(**options))
+    torch.testing.assert_close(*both(teacher_weights=1.0, temperature=1))
+    for wrong in (True, [True]):
+        with pytest.raises(TypeError, match=r"teacher_weights.* is True, expected a number"):
+            selfkd.distill(z, None, t, teacher_weights=wrong, temperature=1)

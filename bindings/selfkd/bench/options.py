@@ -13,6 +13,7 @@ copying of a large buffer. Without --shape: the suite's cases. BiFPN stands for 
 
   selfkd bench                                             the whole suite (hours on a small machine)
   selfkd bench distill                                     the suite's cases of one operator
+  selfkd bench --suite calls                               a call where there is nothing to compute
   selfkd bench sd_dropout_kl --shape 256x1000              a shape of your own
   selfkd bench sd_dropout_kl --shape 256x1000 --against eager --min-speedup 3
 """
@@ -80,7 +81,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--repeat", type=count, default=21, metavar="N", help="samples of each; default: 21")
     add("--case", default="", metavar="TEXT", help="only cases whose name contains this")
-    add("--suite", choices=("all", "required"), default="all", help="required: cases with bounds")
+    add(
+        *("--suite",),
+        choices=("all", "required", "calls"),
+        default="all",
+        help="required: cases with bounds; calls: what a call costs where there is nothing to compute",
+    )
     add("--json", type=Path, metavar="FILE", help="save machine, quartiles, ratios and errors")
     add(
         "--plot",

@@ -1,7 +1,7 @@
 """Writes the tables and pictures of README.md and docs/ from the committed reports: ``make results``.
 
 A text stands between ``<!-- results: NAME -->`` and ``<!-- end results -->``, NAME being an operator,
-"all", "cases" (what each is), "meaning" (of the columns), "headline" or "shown" (of README.md). Of
+"all", "calls", "cases" (what each is), "meaning" (of the columns), "headline" or "shown" (of README.md). Of
 reports of one machine, one whose name comes later in the alphabet replaces the earlier one's figures
 case by case. A report of a GPU also gets a page of its own beside it.
 """
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import readme, report, study
+from . import calls, readme, report, study
 
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end results -->)", re.DOTALL)
 STAMP = re.compile(r"selfkd-drawn \w+")  # of a picture: equal where figures and drawing code are
@@ -35,6 +35,7 @@ class Machine:
     about: report.Result
     sources: dict[str, list[str]] = field(default_factory=dict)  # the cases of each report
     results: dict[str, report.Result] = field(default_factory=dict)
+    calls: dict[str, report.Result] = field(default_factory=dict)
 
     def caption(self, cases: Iterable[str]) -> str:
         """What the figures depend on, and where they are from."""
@@ -50,12 +51,14 @@ def merge(reports: Mapping[str, report.Result]) -> list[Machine]:
     for name, content in sorted(reports.items()):
         about = content["machine"]
         machine = found.setdefault(report.hardware(about), Machine(about))
-        cases = [result["case"] for result in content["results"]]
+        calls_of = {result["call"]: result for result in content.get("calls", ())}
+        cases = [result["case"] for result in content["results"]] + list(calls_of)
         for earlier in machine.sources.values():
             earlier[:] = [case for case in earlier if case not in cases]
         source = f"`bench/results/{name}` ({about['date']}, {about['commit']})"
         machine.sources[source] = cases
         machine.results |= {result["case"]: result for result in content["results"]}
+        machine.calls |= calls_of
     return sorted(found.values(), key=lambda machine: "gpu" in machine.about)
 
 
@@ -84,6 +87,16 @@ def block(name: str, machines: Iterable[Machine]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def block_of_calls(machines: Iterable[Machine]) -> str:
+    """The text of the tables of calls."""
+    parts = []
+    for machine in machines:
+        if machine.calls:
+            table = calls.table(list(machine.calls.values()))
+            parts += [machine.caption(machine.calls), report.markdown(table)]
+    return "\n\n".join(parts or ["Not yet measured."]) + "\n"
+
+
 def text_of(name: str, machines: Iterable[Machine], studies: Mapping[str, report.Result]) -> str:
     """What stands between the markers of a name: that of a study begins with "study_"."""
     if name.startswith("study_"):
@@ -105,6 +118,7 @@ def regenerate(root: Path) -> dict[Path, str]:
         "headline": lambda: readme.headline(shown, gains, on_gpu),
         "shown": lambda: f"{readme.table(shown)}\n",
         "cases": cases,
+        "calls": lambda: block_of_calls(machines),
         "meaning": lambda: f"{report.MEANING}\n",
     }
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .. import __version__, library
-from . import report
+from . import calls, report
 from .case import Case
 from .cases import FORMS, make
 from .measure import Result, measure
@@ -250,9 +250,30 @@ def verdict(options: argparse.Namespace, found: dict[str, Any]) -> int:
     return code
 
 
+def run_calls(options: argparse.Namespace) -> int:
+    """Measure the suite of calls, print and save it; returns the exit code."""
+    operators = options.operators or list(calls.SHAPES)
+    if unknown := set(operators) - set(calls.SHAPES):
+        raise UsageError(
+            f"{min(unknown)} is no operator of the calls, expected {', '.join(calls.SHAPES)}"
+        )
+    if options.shape or options.device != "cpu":
+        raise UsageError("--suite calls has shapes of its own, on the CPU")
+    found = calls.measure(operators, options.repeat)
+    report.print_table(calls.table(found), "a call where there is nothing to compute")
+    if options.json:
+        content = {"machine": machine(options), "results": [], "failed": [], "calls": found}
+        report.save(content, options.json)
+    missed = calls.missed(found)
+    print(f"missed: {'; '.join(missed)}" if missed else "all required ratios hold")
+    return 1 if missed and options.require else 0
+
+
 def main(options: argparse.Namespace) -> int:
     """Run the cases, print and save what they gave, return the exit code."""
     check(options)
+    if options.suite == "calls":
+        return run_calls(options)
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.child is not None:
