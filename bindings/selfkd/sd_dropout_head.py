@@ -74,7 +74,7 @@ class _Head:
         if self.mixed:
             logits = _mixed_product(views, self.weight.t())
             return logits if self.bias is None else logits.add_(self.bias)
-        out = self.logits[: views.shape[0]]
+        out = _of(self.logits, slice(0, views.shape[0]))
         if self.bias is None:
             return torch.mm(views, self.weight.t(), out=out)
         return torch.addmm(self.bias, views, self.weight.t(), out=out)
@@ -89,6 +89,11 @@ class _Head:
         """x @ y, of which one is narrowed."""
         found = _mixed_product(x, y) if self.mixed else torch.mm(x, y)
         return found if self.scale is None else found.div_(self.scale)
+
+
+def _of(x: torch.Tensor, part: slice) -> torch.Tensor:
+    """A part of the rows; x itself where that is all, for a view costs as much as a small product."""
+    return x if part.stop - part.start == len(x) else x[part]
 
 
 def _fill(to: torch.Tensor, part: slice, found: torch.Tensor) -> torch.Tensor:
@@ -128,26 +133,26 @@ def _forward(
     kept = checks.weights_that_count(target, row_weight, ignore_index)
     if row_weight is not None and not row_weight.is_cuda and not in_backward:
         checks.check_weights(kept)
-    skipped = kept == 0
-    has_skipped = skipped.is_cuda or bool(skipped.any())  # nothing waits for a GPU
+    count = None if kept.is_cuda else int(kept.count_nonzero())  # nothing waits for a GPU
     head = _Head(features, weight, bias, size, kept)
     rows = features.new_empty(N, dtype=acc)
     logits = features.new_empty((N, C) if return_logits else 0)
     grad_features = features.new_empty((N, K) if wanted & checks.FEATURES else 0, dtype=acc)
-    grad_weight, grad_bias = (features.new_empty(0, dtype=acc) for _ in range(2))
+    grad_weight: torch.Tensor | None = None
+    grad_bias: torch.Tensor | None = None
     numbers = [temperature, kl_weight, forward_weight, reverse_weight, detach_target]
     numbers += [label_smoothing, ignore_index, wanted != 0]
     for first in range(0, max(N, 1), size):
         part = slice(first, min(first + size, N))
         n = part.stop - first
-        views = head.views(features[part], seed, p, first)
+        views = head.views(_of(features, part), seed, p, first)
         stacked = head.make_logits(views)
         z, u, v = stacked.view(3, n, C)
         if return_logits:
             logits[part] = z
-        w = z if row_weight is None else row_weight[part]
+        w = z if row_weight is None else _of(row_weight, part)
         try:
-            found = _rows(z, u, v, target[part], w, row_weight is not None, *numbers)
+            found = _rows(z, u, v, _of(target, part), w, row_weight is not None, *numbers)
         except RuntimeError:
             if not target.is_cuda:  # where no kernel raises for a target
                 checks.explain_target(target, C, ignore_index)
@@ -155,16 +160,16 @@ def _forward(
         rows = _fill(rows, part, found)
         if wanted & checks.BIAS:
             found = stacked.sum(0)
-            grad_bias = found if first == 0 else grad_bias.add_(found)
+            grad_bias = found if grad_bias is None else grad_bias.add_(found)
         grad = head.narrow(stacked) if wanted & (checks.FEATURES | checks.WEIGHT) else stacked
         if wanted & checks.FEATURES:
             back = head.product(grad, head.weight).view(3, n, K)
-            found = _views_backward(back, grad_features[part], seed, p, first)
+            found = _views_backward(back, _of(grad_features, part), seed, p, first)
             grad_features = _fill(grad_features, part, found)
         if wanted & checks.WEIGHT:
-            if has_skipped:  # 0 times what may be NaN
-                views.view(3, n, K).masked_fill_(skipped[part][None, :, None], 0)
-            if first == 0:
+            if count != N:  # 0 times what may be NaN
+                views.view(3, n, K).masked_fill_((kept[part] == 0)[None, :, None], 0)
+            if grad_weight is None:
                 grad_weight = head.product(grad.t(), views)
             elif head.mixed:
                 grad_weight += head.product(grad.t(), views)
@@ -175,7 +180,8 @@ def _forward(
     else:
         denominator = kept.sum(dtype=acc) if divisor is None else divisor.clone()
     loss = (rows.sum(dtype=torch.float64) / denominator).to(acc)
-    return loss, rows, denominator, logits, grad_features, grad_weight, grad_bias
+    found = [features.new_empty(0, dtype=acc) if x is None else x for x in (grad_weight, grad_bias)]
+    return loss, rows, denominator, logits, grad_features, *found
 
 
 def _run(*values: Any) -> tuple[torch.Tensor, ...]:
