@@ -441,3 +441,32 @@ def test_resumed(tmp_path: Path) -> None:
     for name, x in states[0].items():
         same = torch.equal(x, states[1][name]) if isinstance(x, Tensor) else x == states[1][name]
         assert same, name
+
+
+def test_a_compiled_step_has_the_losses_and_no_copies() -> None:
+    """Two losses on one network: each operator once each way, and nothing copied for them."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs: list[list[str]] = []
+
+    def keep(graph: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        graphs.append([str(x.target) for x in graph.graph.nodes if x.op == "call_function"])
+        return make_boxed_func(graph.forward)
+
+    torch.manual_seed(0)
+    inner, outer = torch.nn.Linear(8, 6), torch.nn.Linear(6, 5)
+    x, y, teacher, features = torch.randn(4, 8), samples.classes(4), *map(torch.randn, (5, 6))
+    teacher, features = teacher.expand(4, 5), features.expand(4, 6)
+
+    def loss(x: Tensor) -> Tensor:
+        h = inner(x).relu()
+        return selfkd.distill(outer(h), y, teacher) + 0.5 * selfkd.simreg(h, features)
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    torch.compile(loss, fullgraph=True, backend=backend)(x).backward()
+    assert len(graphs) == 2
+    for graph, suffix in zip(graphs, ("", "_backward"), strict=True):
+        own = sorted(name for name in graph if name.startswith("selfkd."))
+        assert own == [f"selfkd.{op}{suffix}.default" for op in ("distill", "simreg")]
+        assert not [name for name in graph if "clone" in name or "copy" in name or "contig" in name]
