@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -139,6 +140,17 @@ def test_baselines_are_the_same_function(operator: str, dtype: str) -> None:
     if operator != "BiFPN":
         assert errors["selfkd"][0] < 1e-5 if not case.grad else 1e-2
         assert errors["selfkd"][1] < (1e-5 if dtype == "float32" else 1e-2)
+
+
+@pytest.mark.parametrize("number", [k for k, x in enumerate(suite("cpu")) if x.part])
+def test_parts_run(number: int) -> None:
+    """What stands beside a case as a part of it can be called, and its gradients taken."""
+    case = suite("cpu")[number]
+    small = case.proof if math.prod(case.draw("cpu")[0][0].shape) > 1 << 20 and case.proof else case
+    inputs, grad = small.draw("cpu")
+    assert small.part
+    found = measure.loss_and_gradients(small.part, inputs, grad)
+    assert all(x.isfinite().all() for x in found)
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.5], ids=["its value", "its gradient"])

@@ -541,6 +541,7 @@ def test_options_are_looked_at_in_each_call() -> None:
         for options in ({"temperature": temperature}, {"temperature": value}):
             torch.testing.assert_close(*both(**options))
     torch.testing.assert_close(*both(teacher_weights=1.0, temperature=1))
-    for wrong in (True, [True]):
+    torch.testing.assert_close(*both(teacher_weights=(1.0,), temperature=1))
+    for wrong in (True, [True], (True,)):
         with pytest.raises(TypeError, match=r"teacher_weights.* is True, expected a number"):
             selfkd.distill(z, None, t, teacher_weights=wrong, temperature=1)

@@ -62,7 +62,8 @@ def _fused(
         fake = real.new_empty(0)
     elif real.dtype != fake.dtype:
         real, fake = arguments.same_dtype(real, fake)
-    result = _call(real.reshape(-1), fake.reshape(-1), *codes)
+    scores = [x if x.ndim == 1 else x.reshape(-1) for x in (real, fake)]
+    result = _call(*scores, *codes)
     return result.view(real.shape) if reduction == "none" else result
 
 

@@ -150,9 +150,24 @@ def _numbers(is_given: tuple[bool, ...], *options: Any) -> list[Any]:
     return [*first, *second]
 
 
-# Of numbers and names, which cannot change behind it. A sequence may hold True, which is equal to 1.
-_numbers_of_plain = functools.lru_cache(256, typed=True)(_numbers)
-_PLAIN = {float, int, str, type(None)}
+@functools.lru_cache(256)
+def _numbers_of_types(types: tuple[Any, ...], *call: Any) -> list[Any]:
+    """:func:`_numbers`, once for each call: by types, too, since True is equal to 1."""
+    return _numbers(*call)
+
+
+_PLAIN = {float, int, str, type(None)}  # what cannot change behind the back of a cache
+_plain: set[tuple[Any, ...]] = set()  # types of options that are plain, alone or in a tuple
+
+
+def _is_plain(types: tuple[Any, ...]) -> bool:
+    """Whether options of these types can be remembered."""
+    if types in _plain:
+        return True
+    found = all(_PLAIN.issuperset(x if isinstance(x, tuple) else (x,)) for x in types)
+    if found:
+        _plain.add(types)
+    return found
 
 
 def _fused(
@@ -163,8 +178,11 @@ def _fused(
     code = _reduction(reduction)
     found = _tensors(teachers)
     is_given = tuple([x is not None for x in found])
-    plain = _PLAIN.issuperset(map(type, of_teachers)) and not torch.compiler.is_compiling()
-    options = (_numbers_of_plain if plain else _numbers)(is_given, *of_teachers)
+    types = tuple([tuple(map(type, x)) if type(x) is tuple else type(x) for x in of_teachers])
+    if not torch.compiler.is_compiling() and _is_plain(types):
+        options = _numbers_of_types(types, is_given, *of_teachers)
+    else:
+        options = _numbers(is_given, *of_teachers)
     _check(logits, target, sum(is_given), mask_teachers)
     z = arguments.logits_view(_OP, "logits", logits, dim)
     values: list[Any] = [z]

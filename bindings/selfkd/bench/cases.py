@@ -48,7 +48,7 @@ class BareKL(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         u, v, saved, denominator = ctx.saved_tensors
         return ops.sd_dropout_kl_backward.default(
-            grad, u, v, u, False, saved, denominator, 3.0, 1.0, 1.0, False
+            grad, u, v, u, False, saved, denominator, 3.0, 1.0, 1.0, False, True, True
         )
 
 
@@ -178,13 +178,10 @@ def distill(
 
     def call(function: Loss, count: int, *inputs: Tensor) -> Tensor:
         z, y, *teachers = inputs
-        return function(
-            z,
-            y,
-            teachers[:count],
-            temperature=temperatures[:count],
-            ignore_index=ignore_index,
-        )
+        options: dict[str, Any] = {"ignore_index": ignore_index}
+        if count == 1:  # as it is written then
+            return function(z, y, teachers[0], temperature=temperatures[0], **options)
+        return function(z, y, teachers[:count], temperature=temperatures[:count], **options)
 
     def inputs() -> list[Tensor]:
         z, *teachers = (3 * torch.randn(shape) for _ in range(1 + len(temperatures)))
