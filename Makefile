@@ -5,7 +5,7 @@
 <<<<<<< HEAD
 # make results    write the tables of README.md and docs/ from the reports in bench/results/, and docs/'s pictures
 =======
-# make study      train what the papers claim on digits: 25 minutes; QUICK=1 for 3; goes on where it was stopped
+# make study      train what the papers claim on digits: half an hour; QUICK=1 for 3; goes on where it was stopped
 # make results    write the tables of README.md and docs/ from the reports in bench/results/
 >>>>>>> 01ade8047bf8a3dd16234797649be10ea4bdf77f
 # make gpu-check  run the GPU tests with the Python and PyTorch already here; writes a report (REPORT=FILE;
