@@ -10,10 +10,13 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -162,12 +165,27 @@ def peak(run: Pass, device: str) -> int:
     return max(accumulate((int(x["args"]["Bytes"]) for x in changes), initial=0))
 
 
+@contextmanager
+def no_standard_error() -> Iterator[None]:
+    """Nothing is written there: PyTorch's profiler says when it begins and ends, whatever its log level."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def profiled(run: Pass, device: str, memory: bool = False) -> Any:
     """A call under PyTorch's profiler, which notes what is allocated if `memory`."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities, profile_memory=memory) as profile:
+    recording = torch.profiler.profile(activities=activities, profile_memory=memory)
+    with no_standard_error(), recording as profile:
         run()
         if device == "cuda":
             torch.cuda.synchronize()
