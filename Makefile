@@ -2,12 +2,8 @@
 # make test       run the tests (in two processes of one thread each; TESTS="-n 0 -k NAMES" for others)
 # make test-full  run what that leaves out: whole trainings, large cases, warnings of all that is built
 # make bench      time selfkd against eager PyTorch and torch.compile (BENCH="--case 128x100 --json FILE")
-<<<<<<< HEAD
-# make results    write the tables of README.md and docs/ from the reports in bench/results/, and docs/'s pictures
-=======
 # make study      train what the papers claim on digits: half an hour; QUICK=1 for 3; goes on where it was stopped
-# make results    write the tables of README.md and docs/ from the reports in bench/results/
->>>>>>> 01ade8047bf8a3dd16234797649be10ea4bdf77f
+# make results    write the tables of README.md and docs/ from the reports in bench/results/, and docs/'s pictures
 # make gpu-check  run the GPU tests with the Python and PyTorch already here; writes a report (REPORT=FILE;
 #                 SANITIZED="-k NAMES" restricts what compute-sanitizer sees)
 # make wheel      build an sdist and wheels for x86-64 and AArch64 (manylinux_2_28) twice, compare, test (CUDA=OFF: no
@@ -62,12 +58,8 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 python -m pytest
 test: $(VENV)/tools.stamp | needs-cmocka; $(IN) $(PYTEST) $(TESTS)
 test-full: $(VENV)/tools.stamp | needs-cmocka; $(IN) SELFKD_FULL=1 $(PYTEST) -m full $(TESTS)
 bench: $(VENV)/selfkd.stamp; $(IN) selfkd bench $(BENCH)
-<<<<<<< HEAD
-results: $(VENV)/selfkd.stamp; $(IN) python -m selfkd.bench.results && python docs/pictures.py
-=======
 study: $(VENV)/selfkd.stamp; $(IN) PYTHONPATH=examples python -m study $(if $(QUICK),--quick,--report bench/results)
-results: $(VENV)/selfkd.stamp; $(IN) python -m selfkd.bench.results
->>>>>>> 01ade8047bf8a3dd16234797649be10ea4bdf77f
+results: $(VENV)/selfkd.stamp; $(IN) python -m selfkd.bench.results && python docs/pictures.py
 docs: $(VENV)/tools.stamp; $(IN) python -m sphinx -W --keep-going docs build/docs
 sanitize: $(VENV)/tools.stamp | needs-cmocka; $(IN) python tests/sanitize.py
 fuzz: $(VENV)/tools.stamp | needs-cmocka; $(IN) python tests/fuzz/campaign.py $(or $(MINUTES),10)
