@@ -44,7 +44,7 @@ def test_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("part", "broken", "says"),
     [
-        ("operators", "savable", "Inference tensors cannot be saved"),
+        ("gradients", "_alias", "Inference tensors cannot be saved"),
         ("arguments", "without_gradient", "asks for a gradient and gets none without a word"),
     ],
 )

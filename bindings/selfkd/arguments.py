@@ -263,7 +263,7 @@ def public(op: str, learns: bool = False) -> Callable[[Callable[_P, _R]], Callab
 
 def merged(x: torch.Tensor, first: int) -> torch.Tensor:
     """`x`, copied only where the strides of its dimensions from `first` on cannot be merged into one."""
-    if x.ndim <= first + 1:
+    if x.ndim <= first + 1 or x.is_contiguous():
         return x
     expected = None
     for size, stride in zip(reversed(x.shape[first:]), reversed(x.stride()[first:]), strict=True):

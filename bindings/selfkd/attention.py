@@ -8,7 +8,8 @@ from . import arguments, functions, operators
 
 
 def _fused(student: torch.Tensor, teacher: torch.Tensor, eps: float) -> torch.Tensor:
-    arguments.without_gradient("attention", "teacher", teacher)
+    if teacher.requires_grad:
+        arguments.without_gradient("attention", "teacher", teacher)
     return _call(arguments.merged(student, 2), arguments.merged(teacher, 2), eps)
 
 

@@ -124,11 +124,12 @@ class Node:
         self.get_live = tuple_getter([of.torch_arguments.index(name) for name in self.live])
         known: dict[str, Any] = {
             "_below": below_autograd,
+            "_learning": torch.is_grad_enabled,
+            "_run": call(of.name),
+            "_run_backward": call(self.backward.name),
             "_savable": savable,
             "_twice": self.twice,
         }
-        known |= {"_learning": torch.is_grad_enabled, "_run": call(of.name)}
-        known |= {"_run_backward": call(self.backward.name)}
         methods = {
             "forward": generate("forward", "ctx, whole, values, *live", self.of_forward(), **known),
             "backward": generate("backward", "ctx, *grads", self.of_backward(), **known),
@@ -165,11 +166,10 @@ return {"outputs" if len(self.outputs) > 1 else "outputs[0]"}"""
         """The body of ``backward``."""
         found = [f"grad_{name}" for name in self.plan.live]
         given = [f"grad_{name} if needs_{name} else None" for name in self.live]
-        first = "grads[ctx.result]"
         grad = next(item for item in self.backward.items if item.kind == "GRAD")
         merges = grad.shape.endswith("*")  # its trailing dimensions must merge
         return f"""\
-{grad.name} = {first}
+{grad.name} = grads[ctx.result]
 if {grad.name} is None:
   return None, None{", None" * len(self.live)}
 if _learning():
