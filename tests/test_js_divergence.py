@@ -11,7 +11,9 @@ import selfkd
 import torch
 import torch.nn.functional as F
 import wide
+from backends import Backend, prepare
 from harness import Case, divided, weighted
+from loss import on_back_ends
 
 OP = "js_divergence"
 pair = partial(harness.pair, "student", "teacher")  # of logits, shape (N, C) or (N, C, ...)
@@ -97,18 +99,21 @@ def test_rows_that_hardly_overlap_keep_gradients_to_the_last_digit_of_a_slope(sc
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])  # 17 / 0.7 * 0.7 is not 17
-def test_equal_rows_give_exactly_zero(name: str, dtype: torch.dtype, temperature: float) -> None:
-    """Also a constant apart, where the constant is a sum that is not rounded."""
-    logits = torch.randn(7, 300, dtype=torch.float64).mul(8).round().div(8).to(dtype)
-    student, teacher = logits.clone().requires_grad_(), (logits + 17).requires_grad_()
-    options = {**KINDS[name], "temperature": temperature}
-    rows = selfkd.js_divergence(student, teacher, reduction="none", **options)  # type: ignore[arg-type]
-    rows.sum().backward()
-    for x in (rows, student.grad, teacher.grad):
-        assert x is not None
-        assert (x == 0).all()
+@on_back_ends
+def test_rows_a_constant_apart_give_exactly_zero(
+    backend: Backend, name: str, dtype: torch.dtype, temperature: float, generator: torch.Generator
+) -> None:
+    """The constant is added without rounding."""
+    prepare(backend)
+    logits = torch.randn(7, 300, dtype=torch.float64, generator=generator).mul(8).round().div(8)
+    tensors = {"student": logits.to(dtype), "teacher": (logits + 17).to(dtype)}
+    tensors = {name: x.to(backend.device) for name, x in tensors.items()}
+    numbers = {"temperature": temperature, "teacher_temperature": temperature}
+    result, grads = backend.call(OP, tensors, {**KINDS[name], **numbers})
+    assert result == 0
+    assert all((grad == 0).all() for grad in grads.values())
 
 
 @pytest.mark.parametrize("apart", [1e-6, 1e-5, 1e-4, 1e-3, 1e-2])

@@ -28,12 +28,14 @@ SK_DEVICE sk_high_low<real> sk_high_low_of(double x) {
     return {sk_keep(high), sk_keep((real)(x - high))};
 }
 
-/* What the classes of a row need of its sides: 1/T, lse to base 2 and log2(e)/T of u and v; dl; and
- * a d below which is no more than the rounding of a constant between u and v, and counts as 0. */
+/* What the classes of a row need of its sides: 1/T, lse to base 2 and log2(e)/T of u and v; whether
+ * T = T'; dl, then times T; and a d below which is no more than the rounding of a constant between
+ * u and v, and counts as 0. */
 template <typename real>
 struct sk_pair_sides {
     sk_high_low<real> per_T, per_T_v, log2_u, log2_v, dl;
     real log2e, log2e_v, agree;
+    bool same;
 };
 
 template <typename T>
@@ -41,21 +43,29 @@ SK_DEVICE sk_pair_sides<sk_real<T>> sk_sides_at(const sk_two_rows_of<T> &r, doub
     typedef sk_real<T> real;
     const real log2e = sk_keep((real)(1.4426950408889634 / r.T_u)),
                log2e_v = sk_keep((real)(1.4426950408889634 / r.T_v));
+    const bool same = r.T_u == r.T_v;
     return {
         sk_high_low_of<real>(1 / r.T_u),
         sk_high_low_of<real>(1 / r.T_v),
         sk_high_low_of<real>(lse * r.T_u * log2e), /* so that its rounding is no more than that */
         sk_high_low_of<real>((lse - dl) * r.T_v * log2e_v), /* of a difference */
-        sk_high_low_of<real>(dl),
+        sk_high_low_of<real>(same ? dl * r.T_u : dl),
         log2e,
         log2e_v,
-        sk_keep((real)(4 * DBL_EPSILON * fabs(dl)))};
+        sk_keep((real)(4 * DBL_EPSILON * fabs(dl))),
+        same};
 }
 
-/* a/T - b/T' - dl to the last digits: the products and their difference are exact but for the
- * square of an epsilon. Exactly -dl where a = b and T = T'. */
+/* a/T - b/T' - dl to the last digits. Where T = T' the logits are subtracted first, exactly (Knuth),
+ * so that a constant between them is the same in all classes, whatever T; else the products and
+ * their difference are exact but for the square of an epsilon. */
 template <typename real>
 SK_DEVICE real sk_log_ratio_at(const sk_pair_sides<real> &k, real a, real b) {
+    if (k.same) {
+        const real high = a - b, minus_b = high - a;
+        const real low = (a - (high - minus_b)) - (b + minus_b);
+        return ((high - k.dl.high) + (low - k.dl.low)) * k.per_T.high;
+    }
     const real u = a * k.per_T.high, v = b * k.per_T_v.high;
     const real u_low = fma(a, k.per_T.high, -u) + a * k.per_T.low;
     const real v_low = fma(b, k.per_T_v.high, -v) + b * k.per_T_v.low;
