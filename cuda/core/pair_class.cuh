@@ -56,9 +56,9 @@ SK_DEVICE sk_pair_sides<sk_real<T>> sk_sides_at(const sk_two_rows_of<T> &r, doub
         same};
 }
 
-/* a/T - b/T' - dl to the last digits. Where T = T' the logits are subtracted first, exactly (Knuth),
- * so that a constant between them is the same in all classes, whatever T; else the products and
- * their difference are exact but for the square of an epsilon. */
+/* a/T - b/T' - dl to the last digits. Where T = T' the logits are subtracted first, exactly
+ * (Knuth), so that a constant between them is the same in all classes, whatever T; else the
+ * products and their difference are exact but for the square of an epsilon. */
 template <typename real>
 SK_DEVICE real sk_log_ratio_at(const sk_pair_sides<real> &k, real a, real b) {
     if (k.same) {
