@@ -157,17 +157,12 @@ def _numbers_of_types(types: tuple[Any, ...], *call: Any) -> list[Any]:
 
 
 _PLAIN = {float, int, str, type(None)}  # what cannot change behind the back of a cache
-_plain: set[tuple[Any, ...]] = set()  # types of options that are plain, alone or in a tuple
 
 
+@functools.lru_cache(256)
 def _is_plain(types: tuple[Any, ...]) -> bool:
-    """Whether options of these types can be remembered."""
-    if types in _plain:
-        return True
-    found = all(_PLAIN.issuperset(x if isinstance(x, tuple) else (x,)) for x in types)
-    if found:
-        _plain.add(types)
-    return found
+    """Whether options of these types, alone or in a tuple, can be remembered."""
+    return all(_PLAIN.issuperset(x if isinstance(x, tuple) else (x,)) for x in types)
 
 
 def _fused(

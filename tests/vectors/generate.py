@@ -14,6 +14,14 @@ from rows import Tensor, draw, integers, near, of, probabilities
 
 FOLDER = Path(__file__).parent
 Case = dict[str, Any]
+_MIXTURE: Case = {
+    "beta": 0.5,
+    "teacher_weight": 0.5,
+    "student_weight": 0.5,
+    "temperature": 1.0,
+    "teacher_temperature": 1.0,
+    "kind": "js",
+}
 NUMBERS: dict[str, Case] = {
     "sd_dropout_kl": {
         "temperature": 3.0,
@@ -26,24 +34,14 @@ NUMBERS: dict[str, Case] = {
     },
     "simreg": {"normalize": 1, "reduction": "mean"},
     "js_divergence": {
-        "beta": 0.5,
-        "teacher_weight": 0.5,
-        "student_weight": 0.5,
-        "temperature": 1.0,
-        "teacher_temperature": 1.0,
-        "kind": "js",
+        **_MIXTURE,
         "needs_student": 1,
         "needs_teacher": 1,
         "reduction": "mean",
     },
     "topk_divergence": {
         "tail": "bucket",
-        "beta": 0.5,
-        "teacher_weight": 0.5,
-        "student_weight": 0.5,
-        "temperature": 1.0,
-        "teacher_temperature": 1.0,
-        "kind": "js",
+        **_MIXTURE,
         "reduction": "mean",
     },
     "distill": {
