@@ -102,8 +102,9 @@ static void compare_again(const forward_params *p, const sk_task *r, const sk_te
     const real *const h = m->softmax.h;
     const double T = of->t.T;
     sk_comparison *const pair = &m->pair[j];
-    int64_t open = 0;
-    for (int64_t i = 0; i < r->width; i++) open += weight[i] != 0 && isnan(kl[i]);
+    double open = 0;
+#pragma omp simd reduction(+ : open)
+    for (int64_t i = 0; i < r->width; i++) open += (weight[i] != 0) & (kl[i] != kl[i]) ? 1 : 0;
     if (open > 0 && of->form == SK_PLAIN) {
         SK_ALIGNED double again[3][SK_PITCH];
         sk_terms only = *k;

@@ -18,6 +18,16 @@ typedef struct incoming {
     bool all_live;
 } incoming;
 
+/* to[i] = what reaches row i, times `per`, where its class is `least` or more; else 0. */
+static inline void mask(const sk_task *r, const real *grad, const real *weight,
+                        const int32_t *target, double least, double per, double *to) {
+#pragma omp simd
+    for (int64_t i = 0; i < sk_scalars(r); i++) {
+        const double factor = (double)grad[i] * weight[i];
+        to[i] = (factor != 0) & (target[i] >= least) ? per * factor : 0;
+    }
+}
+
 static void load_incoming(const backward_params *p, const sk_task *r, const sk_terms *k,
                           incoming *in) {
     SK_ALIGNED real grad[SK_PITCH], weight[SK_PITCH];
@@ -33,19 +43,13 @@ static void load_incoming(const backward_params *p, const sk_task *r, const sk_t
     sk_load_targets(r, &p->target, p->ignore_index, in->target);
     memset(in->of_target, 0, (size_t)sk_scalars(r) * sizeof(real));
     if (k->has_ce) sk_load_target_logits(r, &p->logits, in->target, in->of_target);
+    mask(r, grad, weight, in->target, 0, per_ce, in->ce);
+    for (int j = 0; j < SK_TEACHERS; j++)
+        mask(r, grad, weight, in->target, taught, per_teacher[j], in->kl[j]);
     double dead = 0;
 #pragma omp simd reduction(+ : dead)
     for (int64_t i = 0; i < sk_scalars(r); i++) {
-        const double factor = (double)grad[i] * weight[i], target = in->target[i];
-        const double ce = per_ce * factor, first = per_teacher[0] * factor,
-                     second = per_teacher[1] * factor;
-        const double to_ce = (factor != 0) & (target >= 0) ? ce : 0;
-        const double to_first = (factor != 0) & (target >= taught) ? first : 0;
-        const double to_second = (factor != 0) & (target >= taught) ? second : 0;
-        const double live = (to_ce != 0) | (to_first != 0) | (to_second != 0) ? 1 : 0;
-        in->ce[i] = to_ce;
-        in->kl[0][i] = to_first;
-        in->kl[1][i] = to_second;
+        const double live = (in->ce[i] != 0) | (in->kl[0][i] != 0) | (in->kl[1][i] != 0) ? 1 : 0;
         in->live[i] = (real)live;
         dead += 1 - live;
     }

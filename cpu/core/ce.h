@@ -66,6 +66,7 @@ static inline real sk_log_sum(const sk_softmax *m, int64_t i) {
 static inline void sk_load_targets(const sk_task *r, const sk_arg *x, int64_t ignored,
                                    int32_t *to) {
     SK_ALIGNED int64_t y[SK_PITCH];
+#pragma omp simd
     for (int64_t i = 0; i < sk_scalars(r); i++) to[i] = -1;
     if (!x->data) return;
     sk_load_indices(r, x->data, x->stride[0], x->stride[1], y);
@@ -77,8 +78,10 @@ static inline void sk_load_targets(const sk_task *r, const sk_arg *x, int64_t ig
 static inline void sk_load_target_logits(const sk_task *r, const sk_arg *x, const int32_t *target,
                                          real *to) {
     SK_ALIGNED int32_t c[SK_PITCH];
+    const int32_t C = (int32_t)r->C;
+#pragma omp simd
     for (int64_t i = 0; i < r->width; i++)
-        c[i] = target[i] < 0 || target[i] >= r->C ? 0 : target[i];
+        c[i] = (target[i] >= 0) & (target[i] < C) ? target[i] : 0;
     sk_load_classes(r, x, c, to);
 }
 

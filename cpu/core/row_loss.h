@@ -31,10 +31,11 @@
 
 /* Leaves the weights of a task; returns whether any is not 0. */
 static inline bool sk_load_weights(const sk_task *r, const sk_arg *x, real *weight) {
-    bool any = false;
+    real used = 0;
     sk_load_scalars(r, x, weight);
-    for (int64_t i = 0; i < r->width; i++) any |= weight[i] != 0;
-    return any;
+#pragma omp simd reduction(+ : used)
+    for (int64_t i = 0; i < r->width; i++) used += weight[i] != 0 ? 1 : 0;
+    return used != 0;
 }
 
 /* Where row 0 of a task lies in a plane of an output, which is compact. */

@@ -40,9 +40,10 @@ static inline const real *sk_read_run(const sk_task *r, const sk_arg *x, sk_run 
     return sk_read(x, sk_run_at(r, x, run), sk_run_stride(r, x), run.n, buffer);
 }
 
-/* The run after it, as above. */
+/* What is read soon: the next classes of a row, or the same class of the next task's positions,
+ * whose target logits are gathered before anything else. */
 static inline sk_ahead sk_next_read(const sk_task *r, const sk_arg *x, sk_run run) {
-    const int64_t at = sk_run_at(r, x, run) + (r->positions ? x->stride[1] : SK_RUN);
+    const int64_t at = sk_run_at(r, x, run) + (r->positions ? r->width * x->stride[2] : SK_RUN);
     return (sk_ahead){(uintptr_t)x->data + (uintptr_t)(at * sk_bytes(x)), SK_LANES * sk_bytes(x)};
 }
 
