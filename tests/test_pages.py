@@ -1,4 +1,4 @@
-"""The documentation's pages: those of selfkd.nn run, all are plain Markdown, and no link is dead."""
+"""The documentation's pages: their mistakes are shown, all are plain Markdown, and no link is dead."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pages
 import pytest
 import selfkd
 import torch
-from conftest import ROOT
+import torch.distributed as dist
+from conftest import ROOT, in_ranks
 
 # ---- modules ----
 
@@ -49,11 +50,59 @@ def comparable(signature: inspect.Signature, like: inspect.Signature) -> list[tu
 PAGES_OF_MODULES = [path for name, path in pages.MODULES.items() if name != "index"]
 
 
-@pytest.mark.parametrize("path", pages.MODULES.values(), ids=pages.MODULES)
+@pytest.mark.parametrize(
+    "path", [*pages.MODULES.values(), *pages.OPERATORS.values()], ids=pages.name_of
+)
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
-def test_page_of_modules_runs(path: Path) -> None:
+def test_page_runs(path: Path) -> None:
     torch.manual_seed(0)
     pages.run(path)
+
+
+def mistakes(path: Path) -> dict[str, str]:
+    """The text of each common mistake on a page, by the sentence in bold that it begins with."""
+    _, found, text = path.read_text().partition("# Common mistakes\n")
+    text = re.split(r"^#+ ", text, flags=re.MULTILINE)[0]
+    _, *parts = re.split(r"^\*\*(.+?)\*\*", text, flags=re.MULTILINE)
+    assert bool(found) == bool(parts)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def hold_table_in_model(rank: int, folder: Path) -> None:
+    """Each of two ranks writes a sample of its own, and runs the model once more."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    net = torch.nn.Linear(3, 4)
+    net.table = selfkd.nn.PreviousEpoch(2, 4)
+    model = torch.nn.parallel.DistributedDataParallel(net)
+    net.table.update(torch.tensor([rank]), model(torch.randn(1, 3)))
+    model(torch.randn(1, 3))
+    torch.save(net.table.current_written, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_table_in_a_model_of_two_ranks_is_lost(tmp_path: Path) -> None:
+    in_ranks(2, hold_table_in_model, tmp_path)
+    for rank in range(2):
+        assert torch.load(tmp_path / f"{rank}.pt").tolist() == [True, False]
+
+
+# What a dialogue on a page cannot show.
+SHOWN_BY = {
+    "A part of the model under `DistributedDataParallel`.": test_table_in_a_model_of_two_ranks_is_lost
+}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [x for x in (*PAGES_OF_MODULES, *pages.OPERATORS.values()) if x.stem != "index"],
+    ids=pages.name_of,
+)
+def test_mistakes_are_shown(path: Path) -> None:
+    """Each has a dialogue, which runs with the page."""
+    found = mistakes(path)
+    assert found
+    for name, text in found.items():
+        assert "```pycon\n" in text or name in SHOWN_BY, name
 
 
 @pytest.mark.parametrize("path", PAGES_OF_MODULES, ids=lambda path: path.stem)
