@@ -161,9 +161,16 @@ def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 FENCED = re.compile(r"^(```+).*?^\1$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+SHOWN = re.compile(r'\b(?:src|srcset|href)="([^"]+)"')  # by HTML
 READ_ALONE = [
-    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
+    ROOT / "tests" / "vectors" / "README.md",
 ]
+# HTML that GitHub leaves as it is, and commands that its formulas refuse.
+TAGS = {"picture", "source", "img", "br", "sub", "sup", "details", "summary"}
+REFUSED = re.compile(
+    r"\\(operatorname|def|newcommand|require|href|style|class|unicode|cssId|mathchoice)\b"
+)
 
 
 def prose(path: Path) -> str:
@@ -173,8 +180,11 @@ def prose(path: Path) -> str:
 
 def anchors(path: Path) -> set[str]:
     """What a link may name in a page: its headings, as GitHub and Sphinx both spell them."""
-    found = re.findall(r"^#+ (.*)$", prose(path), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in found}
+    found: list[str] = []
+    for heading in re.findall(r"^#+ (.*)$", prose(path), re.MULTILINE):
+        name = re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+        found.append(f"{name}-{found.count(name)}" if name in found else name)
+    return set(found)
 
 
 @pytest.mark.parametrize("path", pages.ALL, ids=pages.name_of)
@@ -190,6 +200,23 @@ def test_page_is_plain_markdown(path: Path) -> None:
     for line in re.sub(r"`[^`\n]*`", "", prose(path)).splitlines():
         assert line.count("$") % 2 == 0, line  # a formula is in one line
         assert not [x for x in line.split("$")[1::2] if re.search(r"\\[^a-zA-Z]", x)], line
+
+
+@pytest.mark.parametrize("path", [*pages.ALL, *READ_ALONE], ids=lambda path: path.name)
+def test_page_is_what_github_renders(path: Path) -> None:
+    """Formulas begin and end where GitHub looks for it; HTML is what it lets through; tables are whole."""
+    text = re.sub(r"`[^`\n]*`", "``", prose(path))
+    assert not REFUSED.search(pages.text_of(path))
+    assert set(re.findall(r"</?([a-zA-Z]\w*)\b[^<>]*>", text)) <= TAGS
+    assert not re.findall(r"^\[[^\]]+\]: |\]\[|\[\^", text, re.MULTILINE)  # links are in place
+    for line in text.splitlines():
+        for before, formula, after in re.findall(r"(.?)\$([^$]*)\$(.?)", line):
+            assert formula == formula.strip(), line
+            assert not before.isalnum(), line
+            assert not after.isalnum(), line
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        cells = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
+        assert len(cells) == 1, table
 
 
 @pytest.mark.parametrize("path", pages.ALL, ids=pages.name_of)
@@ -224,7 +251,9 @@ def test_pieces_of_files(path: Path) -> None:
 @pytest.mark.parametrize("path", [*pages.ALL, *READ_ALONE], ids=lambda path: path.name)
 def test_links(path: Path) -> None:
     """Files and headings are there; of what lies elsewhere only the form can be looked at."""
-    for link in LINK.findall(re.sub(r"`[^`\n]*`", "", prose(path))):
+    text = re.sub(r"`[^`\n]*`", "", prose(path))
+    assert len(LINK.findall(text)) == text.count("](")
+    for link in [*LINK.findall(text), *SHOWN.findall(text)]:
         if link.startswith("data:"):  # a picture of a notebook
             continue
         if "://" in link:
@@ -233,6 +262,7 @@ def test_links(path: Path) -> None:
         file, _, anchor = link.partition("#")
         to = (path.parent / file).resolve() if file else path
         assert to.exists(), link
+        assert to.suffix != ".html", link
         assert to.is_relative_to(ROOT), link
         assert not anchor or anchor in anchors(to), link
 
