@@ -9,6 +9,7 @@ for each row, weights. What a kernel reads a second time from cache counts once.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,19 +21,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 FOLDER = Path(__file__).parent / "operators" / "pictures"
-# A chain of many kernels in one operator of PyTorch: the recorder does not see into it.
-NOT_DRAWN = ("sd_dropout_head",)
+# An operator that is made of others: what its call runs. The recorder does not see into it otherwise.
+MADE_OF = {
+    "selfkd::sd_dropout_head": importlib.import_module("selfkd.sd_dropout_head")._run,
+}
 SHAPES = {
     "adversarial": (4096,),
     "attention": (8, 32, 16, 16),
     "bifpn_fuse": (4, 16, 32, 32),
     "dropout_views": (64, 512),
+    "sd_dropout_head": (256, 256, 256),  # features, weight and logits of one size
     "simreg": (64, 512),
 }
 SHAPE = (64, 1000)  # of all others
 LEAST = 0.05  # of the first input: what is smaller is not drawn
-# What an operator is given for its shape and dtype alone.
-UNREAD = {"selfkd::dropout_views_backward": 1}
+# What an operator is given to write it, or for its shape and dtype alone.
+UNREAD = {"selfkd::dropout_views_backward": 1, "aten::bernoulli_": 0}
 READ, WRITTEN, TEXT = "#5b9bd5", "#e6863b", "#7a828c"  # to be told apart on white and on black
 BLOCK, WIDTH, GAP, LEFT, TOP = 13, 11, 4, 2, 54
 
@@ -63,13 +67,25 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        found = operator(*args, **(kwargs or {}))
-        unread = UNREAD.get(operator._schema.name)
-        read = [x for place, x in enumerate(args) if place != unread]
-        given = sizes(tensors((read, kwargs)))
-        made = sizes(tensors(found))
-        is_view = not operator._schema.is_mutable and bool(made) and made.keys() <= given.keys()
-        if not is_view and not operator.__name__.startswith("empty"):
+        schema, kwargs = operator._schema, kwargs or {}
+        if schema.name in MADE_OF:
+            with self:
+                return MADE_OF[schema.name](*args, **kwargs)
+        found = operator(*args, **kwargs)
+        named = {x.name: value for x, value in zip(schema.arguments, args, strict=False)} | kwargs
+        unread = UNREAD.get(schema.name)
+        read = [named[x.name] for x in schema.arguments if x.name in named and not x.is_out]
+        changed = [
+            named[x.name]
+            for x in schema.arguments
+            if x.name in named and x.alias_info is not None and x.alias_info.is_write
+        ]
+        given = sizes(tensors([x for place, x in enumerate(read) if place != unread]))
+        made = sizes(tensors((found, changed)))
+        is_view = operator.is_view or (
+            not schema.is_mutable and bool(made) and made.keys() <= given.keys()
+        )
+        if not is_view and "empty" not in operator.__name__:
             self.kernels.append(Kernel(list(given.values()), list(made.values())))
         return found
 
@@ -165,8 +181,7 @@ def draw(operator: str) -> str:
 
 def regenerate() -> dict[Path, str]:
     """What the pictures must be."""
-    drawn = [name for name in contract.modules() if name not in NOT_DRAWN]
-    return {FOLDER / f"{operator}.svg": draw(operator) for operator in drawn}
+    return {FOLDER / f"{name}.svg": draw(name) for name in contract.modules()}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The documentation's pages: those of selfkd.nn run, all are plain Markdown, and no link is dead."""
+"""The documentation's pages: their mistakes are shown, all are plain Markdown, and no link is dead."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pages
 import pytest
 import selfkd
 import torch
-from conftest import ROOT
+import torch.distributed as dist
+from conftest import ROOT, in_ranks
 
 # ---- modules ----
 
@@ -49,11 +50,59 @@ def comparable(signature: inspect.Signature, like: inspect.Signature) -> list[tu
 PAGES_OF_MODULES = [path for name, path in pages.MODULES.items() if name != "index"]
 
 
-@pytest.mark.parametrize("path", pages.MODULES.values(), ids=pages.MODULES)
+@pytest.mark.parametrize(
+    "path", [*pages.MODULES.values(), *pages.OPERATORS.values()], ids=pages.name_of
+)
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
-def test_page_of_modules_runs(path: Path) -> None:
+def test_page_runs(path: Path) -> None:
     torch.manual_seed(0)
     pages.run(path)
+
+
+def mistakes(path: Path) -> dict[str, str]:
+    """The text of each common mistake on a page, by the sentence in bold that it begins with."""
+    _, found, text = path.read_text().partition("# Common mistakes\n")
+    text = re.split(r"^#+ ", text, flags=re.MULTILINE)[0]
+    _, *parts = re.split(r"^\*\*(.+?)\*\*", text, flags=re.MULTILINE)
+    assert bool(found) == bool(parts)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def hold_table_in_model(rank: int, folder: Path) -> None:
+    """Each of two ranks writes a sample of its own, and runs the model once more."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    net = torch.nn.Linear(3, 4)
+    net.table = selfkd.nn.PreviousEpoch(2, 4)
+    model = torch.nn.parallel.DistributedDataParallel(net)
+    net.table.update(torch.tensor([rank]), model(torch.randn(1, 3)))
+    model(torch.randn(1, 3))
+    torch.save(net.table.current_written, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_table_in_a_model_of_two_ranks_is_lost(tmp_path: Path) -> None:
+    in_ranks(2, hold_table_in_model, tmp_path)
+    for rank in range(2):
+        assert torch.load(tmp_path / f"{rank}.pt").tolist() == [True, False]
+
+
+# What a dialogue on a page cannot show.
+SHOWN_BY = {
+    "A part of the model under `DistributedDataParallel`.": test_table_in_a_model_of_two_ranks_is_lost
+}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [x for x in (*PAGES_OF_MODULES, *pages.OPERATORS.values()) if x.stem != "index"],
+    ids=pages.name_of,
+)
+def test_mistakes_are_shown(path: Path) -> None:
+    """Each has a dialogue, which runs with the page."""
+    found = mistakes(path)
+    assert found
+    for name, text in found.items():
+        assert "```pycon\n" in text or name in SHOWN_BY, name
 
 
 @pytest.mark.parametrize("path", PAGES_OF_MODULES, ids=lambda path: path.stem)
@@ -112,9 +161,16 @@ def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 FENCED = re.compile(r"^(```+).*?^\1$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+SHOWN = re.compile(r'\b(?:src|srcset|href)="([^"]+)"')  # by HTML
 READ_ALONE = [
-    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
+    ROOT / "tests" / "vectors" / "README.md",
 ]
+# HTML that GitHub leaves as it is, and commands that its formulas refuse.
+TAGS = {"picture", "source", "img", "br", "sub", "sup", "details", "summary"}
+REFUSED = re.compile(
+    r"\\(operatorname|def|newcommand|require|href|style|class|unicode|cssId|mathchoice)\b"
+)
 
 
 def prose(path: Path) -> str:
@@ -124,8 +180,11 @@ def prose(path: Path) -> str:
 
 def anchors(path: Path) -> set[str]:
     """What a link may name in a page: its headings, as GitHub and Sphinx both spell them."""
-    found = re.findall(r"^#+ (.*)$", prose(path), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in found}
+    found: list[str] = []
+    for heading in re.findall(r"^#+ (.*)$", prose(path), re.MULTILINE):
+        name = re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+        found.append(f"{name}-{found.count(name)}" if name in found else name)
+    return set(found)
 
 
 @pytest.mark.parametrize("path", pages.ALL, ids=pages.name_of)
@@ -141,6 +200,23 @@ def test_page_is_plain_markdown(path: Path) -> None:
     for line in re.sub(r"`[^`\n]*`", "", prose(path)).splitlines():
         assert line.count("$") % 2 == 0, line  # a formula is in one line
         assert not [x for x in line.split("$")[1::2] if re.search(r"\\[^a-zA-Z]", x)], line
+
+
+@pytest.mark.parametrize("path", [*pages.ALL, *READ_ALONE], ids=lambda path: path.name)
+def test_page_is_what_github_renders(path: Path) -> None:
+    """Formulas begin and end where GitHub looks for it; HTML is what it lets through; tables are whole."""
+    text = re.sub(r"`[^`\n]*`", "``", prose(path))
+    assert not REFUSED.search(pages.text_of(path))
+    assert set(re.findall(r"</?([a-zA-Z]\w*)\b[^<>]*>", text)) <= TAGS
+    assert not re.findall(r"^\[[^\]]+\]: |\]\[|\[\^", text, re.MULTILINE)  # links are in place
+    for line in text.splitlines():
+        for before, formula, after in re.findall(r"(.?)\$([^$]*)\$(.?)", line):
+            assert formula == formula.strip(), line
+            assert not before.isalnum(), line
+            assert not after.isalnum(), line
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        cells = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
+        assert len(cells) == 1, table
 
 
 @pytest.mark.parametrize("path", pages.ALL, ids=pages.name_of)
@@ -175,7 +251,9 @@ def test_pieces_of_files(path: Path) -> None:
 @pytest.mark.parametrize("path", [*pages.ALL, *READ_ALONE], ids=lambda path: path.name)
 def test_links(path: Path) -> None:
     """Files and headings are there; of what lies elsewhere only the form can be looked at."""
-    for link in LINK.findall(re.sub(r"`[^`\n]*`", "", prose(path))):
+    text = re.sub(r"`[^`\n]*`", "", prose(path))
+    assert len(LINK.findall(text)) == text.count("](")
+    for link in [*LINK.findall(text), *SHOWN.findall(text)]:
         if link.startswith("data:"):  # a picture of a notebook
             continue
         if "://" in link:
@@ -184,6 +262,7 @@ def test_links(path: Path) -> None:
         file, _, anchor = link.partition("#")
         to = (path.parent / file).resolve() if file else path
         assert to.exists(), link
+        assert to.suffix != ".html", link
         assert to.is_relative_to(ROOT), link
         assert not anchor or anchor in anchors(to), link
 

@@ -94,6 +94,14 @@ def test_the_toolkits_of_the_readme() -> None:
     assert isinstance(names["trainer"], module.DistillMixin)
 
 
+def test_memory_moved_is_that_of_the_picture() -> None:
+    drawn = (DOCS / "operators" / "pictures" / "sd_dropout_kl.svg").read_text()
+    (few, little), (many, much) = re.findall(r": (\d+) kernels move (\d+) times", drawn)
+    said = " ".join(REST.split())
+    assert f"runs as {many} kernels that move {much} times the memory of one" in said
+    assert re.search(rf"`sd_dropout_kl` \[moves {little} times\]\(\S+\), in {few}\.", said)
+
+
 def test_no_row_of_the_table_of_losses_is_there_twice() -> None:
     first = re.findall(r"^\| ([^|]+) \| `selfkd", REST, re.MULTILINE)
     calls = re.findall(r"^\| [^|]+ \| (`selfkd[^|]+) \|", REST, re.MULTILINE)

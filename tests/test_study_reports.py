@@ -121,7 +121,12 @@ def test_a_killed_study_goes_on(tmp_path: Path) -> None:
 
 def test_the_readmes_sentence_has_the_interval_of_what_a_study_is_named_after(content: Any) -> None:
     row = study.verdicts(study.Found(content))[1]
-    assert f": A toy {row[4]} (score)." in study.gains([content])
+    (task,) = content["tasks"].values()
+    said = study.gains([content])
+    assert f" A toy, score ({task}: {row[4]})." in said
+    assert said.endswith(
+        "Of 3 claims of the papers 1 show, of 1 the opposite ([study](docs/study.md))."
+    )
     assert study.gains([]) == ""
 
 

@@ -60,8 +60,8 @@ def headline(found: Mapping[str, tuple[Result, Result]], *more: str) -> str:
             f"**Peak memory:** eager PyTorch takes {less[0]} times as much, torch.compile {less[1]} "
             f"times{some}."
         )
-    lines = [f"- {text}" for text in (*said, *more) if text]
-    return "\n".join(textwrap.fill(line, 118, subsequent_indent="  ") for line in lines) + "\n"
+    wrap = textwrap.TextWrapper(118, subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join(wrap.fill(f"- {text}") for text in (*said, *more) if text) + "\n"
 
 
 def table(found: Mapping[str, tuple[Result, Result]]) -> str:

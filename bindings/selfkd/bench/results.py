@@ -113,7 +113,7 @@ def regenerate(root: Path) -> dict[Path, str]:
     }
     machines, studies, shown = merge(reports), study.load(root), readme.newest(reports)
     on_gpu = "" if any("gpu" in machine.about for machine in machines) else NO_GPU
-    gains = study.gains(studies.values())
+    gains = study.gains(list(studies.values()))
     texts: dict[str, Callable[[], str]] = {
         "headline": lambda: readme.headline(shown, gains, on_gpu),
         "shown": lambda: f"{readme.table(shown)}\n",
