@@ -30,7 +30,7 @@ typedef struct sums {
 enum { STUDENT = SK_TEACHERS };
 typedef struct tiles {
     SK_ALIGNED real of[SK_TEACHERS + 1][SK_TILE];
-    const real *x[SK_TEACHERS + 1][SK_GROUPS];
+    sk_vectors x[SK_TEACHERS + 1][SK_GROUPS];
 } tiles;
 
 static void load_tiles(const forward_params *p, const sk_task *r, const sk_terms *k, int64_t c,
@@ -48,13 +48,11 @@ static void find_anchors(const forward_params *p, const sk_task *r, const sk_ter
     for (int64_t i = 0; i < sk_scalars(r); i++)
         m->softmax.h[i] = m->pair[0].hv[i] = m->pair[1].hv[i] = -INFINITY;
     for (int64_t c = 0; c < r->C; c += step) {
-        const int64_t depth = sk_depth(r, sk_min(step, r->C - c));
         load_tiles(p, r, k, c, t);
-        for (int64_t g = 0; g < r->groups; g++)
-            sk_raise(r, t->x[STUDENT][g], depth, g, m->softmax.h);
+        for (int64_t g = 0; g < r->groups; g++) sk_raise(r, t->x[STUDENT][g], g, m->softmax.h);
         for (int j = 0; j < SK_TEACHERS; j++)
             for (int64_t g = 0; g < r->groups && k->of[j].weight != 0; g++)
-                sk_raise(r, t->x[j][g], depth, g, m->pair[j].hv);
+                sk_raise(r, t->x[j][g], g, m->pair[j].hv);
     }
     for (int64_t i = 0; i < sk_scalars(r); i++) {
         m->softmax.h[i] = sk_anchor(m->softmax.h[i]);
@@ -71,23 +69,23 @@ SK_OUTLINE void add_up(const forward_params *p, const sk_task *r, const sk_terms
     SK_ALIGNED real e[SK_ROW_C];
     const int64_t step = sk_tile_classes(r);
     for (int64_t c = 0; c < r->C; c += step) {
-        const int64_t classes = sk_min(step, r->C - c), depth = sk_depth(r, classes);
+        const int64_t classes = sk_min(step, r->C - c);
         if (r->C > step) load_tiles(p, r, k, c, t);
         for (int64_t g = 0; g < r->groups; g++) {
-            const real *const z = t->x[STUDENT][g];
+            const sk_vectors z = t->x[STUDENT][g];
             const sk_ahead next = sk_next_tile(r, &p->logits, g, c);
             for (int j = 0; j < SK_TEACHERS; j++) {
                 if (k->of[j].weight == 0) continue;
                 const sk_ahead next_x = sk_next_tile(r, k->of[j].x, g, c);
-                const sk_two_tiles both = {z, t->x[j][g], next, next_x, depth, g, e};
+                const sk_two_tiles both = {z, t->x[j][g], next, next_x, g, e};
                 sk_compare_teacher(&k->of[j], r, &both, &m->pair[j]);
             }
             if (!k->has_ce) continue;
-            sk_to_power(e, depth * SK_LANES, k->ce_power);
+            sk_to_power(e, z.depth * SK_LANES, k->ce_power);
             if (k->ce_power != 0)
-                sk_add_exponentials(SK_REUSE, r, z, next, depth, g, e, &m->softmax);
+                sk_add_exponentials(SK_REUSE, r, z, next, g, e, &m->softmax);
             else
-                sk_add_exponentials(SK_FRESH, r, z, next, depth, g, e, &m->softmax);
+                sk_add_exponentials(SK_FRESH, r, z, next, g, e, &m->softmax);
             if (p->label_smoothing != 0) sk_add_above(r, z, classes, g, &m->softmax);
         }
     }

@@ -37,22 +37,22 @@ static bool load_labels(const row_params *p, const sk_task *r, labels *to) {
 SK_OUTLINE void cross_entropy(const row_params *p, const sk_task *r, const labels *of,
                               sk_softmax *m, double *level, double *ce) {
     SK_ALIGNED real tile[SK_TILE];
-    const real *x[SK_GROUPS];
+    sk_vectors x[SK_GROUPS];
     const int64_t step = sk_tile_classes(r);
     for (int i = 0; i < SK_CE_SUMS; i++)
         memset(m->sum[i], 0, (size_t)sk_scalars(r) * sizeof(double));
     for (int64_t i = 0; i < r->width; i++) m->h[i] = -INFINITY;
     for (int64_t c = 0; c < r->C; c += step) {
-        const int64_t classes = sk_min(step, r->C - c), depth = sk_depth(r, classes);
+        const int64_t classes = sk_min(step, r->C - c);
         sk_load_tile(r, &p->z, c, classes, tile, x);
-        for (int64_t g = 0; g < r->groups; g++) sk_raise(r, x[g], depth, g, m->h);
+        for (int64_t g = 0; g < r->groups; g++) sk_raise(r, x[g], g, m->h);
     }
     for (int64_t i = 0; i < r->width; i++) m->h[i] = sk_anchor(m->h[i]);
     for (int64_t c = 0; c < r->C; c += step) {
-        const int64_t classes = sk_min(step, r->C - c), depth = sk_depth(r, classes);
+        const int64_t classes = sk_min(step, r->C - c);
         if (r->C > step) sk_load_tile(r, &p->z, c, classes, tile, x);
         for (int64_t g = 0; g < r->groups; g++) {
-            sk_add_exponentials(SK_FRESH, r, x[g], sk_next_tile(r, &p->z, g, c), depth, g, NULL, m);
+            sk_add_exponentials(SK_FRESH, r, x[g], sk_next_tile(r, &p->z, g, c), g, NULL, m);
             if (p->label_smoothing != 0) sk_add_above(r, x[g], classes, g, m);
         }
     }

@@ -62,10 +62,12 @@ static void measure(rows *x, enum sk_form form, double T, double T_v, sk_conclud
     float e[WIDE];
     sk_clear_sums(&r, &m);
     for (int n = 0; n < N; n++) {
+        const sk_vectors u = sk_vectors_of(&r, x->u[n], WIDE / SK_LANES),
+                         v = sk_vectors_of(&r, x->v[n], WIDE / SK_LANES);
         m.hu[n] = m.hv[n] = -INFINITY;
-        sk_raise(&r, x->u[n], WIDE / SK_LANES, n, m.hu);
-        sk_raise(&r, x->v[n], WIDE / SK_LANES, n, m.hv);
-        const sk_two_tiles tiles = {x->u[n], x->v[n], next, next, WIDE / SK_LANES, n, e};
+        sk_raise(&r, u, n, m.hu);
+        sk_raise(&r, v, n, m.hv);
+        const sk_two_tiles tiles = {u, v, next, next, n, e};
         sk_compare_group(form, SK_BOTH_KL, SK_KEEP, &r, &t, &t_v, &tiles, &m);
         to[n] = sk_conclude(form, true, &m, n, &t, &t_v);
     }

@@ -15,22 +15,24 @@ typedef struct sk_softmax {
 
 /* Adds a tile's group of lanes, whose exponentials are found or, reused, lie in e; asks for the
  * next ones. */
-SK_SPECIAL void sk_add_exponentials(enum sk_exps exps, const sk_task *r, const real *z,
-                                    sk_ahead next, int64_t depth, int64_t g, const real *e,
-                                    sk_softmax *m) {
+SK_SPECIAL void sk_add_exponentials(enum sk_exps exps, const sk_task *r, sk_vectors z,
+                                    sk_ahead next, int64_t g, const real *e, sk_softmax *m) {
     const sk_scale t = sk_scale_of(1);
     const int64_t pitch = sk_pitch(r);
     real h[SK_LANES], rest[SK_LANES] = {0}, ties[SK_LANES] = {0};
     sk_to_lanes(r, g, m->h, h);
-    for (int64_t i = 0; i < depth; i++) {
-        sk_fetch(next, i);
+    for (int64_t i = 0, end = z.whole; i < z.depth; end = z.depth) {
+        const real *of = sk_part(z, i);
+        for (; i < end; i++, of += pitch) {
+            sk_fetch(next, i);
 #pragma omp simd
-        for (int k = 0; k < SK_LANES; k++) {
-            const real x = sk_logit(z[i * pitch + k], t.least) - h[k];
-            const real y = exps == SK_REUSE ? e[i * SK_LANES + k] : sk_exp_of(x, &t);
-            const real tie = x == 0 ? 1 : 0; /* where y is exactly 1 */
-            rest[k] += y - tie;
-            ties[k] += tie;
+            for (int k = 0; k < SK_LANES; k++) {
+                const real x = sk_logit(of[k], t.least) - h[k];
+                const real y = exps == SK_REUSE ? e[i * SK_LANES + k] : sk_exp_of(x, &t);
+                const real tie = x == 0 ? 1 : 0; /* where y is exactly 1 */
+                rest[k] += y - tie;
+                ties[k] += tie;
+            }
         }
     }
     sk_add_lanes(r, g, rest, m->sum[SK_REST]);
@@ -38,16 +40,17 @@ SK_SPECIAL void sk_add_exponentials(enum sk_exps exps, const sk_task *r, const r
 }
 
 /* Adds h - z; infinite for a class at -inf, as the loss with label smoothing is. */
-static inline void sk_add_above(const sk_task *r, const real *z, int64_t classes, int64_t g,
+static inline void sk_add_above(const sk_task *r, sk_vectors z, int64_t classes, int64_t g,
                                 sk_softmax *m) {
-    const int64_t pitch = sk_pitch(r), depth = sk_depth(r, classes);
+    const int64_t pitch = sk_pitch(r);
     real h[SK_LANES], above[SK_LANES] = {0};
     sk_to_lanes(r, g, m->h, h);
-    for (int64_t i = 0; i < depth; i++) {
+    for (int64_t i = 0; i < z.depth; i++) {
+        const real *const of = i < z.whole ? z.first + i * pitch : z.last;
 #pragma omp simd
         for (int k = 0; k < SK_LANES; k++) {
             const bool there = r->positions || i * SK_LANES + k < classes;
-            above[k] += there ? h[k] - z[i * pitch + k] : 0;
+            above[k] += there ? h[k] - of[k] : 0;
         }
     }
     sk_add_lanes(r, g, above, m->sum[SK_ABOVE]);

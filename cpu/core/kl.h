@@ -117,9 +117,9 @@ static inline void sk_to_power(real *e, int64_t n, int power) {
 
 /* A group of lanes in the tiles of u and v, and where their next tiles lie. */
 typedef struct sk_two_tiles {
-    const real *u, *v;
+    sk_vectors u, v;
     sk_ahead next_u, next_v;
-    int64_t depth, g;
+    int64_t g;
     real *e; /* what sk_exps says of p */
 } sk_two_tiles;
 
@@ -128,9 +128,9 @@ SK_SPECIAL void sk_compare_group(enum sk_form form, enum sk_wanted wanted, enum 
                                  const sk_task *r, const sk_scale *scale, const sk_scale *scale_v,
                                  const sk_two_tiles *x, sk_comparison *m) {
     const sk_scale t = *scale, t_v = *scale_v;
-    const real *const u = x->u, *const v = x->v;
+    const sk_vectors of_u = x->u, of_v = x->v;
     const sk_ahead next_u = x->next_u, next_v = x->next_v;
-    const int64_t depth = x->depth, g = x->g;
+    const int64_t g = x->g;
     real *restrict const e = x->e;
     const int64_t pitch = sk_pitch(r);
     real hu[SK_LANES], hv[SK_LANES], high[SK_LANES], low[SK_LANES];
@@ -145,24 +145,27 @@ SK_SPECIAL void sk_compare_group(enum sk_form form, enum sk_wanted wanted, enum 
         high[k] = gap.high;
         low[k] = gap.low;
     }
-    for (int64_t i = 0; i < depth; i++) {
-        const int64_t at = i * pitch, kept = i * SK_LANES;
-        sk_fetch(next_u, i);
-        sk_fetch(next_v, i);
+    for (int64_t i = 0, end = sk_min(of_u.whole, of_v.whole); i < of_u.depth; end = of_u.depth) {
+        const real *u = sk_part(of_u, i), *v = sk_part(of_v, i);
+        for (; i < end; i++, u += pitch, v += pitch) {
+            const int64_t kept = i * SK_LANES;
+            sk_fetch(next_u, i);
+            sk_fetch(next_v, i);
 #pragma omp simd
-        for (int k = 0; k < SK_LANES; k++) {
-            const sk_split gap = {high[k], low[k]};
-            const real a = sk_logit(u[at + k], t.least), b = sk_logit(v[at + k], t.least);
-            const real p = exps == SK_REUSE ? e[kept + k] : sk_exp_of(a - hu[k], &t);
-            const real q = sk_exp_of(b - hv[k], &t_v);
-            const real y = sk_log_ratio(form, a, b, gap, &t, &t_v);
-            const sk_compared of = sk_compare(p, q, y);
-            if (exps == SK_KEEP) e[kept + k] = p;
-            p_[k] += p;
-            q_[k] += q;
-            d_[k] += of.diff;
-            if (wanted != SK_ONLY_DL) gq_[k] += of.gq;
-            if (wanted == SK_BOTH_KL) dy_[k] += of.diff * y;
+            for (int k = 0; k < SK_LANES; k++) {
+                const sk_split gap = {high[k], low[k]};
+                const real a = sk_logit(u[k], t.least), b = sk_logit(v[k], t.least);
+                const real p = exps == SK_REUSE ? e[kept + k] : sk_exp_of(a - hu[k], &t);
+                const real q = sk_exp_of(b - hv[k], &t_v);
+                const real y = sk_log_ratio(form, a, b, gap, &t, &t_v);
+                const sk_compared of = sk_compare(p, q, y);
+                if (exps == SK_KEEP) e[kept + k] = p;
+                p_[k] += p;
+                q_[k] += q;
+                d_[k] += of.diff;
+                if (wanted != SK_ONLY_DL) gq_[k] += of.gq;
+                if (wanted == SK_BOTH_KL) dy_[k] += of.diff * y;
+            }
         }
     }
     sk_add_lanes(r, g, p_, m->sum[SK_P]);

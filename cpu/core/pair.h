@@ -60,7 +60,7 @@ static inline void sk_compare_pair(enum sk_form form, const sk_task *r, const sk
     SK_ALIGNED real tile[2][SK_TILE];
     const sk_arg *logits[2] = {pair->u, pair->v};
     const sk_scale *const t = &pair->t;
-    const real *x[2][SK_GROUPS];
+    sk_vectors x[2][SK_GROUPS];
     real *top[2] = {m->hu, m->hv};
     const int64_t step = sk_tile_classes(r);
     for (int64_t c = 0; c < r->C; c += step) {
@@ -68,7 +68,7 @@ static inline void sk_compare_pair(enum sk_form form, const sk_task *r, const sk
         for (int i = 0; i < 2; i++) {
             sk_load_tile(r, logits[i], c, classes, tile[i], x[i]);
             for (int64_t g = 0; g < r->groups && form == SK_PLAIN; g++)
-                sk_raise(r, x[i][g], sk_depth(r, classes), g, top[i]);
+                sk_raise(r, x[i][g], g, top[i]);
         }
     }
     for (int64_t i = 0; i < sk_scalars(r) && form == SK_PLAIN; i++) {
@@ -76,17 +76,12 @@ static inline void sk_compare_pair(enum sk_form form, const sk_task *r, const sk
         m->hv[i] = sk_anchor(m->hv[i]);
     }
     for (int64_t c = 0; c < r->C; c += step) {
-        const int64_t classes = sk_min(step, r->C - c), depth = sk_depth(r, classes);
         for (int i = 0; i < 2 && r->C > step; i++)
-            sk_load_tile(r, logits[i], c, classes, tile[i], x[i]);
+            sk_load_tile(r, logits[i], c, sk_min(step, r->C - c), tile[i], x[i]);
         for (int64_t g = 0; g < r->groups; g++) {
-            const sk_two_tiles tiles = {x[0][g],
-                                        x[1][g],
-                                        sk_next_tile(r, pair->u, g, c),
-                                        sk_next_tile(r, pair->v, g, c),
-                                        depth,
-                                        g,
-                                        NULL};
+            const sk_two_tiles tiles = {
+                x[0][g], x[1][g], sk_next_tile(r, pair->u, g, c), sk_next_tile(r, pair->v, g, c),
+                g,       NULL};
             if (form == SK_PLAIN)
                 sk_compare_group(SK_PLAIN, SK_BOTH_KL, SK_FRESH, r, t, t, &tiles, m);
             else

@@ -34,25 +34,32 @@ static inline void sk_raise_row(const real *lane, const real *with, real *top, r
     *with_top = with[first];
 }
 
+/* Raises the tops of lanes to a vector of u and of v. */
+SK_SPECIAL void sk_raise_lanes(const real *u, const real *v, real *top_u, real *with_u, real *top_v,
+                               real *with_v) {
+#pragma omp simd
+    for (int k = 0; k < SK_LANES; k++) {
+        const real a = u[k], b = v[k];
+        with_u[k] = a > top_u[k] ? b : with_u[k];
+        top_u[k] = a > top_u[k] ? a : top_u[k];
+        with_v[k] = b > top_v[k] ? a : with_v[k];
+        top_v[k] = b > top_v[k] ? b : top_v[k];
+    }
+}
+
 /* Raises them to those of a group of lanes. */
-static inline void sk_raise_pair(const sk_task *r, const real *u, const real *v, int64_t depth,
-                                 int64_t g, sk_tops *x) {
+static inline void sk_raise_pair(const sk_task *r, sk_vectors u, sk_vectors v, int64_t g,
+                                 sk_tops *x) {
     const int64_t pitch = sk_pitch(r);
     real top_u[SK_LANES], with_u[SK_LANES], top_v[SK_LANES], with_v[SK_LANES];
     sk_to_lanes(r, g, x->u, top_u);
     sk_to_lanes(r, g, x->v_there, with_u);
     sk_to_lanes(r, g, x->v, top_v);
     sk_to_lanes(r, g, x->u_there, with_v);
-    for (int64_t i = 0; i < depth; i++) {
-#pragma omp simd
-        for (int k = 0; k < SK_LANES; k++) {
-            const real a = u[i * pitch + k], b = v[i * pitch + k];
-            with_u[k] = a > top_u[k] ? b : with_u[k];
-            top_u[k] = a > top_u[k] ? a : top_u[k];
-            with_v[k] = b > top_v[k] ? a : with_v[k];
-            top_v[k] = b > top_v[k] ? b : top_v[k];
-        }
-    }
+    const int64_t whole = sk_min(u.whole, v.whole);
+    for (int64_t i = 0; i < whole; i++)
+        sk_raise_lanes(u.first + i * pitch, v.first + i * pitch, top_u, with_u, top_v, with_v);
+    if (whole < u.depth) sk_raise_lanes(u.last, v.last, top_u, with_u, top_v, with_v);
     if (r->positions) {
         const int64_t i = g * SK_LANES;
 #pragma omp simd
@@ -69,10 +76,9 @@ static inline void sk_raise_pair(const sk_task *r, const real *u, const real *v,
 }
 
 /* A group of lanes of the tile from class c. */
-static inline sk_two_tiles sk_two_tiles_of(const sk_task *r, const sk_two_logits *x, const real *u,
-                                           const real *v, int64_t c, int64_t depth, int64_t g) {
-    return (sk_two_tiles){u, v,   sk_next_tile(r, x->u, g, c), sk_next_tile(r, x->v, g, c), depth,
-                          g, NULL};
+static inline sk_two_tiles sk_two_tiles_of(const sk_task *r, const sk_two_logits *x, sk_vectors u,
+                                           sk_vectors v, int64_t c, int64_t g) {
+    return (sk_two_tiles){u, v, sk_next_tile(r, x->u, g, c), sk_next_tile(r, x->v, g, c), g, NULL};
 }
 
 /* Adds a group of lanes to P and Q; asks for the next ones. */
@@ -80,18 +86,21 @@ SK_SPECIAL void sk_add_to_sums(const sk_task *r, const sk_two_logits *x, const s
                                sk_comparison *m) {
     const sk_scale t = x->t, t_v = x->t_v;
     const sk_ahead next_u = at->next_u, next_v = at->next_v;
-    const real *const u = at->u, *const v = at->v;
-    const int64_t pitch = sk_pitch(r), depth = at->depth, g = at->g;
+    const sk_vectors of_u = at->u, of_v = at->v;
+    const int64_t pitch = sk_pitch(r), g = at->g;
     real hu[SK_LANES], hv[SK_LANES], p[SK_LANES] = {0}, q[SK_LANES] = {0};
     sk_to_lanes(r, g, m->hu, hu);
     sk_to_lanes(r, g, m->hv, hv);
-    for (int64_t i = 0; i < depth; i++) {
-        sk_fetch(next_u, i);
-        sk_fetch(next_v, i);
+    for (int64_t i = 0, end = sk_min(of_u.whole, of_v.whole); i < of_u.depth; end = of_u.depth) {
+        const real *u = sk_part(of_u, i), *v = sk_part(of_v, i);
+        for (; i < end; i++, u += pitch, v += pitch) {
+            sk_fetch(next_u, i);
+            sk_fetch(next_v, i);
 #pragma omp simd
-        for (int k = 0; k < SK_LANES; k++) {
-            p[k] += sk_exp_of(u[i * pitch + k] - hu[k], &t);
-            q[k] += sk_exp_of(v[i * pitch + k] - hv[k], &t_v);
+            for (int k = 0; k < SK_LANES; k++) {
+                p[k] += sk_exp_of(u[k] - hu[k], &t);
+                q[k] += sk_exp_of(v[k] - hv[k], &t_v);
+            }
         }
     }
     sk_add_lanes(r, g, p, m->sum[SK_P]);
@@ -114,7 +123,7 @@ static inline void sk_move_anchors(const sk_task *r, const sk_scale *t, const re
 static inline void sk_sum_pair(const sk_task *r, const sk_two_logits *x, sk_tops *tops,
                                sk_comparison *m) {
     SK_ALIGNED real tile[2][SK_TILE];
-    const real *u[SK_GROUPS], *v[SK_GROUPS];
+    sk_vectors u[SK_GROUPS], v[SK_GROUPS];
     const int64_t step = sk_tile_classes(r);
     sk_clear_sums(r, m);
     for (int64_t i = 0; i < sk_scalars(r); i++) {
@@ -122,14 +131,14 @@ static inline void sk_sum_pair(const sk_task *r, const sk_two_logits *x, sk_tops
         tops->u_there[i] = tops->v_there[i] = 0;
     }
     for (int64_t c = 0; c < r->C; c += step) {
-        const int64_t classes = sk_min(step, r->C - c), depth = sk_depth(r, classes);
+        const int64_t classes = sk_min(step, r->C - c);
         sk_load_tile(r, x->u, c, classes, tile[0], u);
         sk_load_tile(r, x->v, c, classes, tile[1], v);
-        for (int64_t g = 0; g < r->groups; g++) sk_raise_pair(r, u[g], v[g], depth, g, tops);
+        for (int64_t g = 0; g < r->groups; g++) sk_raise_pair(r, u[g], v[g], g, tops);
         sk_move_anchors(r, &x->t, tops->u, m->hu, m->sum[SK_P]);
         sk_move_anchors(r, &x->t_v, tops->v, m->hv, m->sum[SK_Q]);
         for (int64_t g = 0; g < r->groups; g++) {
-            const sk_two_tiles tiles = sk_two_tiles_of(r, x, u[g], v[g], c, depth, g);
+            const sk_two_tiles tiles = sk_two_tiles_of(r, x, u[g], v[g], c, g);
             sk_add_to_sums(r, x, &tiles, m);
         }
     }
@@ -142,15 +151,15 @@ static inline void sk_sum_pair(const sk_task *r, const sk_two_logits *x, sk_tops
 /* One more visit, for the sums against these anchors that dl follows from. */
 static inline void sk_sum_differences(const sk_task *r, const sk_two_logits *x, sk_comparison *m) {
     SK_ALIGNED real tile[2][SK_TILE];
-    const real *u[SK_GROUPS], *v[SK_GROUPS];
+    sk_vectors u[SK_GROUPS], v[SK_GROUPS];
     const int64_t step = sk_tile_classes(r);
     sk_clear_sums(r, m);
     for (int64_t c = 0; c < r->C; c += step) {
-        const int64_t classes = sk_min(step, r->C - c), depth = sk_depth(r, classes);
+        const int64_t classes = sk_min(step, r->C - c);
         sk_load_tile(r, x->u, c, classes, tile[0], u);
         sk_load_tile(r, x->v, c, classes, tile[1], v);
         for (int64_t g = 0; g < r->groups; g++) {
-            const sk_two_tiles tiles = sk_two_tiles_of(r, x, u[g], v[g], c, depth, g);
+            const sk_two_tiles tiles = sk_two_tiles_of(r, x, u[g], v[g], c, g);
             if (x->form == SK_EXACT)
                 sk_compare_group(SK_EXACT, SK_ONLY_DL, SK_FRESH, r, &x->t, &x->t_v, &tiles, m);
             else

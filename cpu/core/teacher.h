@@ -75,14 +75,18 @@ static inline const real *sk_to_logs(const real *x, int64_t n, real *buffer) {
 
 /* A tile of a teacher's logits. */
 static inline void sk_load_teacher(const sk_task *r, const sk_teacher *k, int64_t c,
-                                   int64_t classes, real *tile, const real **lanes) {
-    sk_load_tile(r, k->x, c, classes, tile, lanes);
+                                   int64_t classes, real *tile, sk_vectors *to) {
+    sk_load_tile(r, k->x, c, classes, tile, to);
     if (!k->is_probs) return;
-    const int64_t row = sk_row_pitch(r);
     for (int64_t i = 0; i < classes && r->positions; i++)
         sk_to_logs(tile + i * SK_PITCH, sk_scalars(r), tile + i * SK_PITCH);
-    for (int64_t g = 0; g < r->groups && !r->positions; g++)
-        lanes[g] = sk_to_logs(lanes[g], sk_groups(classes) * SK_LANES, tile + g * row);
+    for (int64_t g = 0; g < r->groups && !r->positions; g++) {
+        real *const row = tile + g * sk_row_pitch(r);
+        const int64_t whole = (to[g].depth - 1) * SK_LANES;
+        sk_to_logs(to[g].last, SK_LANES, row + whole);
+        sk_to_logs(to[g].first, whole, row);
+        to[g] = sk_vectors_of(r, row, to[g].depth);
+    }
 }
 
 /* ---- comparison ---- */
@@ -90,7 +94,7 @@ static inline void sk_load_teacher(const sk_task *r, const sk_teacher *k, int64_
 /* Adds a group of lanes to the sums of a teacher. */
 SK_OUTLINE void sk_compare_teacher(const sk_teacher *k, const sk_task *r, const sk_two_tiles *x,
                                    sk_comparison *m) {
-    sk_to_power(x->e, x->depth * SK_LANES, k->power);
+    sk_to_power(x->e, x->u.depth * SK_LANES, k->power);
     if (k->form == SK_EXACT)
         sk_compare_group(SK_EXACT, SK_ONE_KL, SK_FRESH, r, &k->t, &k->own, x, m);
     else if (k->form == SK_APART && k->power != 0)

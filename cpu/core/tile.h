@@ -10,27 +10,55 @@ static inline int64_t sk_tile_classes(const sk_task *r) {
     return r->positions ? SK_TILE_C : SK_ROW_C;
 }
 
-/* From one vector of a group to the next, and how many there are. */
+/* From one vector of a group to the next. */
 static inline int64_t sk_pitch(const sk_task *r) { return r->positions ? SK_PITCH : SK_LANES; }
-static inline int64_t sk_depth(const sk_task *r, int64_t classes) {
-    return r->positions ? classes : sk_groups(classes);
-}
 
 /* From one row of a tile of "classes" to the next. */
 static inline int64_t sk_row_pitch(const sk_task *r) {
     return sk_groups(sk_min(r->C, SK_ROW_C)) * SK_LANES;
 }
 
-/* Leaves in lanes where classes c .. c + classes of each group are to be read. */
+/* The vectors of a group of lanes. `whole` of them lie one after the other from `first`: all, or
+ * all but the last, which is a copy where the classes are no whole vector. */
+typedef struct sk_vectors {
+    const real *first, *last;
+    int64_t depth, whole;
+} sk_vectors;
+
+static inline sk_vectors sk_vectors_of(const sk_task *r, const real *first, int64_t depth) {
+    return (sk_vectors){first, first + (depth - 1) * sk_pitch(r), depth, depth};
+}
+
+/* Where the part begins whose first vector is i: 0, or the one that is a copy. Loops over a part
+ * know its pitch; choosing an address for each vector takes them 5 % longer. */
+static inline const real *sk_part(sk_vectors x, int64_t i) {
+    return i == 0 && x.depth > 1 ? x.first : x.last;
+}
+
+/* Classes c .. c + classes of row g: where they lie, or in the buffer. */
+static inline sk_vectors sk_read_row(const sk_task *r, const sk_arg *x, int64_t g, int64_t c,
+                                     int64_t classes, real *buffer) {
+    const int64_t at = sk_class_at(r, x, g, c), depth = sk_groups(classes);
+    const int64_t whole = classes - classes % SK_LANES;
+    if (!sk_is_plain(x, x->stride[1])) {
+        sk_fill(x, at, x->stride[1], classes, buffer);
+        return sk_vectors_of(r, buffer, depth);
+    }
+    const real *const first = (const real *)x->data + at;
+    if (whole == classes) return sk_vectors_of(r, first, depth);
+    sk_fill(x, at + whole, 1, classes - whole, buffer);
+    return (sk_vectors){first, buffer, depth, depth - 1};
+}
+
+/* Leaves where classes c .. c + classes of each group are to be read. */
 static inline void sk_load_tile(const sk_task *r, const sk_arg *x, int64_t c, int64_t classes,
-                                real *tile, const real **lanes) {
+                                real *tile, sk_vectors *to) {
     for (int64_t i = 0; i < classes && r->positions; i++)
         sk_fill(x, sk_class_at(r, x, 0, c + i), x->stride[2], r->width, tile + i * SK_PITCH);
     const int64_t row = sk_row_pitch(r);
     for (int64_t g = 0; g < r->groups; g++)
-        lanes[g] = r->positions
-                       ? tile + g * SK_LANES
-                       : sk_read(x, sk_class_at(r, x, g, c), x->stride[1], classes, tile + g * row);
+        to[g] = r->positions ? sk_vectors_of(r, tile + g * SK_LANES, classes)
+                             : sk_read_row(r, x, g, c, classes, tile + g * row);
 }
 
 /* lane[k] = what x, one scalar for each row, holds for lane k of group g. It is stored as a vector:
@@ -56,14 +84,14 @@ static inline sk_ahead sk_next_tile(const sk_task *r, const sk_arg *x, int64_t g
 
 /* Raises top to the largest of x, of each row. Four vectors at a time, for a chain of one maximum
  * after the other would take longer than the exponentials. */
-static inline void sk_raise(const sk_task *r, const real *x, int64_t depth, int64_t g, real *top) {
-    const int64_t pitch = sk_pitch(r);
+static inline void sk_raise(const sk_task *r, sk_vectors x, int64_t g, real *top) {
+    const int64_t pitch = sk_pitch(r), end = x.whole;
     real lane[SK_LANES];
     sk_to_lanes(r, g, top, lane);
-    for (int64_t i = 0; i < depth; i += 4) {
-        const real *a = x + i * pitch, *b = x + sk_min(i + 1, depth - 1) * pitch;
-        const real *c = x + sk_min(i + 2, depth - 1) * pitch,
-                   *d = x + sk_min(i + 3, depth - 1) * pitch;
+    for (int64_t i = 0; i < end; i += 4) {
+        const real *a = x.first + i * pitch, *b = x.first + sk_min(i + 1, end - 1) * pitch;
+        const real *c = x.first + sk_min(i + 2, end - 1) * pitch,
+                   *d = x.first + sk_min(i + 3, end - 1) * pitch;
 #pragma omp simd
         for (int k = 0; k < SK_LANES; k++) {
             const real ab = a[k] > b[k] ? a[k] : b[k], cd = c[k] > d[k] ? c[k] : d[k],
@@ -71,6 +99,8 @@ static inline void sk_raise(const sk_task *r, const real *x, int64_t depth, int6
             lane[k] = abcd > lane[k] ? abcd : lane[k];
         }
     }
+#pragma omp simd
+    for (int k = 0; k < SK_LANES; k++) lane[k] = x.last[k] > lane[k] ? x.last[k] : lane[k];
     if (r->positions) {
 #pragma omp simd
         for (int k = 0; k < SK_LANES; k++) top[g * SK_LANES + k] = lane[k];

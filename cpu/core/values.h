@@ -27,7 +27,7 @@ static inline sk_bad sk_bad_sum(const sk_arg *x, bool logs, int64_t N, int64_t C
                                 size_t item) {
     SK_ALIGNED real tile[SK_TILE];
     SK_ALIGNED double sum[SK_PITCH];
-    const real *lanes[SK_GROUPS];
+    sk_vectors x_of[SK_GROUPS];
     const sk_scale unit = sk_scale_of(1);
     const sk_task all = sk_tasks_of(x, N, C, S);
     const int64_t count = sk_work_of(&all, 1).count, step = sk_tile_classes(&all);
@@ -35,12 +35,12 @@ static inline sk_bad sk_bad_sum(const sk_arg *x, bool logs, int64_t N, int64_t C
         const sk_task r = sk_task_at(&all, task);
         memset(sum, 0, sizeof sum);
         for (int64_t c = 0; c < r.C; c += step) {
-            const int64_t classes = sk_min(step, r.C - c), depth = sk_depth(&r, classes);
-            sk_load_tile(&r, x, c, classes, tile, lanes);
+            sk_load_tile(&r, x, c, sk_min(step, r.C - c), tile, x_of);
             for (int64_t g = 0; g < r.groups; g++) {
                 real part[SK_LANES] = {0};
-                for (int64_t i = 0; i < depth; i++) {
-                    const real *const a = lanes[g] + i * sk_pitch(&r);
+                for (int64_t i = 0; i < x_of[g].depth; i++) {
+                    const real *const a =
+                        i < x_of[g].whole ? x_of[g].first + i * sk_pitch(&r) : x_of[g].last;
 #pragma omp simd
                     for (int j = 0; j < SK_LANES; j++)
                         part[j] += logs ? sk_exp_of(sk_logit(a[j], unit.least), &unit)
