@@ -6,7 +6,6 @@ settings is one of pairs: its mean, its standard error and the 95 % interval of 
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import statistics
@@ -22,10 +21,7 @@ NAME = "study-"  # begins the names of the files
 MINUS = "\N{MINUS SIGN}"
 ORDER = ("sd_dropout", "detector", "frskd", "segmentation", "aikd", "simreg")  # on the page
 PICTURE = "docs/images/study-{name}-{shade}.svg"
-SHADES = {  # of text and lines, of what counts and of what does not
-    "light": {"text": "#1f2328", "grid": "#d1d9e0", "better": "#1a7f37", "worse": "#cf222e"},
-    "dark": {"text": "#f0f6fc", "grid": "#3d444d", "better": "#3fb950", "worse": "#f85149"},
-}
+SHADES = ("light", "dark")
 
 
 # ---- numbers ----
@@ -241,99 +237,18 @@ def block(name: str, contents: Mapping[str, Report]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-# ---- pictures ----
-
-Row = tuple[str, Difference, bool]  # what it is of, the difference, whether it is for the better
-
-
-def of_setting(found: Found, task: str, metric: str, name: str) -> Row:
-    """The difference of a setting to the first baseline of its task."""
-    d = found.between(task, metric, name, found.baselines(task)[0])
-    return name, d, (d.mean > 0) == found.metrics[metric]["higher"]
-
-
-def draw(content: Report, shade: str) -> str:
-    """The first task of a study: each setting's differences in several metrics."""
-    found, task = Found(content), next(iter(content["tasks"]))
-    base, *_ = found.baselines(task)
-    panels = {
-        found.metrics[metric]["title"]: [
-            of_setting(found, task, metric, name) for name in found.names(task) if name != base
-        ]
-        for metric in content["drawn"]
-    }
-    words = f"{content['title']}: difference to {base}; {content['tasks'][task]}"
-    return svg(panels, f"{words}; {seeds_of(content)}", shade)
-
-
-def draw_all(contents: Iterable[Report], shade: str) -> str:
-    """The setting that each study is named after, in each of its tasks, by the first metric, in points."""
-    rows: list[Row] = []
-    seeds = set()
-    for content in contents:
-        found, name = Found(content), content["headline"]
-        metric = next(iter(found.metrics))
-        seeds.add(seeds_of(content))
-        for task, words in content["tasks"].items():
-            _, d, better = of_setting(found, task, metric, name)
-            title = found.metrics[metric]["title"].removesuffix(", %")
-            rows.append((f"{content['title']}, {words}: {title}", d, better))
-    # The README has it beside another picture: half as wide as a page.
-    return svg({"points more than without it": rows}, "; ".join(sorted(seeds)), shade, 5.2)
-
-
 def gains(contents: Iterable[Report]) -> str:
     """In a sentence what each study is named after brings in its first task, by the first metric."""
     parts = []
     for content in contents:
         found, task = Found(content), next(iter(content["tasks"]))
         metric = next(iter(found.metrics))
-        d = of_setting(found, task, metric, content["headline"])[1]
+        d = found.between(task, metric, content["headline"], found.baselines(task)[0])
         title = found.metrics[metric]["title"].removesuffix(", %")
         parts.append(f"{content['title']} {found.interval(metric, d)} ({title})")
     return (
         f"**Gain in points** on small images, 95 % intervals: {'; '.join(parts)}." if parts else ""
     )
-
-
-def seeds_of(content: Report) -> str:
-    return f"95 % intervals, {len(content['seeds'])} seeds"
-
-
-def svg(panels: Mapping[str, Sequence[Row]], words: str, shade: str, width: float = 9) -> str:
-    """Points with their intervals, a panel for each metric, all of the same rows; `width` in inches."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    colours, labels = SHADES[shade], [name for name, *_ in next(iter(panels.values()))]
-    style: Any = {"svg.hashsalt": "selfkd", "svg.fonttype": "none", "font.size": 9}
-    style |= dict.fromkeys(("text.color", "axes.labelcolor", "ytick.color"), colours["text"])
-    style |= {"xtick.color": colours["text"], "grid.color": colours["grid"]}
-    buffer = io.StringIO()
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(width, 0.9 + 0.22 * len(labels)), layout="constrained")
-        figure.patch.set_alpha(0)
-        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for axis, (title, rows) in zip(axes, panels.items(), strict=True):
-            axis.patch.set_alpha(0)
-            axis.grid(axis="x", linewidth=0.5)
-            axis.axvline(0, color=colours["text"], linewidth=0.8)
-            for y, (_, d, better) in enumerate(rows):
-                kind = ("better" if better else "worse") if d.counts else "text"
-                marker = {"better": "^", "worse": "v", "text": "o"}[kind]
-                half = d.half if math.isfinite(d.half) else 0
-                axis.errorbar(
-                    d.mean, y, xerr=half, fmt=marker, ms=4, color=colours[kind], linewidth=1.2
-                )
-            axis.set_title(title, fontsize=9)
-            axis.tick_params(length=0)
-            for side in axis.spines.values():
-                side.set_visible(False)
-        axes[0].set_yticks(range(len(labels)), labels)
-        axes[0].set_ylim(len(labels) - 0.4, -0.6)
-        figure.suptitle(words, fontsize=9)
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
 
 
 def shown(name: str, words: str) -> str:
@@ -350,15 +265,3 @@ def load(root: Path) -> Mapping[str, Report]:
     paths = root.glob(f"bench/results/{NAME}*.json")
     found = {x["study"]: x for x in (json.loads(path.read_text()) for path in paths)}
     return dict(sorted(found.items(), key=lambda pair: ORDER.index(pair[0])))
-
-
-def pictures(root: Path) -> dict[Path, str]:
-    """What the pictures of the committed reports must be."""
-    found: dict[Path, str] = {}
-    contents = load(root)
-    for shade in SHADES:
-        drawn = {name: draw(content, shade) for name, content in contents.items()}
-        if contents:
-            drawn["all"] = draw_all(contents.values(), shade)
-        found |= {root / PICTURE.format(name=x, shade=shade): text for x, text in drawn.items()}
-    return found
