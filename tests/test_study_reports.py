@@ -22,7 +22,7 @@ from selfkd.bench import report, results, study
 
 EXAMPLES = ROOT / "examples"
 sys.path.append(str(EXAMPLES))
-grid, run = (importlib.import_module(f"study.{name}") for name in ("grid", "run"))
+grid, run, train = (importlib.import_module(f"study.{name}") for name in ("grid", "run", "train"))
 pytestmark = pytest.mark.skipif(
     bool(harness.SIMT_LIBRARY), reason="the emulator has no PyTorch binding"
 )
@@ -36,11 +36,13 @@ def toy(calls: list[Any]) -> Any:
 
     def values(setting: Any, seed: int, part: float) -> dict[str, float]:
         calls.append((setting.name, seed))
+        seconds = {"a": 1e-3, "b": 1.5e-3, "c": 3e-3}.get(setting.name)
+        train.step_seconds += [] if seconds is None else [seconds, seconds * (seed + 1), 1.0, 0, 0]
         gain = {"a": 0.0, "b": 2.0, "c": -2.0, "d": 0.0}[setting.name]
         return {"score": 10 * seed + gain + 0.1 * (seed % 2) * (gain != 0), "loss": 1.0}
 
     def claim(text: str, name: str) -> Any:
-        return grid.Claim(text, "one", "score", name, "a")
+        return grid.Claim(text, name, "a", "one", "score")
 
     return grid.Study(
         name="sd_dropout",
@@ -112,6 +114,9 @@ def test_a_killed_study_goes_on(tmp_path: Path) -> None:
         json.loads((tmp_path / folder / "study-segmentation.json").read_text())
         for folder in ("killed", "whole")
     ]
+    for report_ in found:
+        for setting in report_["settings"]:
+            assert all(0 < seconds < 1 for seconds in setting.pop("step"))  # no two are alike
     assert found[0] == found[1]
     assert path.read_text().splitlines()[:done] == kept
 
@@ -137,13 +142,15 @@ def test_verdicts_follow_the_intervals(content: dict[str, Any]) -> None:
 
 def test_tables(content: dict[str, Any]) -> None:
     first, other = (table for _, table in study.tables(study.Found(content)))
-    assert first[0] == ["setting", "score, %", "minus a", "95 % interval"]
-    assert first[1] == ["a", "10.0", "", ""]
-    assert first[2] == ["b", "12.0", "+2.03 ± 0.03", "+1.89 to +2.18"]
+    assert first[0] == ["setting", "score, %", "time of a step", "minus a", "95 % interval"]
+    assert first[1] == ["a", "10.0", "1 (1 ms)", "", ""]
+    assert first[2] == ["b", "12.0", "1.50", "+2.03 ± 0.03", "+1.89 to +2.18"]
+    assert [row[2] for row in first[3:]] == ["3.00", ""]
     assert other[1:] == [
         ["a", "1.000"],
         *([name, "1.000 (+0.0000 ± 0.0000)"] for name in "bcd"),
     ]
+    assert study.summary([content])[1] == ["A toy", "b", "1.50", "3", "1", "1", "1"]
     (_, row) = study.first_choices([content])
     assert row == [
         *("A toy", "the one task", "b", "score, %: 12.0", "+1.89 to +2.18", "none"),
@@ -193,7 +200,7 @@ def test_a_report_on_the_screen(
     report.save(content, path)
     assert cli.main(["study", "--show", str(path)]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"b +│ +12\.0 │ +\+2\.03 ± 0\.03", out)
+    assert re.search(r"b +│ +12\.0 │ +1\.50 │ +\+2\.03 ± 0\.03", out)
     assert "too short for conclusions" not in out
     report.save({**content, "part": 0.25}, path)
     assert cli.main(["study", "--show", str(path)]) == 0
@@ -206,7 +213,7 @@ def test_a_report_on_the_screen(
 
 def test_a_claim_names_settings() -> None:
     with pytest.raises(ValueError, match="no nobody in one"):
-        replace(toy([]), claims=[grid.Claim("wrong", "one", "score", "nobody", "a")])
+        replace(toy([]), claims=[grid.Claim("wrong", "nobody", "a", "one", "score")])
     with pytest.raises(ValueError, match="one lacks the headline or the first baseline"):
         replace(toy([]), headline="nobody")
 

@@ -22,6 +22,7 @@ MINUS = "\N{MINUS SIGN}"
 ORDER = ("sd_dropout", "detector", "frskd", "segmentation", "aikd", "simreg")  # on the page
 PICTURE = "docs/images/study-{name}-{shade}.svg"
 SHADES = ("light", "dark")
+VERDICTS = ("**shows**", "**the opposite shows**", "not shown")
 
 
 # ---- numbers ----
@@ -78,6 +79,8 @@ class Found:
         self.content = content
         self.metrics: dict[str, Any] = content["metrics"]
         self.values = {(x["task"], x["name"]): x["values"] for x in content["settings"]}
+        # Seconds of a step: a setting that trains nothing has none, nor have reports of older versions.
+        self.steps = {(x["task"], x["name"]): x.get("step", ()) for x in content["settings"]}
 
     def names(self, task: str) -> list[str]:
         return [name for where, name in self.values if where == task]
@@ -91,6 +94,16 @@ class Found:
 
     def between(self, task: str, metric: str, name: str, against: str) -> Difference:
         return difference(self.values[task, name][metric], self.values[task, against][metric])
+
+    def time(self, task: str, name: str) -> str:
+        """A step's time over the first baseline's of the same seed: the median over the seeds."""
+        own, base = self.steps[task, name], self.steps[task, self.baselines(task)[0]]
+        ratios = [a / b for a, b in zip(own, base, strict=False) if a and b]
+        if not ratios:
+            return ""
+        if own is base:
+            return f"1 ({report.digits(1e3 * statistics.median(base))} ms)"
+        return f"{statistics.median(ratios):.2f}"
 
     def number(self, metric: str, value: float) -> str:
         """With its sign, and one digit more than the metric has."""
@@ -107,15 +120,15 @@ class Found:
 
 
 def first_table(found: Found, task: str) -> report.Table:
-    """The first metric: mean; against each baseline the difference, its standard error, its interval."""
+    """The first metric: mean; time; against each baseline difference, standard error, interval."""
     metric = next(iter(found.metrics))
     digits = found.metrics[metric]["digits"] + 1
     baselines = found.baselines(task)
-    table = [["setting", found.metrics[metric]["title"]]]
+    table = [["setting", found.metrics[metric]["title"], "time of a step"]]
     for name in baselines:
         table[0] += [f"minus {name}", "95 % interval"]
     for name in found.names(task):
-        row = [name, found.mean(task, name, metric)]
+        row = [name, found.mean(task, name, metric), found.time(task, name)]
         for base in baselines:
             d = found.between(task, metric, name, base)
             cell = f"{found.number(metric, d.mean)} ± {d.error:.{digits}f}"
@@ -141,20 +154,25 @@ def other_table(found: Found, task: str, group: str) -> report.Table:
     return table
 
 
+def verdict(found: Found, claim: Mapping[str, str]) -> str:
+    """Whether a claim shows: whether the interval leaves 0 out on the side that is better."""
+    metric = claim["metric"]
+    d = found.between(claim["task"], metric, claim["name"], claim["against"])
+    better = (d.mean > 0) == found.metrics[metric]["higher"]
+    return VERDICTS[0 if better else 1] if d.counts else VERDICTS[2]
+
+
 def verdicts(found: Found) -> report.Table:
-    """Each claim, and whether it shows: whether the interval leaves 0 out on the side that is better."""
+    """Each claim with its difference, and whether it shows."""
     table = [["claim", "task", "metric", "difference", "95 % interval", "verdict"]]
     for claim in found.content["claims"]:
         task, metric = claim["task"], claim["metric"]
         d = found.between(task, metric, claim["name"], claim["against"])
-        better = (d.mean > 0) == found.metrics[metric]["higher"]
-        verdict = ("**shows**" if better else "**the opposite shows**") if d.counts else "not shown"
         who = f"{claim['text']} ({claim['name']} against {claim['against']})"
         mean = f"{found.number(metric, d.mean)} ± {d.error:.{found.metrics[metric]['digits'] + 1}f}"
-        title = found.metrics[metric]["title"]
-        table.append(
-            [who, found.content["tasks"][task], title, mean, found.interval(metric, d), verdict]
-        )
+        interval, title = found.interval(metric, d), found.metrics[metric]["title"]
+        words = found.content["tasks"][task]
+        table.append([who, words, title, mean, interval, verdict(found, claim)])
     return table
 
 
@@ -191,6 +209,18 @@ def first_choices(contents: Iterable[Report]) -> report.Table:
     return [head, *rows]
 
 
+def summary(contents: Iterable[Report]) -> report.Table:
+    """How many claims of each study show, and what a step of its method takes."""
+    table = [["study", "its method", "time of a step", "claims", *VERDICTS]]
+    for content in contents:
+        found, name = Found(content), content["headline"]
+        given = [verdict(found, claim) for claim in content["claims"]]
+        counts = [str(given.count(x)) for x in VERDICTS]
+        time = found.time(next(iter(content["tasks"])), name)
+        table.append([content["title"], name, time, str(len(given)), *counts])
+    return table
+
+
 # ---- where they are shown ----
 
 
@@ -214,15 +244,20 @@ def show(path: Path) -> None:
     print_study(content)
 
 
+def folded(title: str, text: str) -> str:
+    """Text that is shown once its title is clicked."""
+    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
+
+
 def block(name: str, contents: Mapping[str, Report]) -> str:
-    """What the page shows of a study: picture, verdicts, tables; of "all", what was best."""
+    """What the page shows of a study: picture, verdicts, folded tables; of "all", what was best."""
     if name == "all" and contents:
         picture = shown("all", "Differences of each paper's method to training without it")
-        return f"{picture}\n\n{report.markdown(first_choices(contents.values()))}\n"
+        found = [summary(contents.values()), first_choices(contents.values())]
+        return "\n\n".join([picture, *map(report.markdown, found)]) + "\n"
     if name not in contents:
         return "Not yet run: `make study`.\n"
     content = contents[name]
-    found = Found(content)
     about, seeds = content["machine"], len(content["seeds"])
     parts = [
         f"{seeds} seeds, {len(content['settings'])} settings; {report.hardware(about)}, PyTorch "
@@ -230,10 +265,10 @@ def block(name: str, contents: Mapping[str, Report]) -> str:
         f"With {seeds} seeds an interval is ± {t_quantile(max(1, seeds - 1)):.2f} standard errors.",
         shown(name, f"{content['title']}: differences to {content['baselines'][0]}"),
         "**What is claimed**",
-        report.markdown(verdicts(found)),
+        report.markdown(verdicts(Found(content))),
     ]
-    for title, table in tables(found):
-        parts += [f"**{title}**", report.markdown(table)]
+    for title, table in tables(Found(content)):
+        parts.append(folded(title, report.markdown(table)))
     return "\n\n".join(parts) + "\n"
 
 
