@@ -155,6 +155,10 @@ def test_tables(content: dict[str, Any]) -> None:
     assert row == [
         *("A toy", "the one task", "b", "score, %: 12.0", "+1.89 to +2.18", "none"),
     ]
+    worse = json.loads(json.dumps(content))
+    worse["settings"][0]["values"]["score"] = [20, 30, 40]
+    (_, row) = study.first_choices([worse])
+    assert row[2:] == ["a", "score, %: 30.0", "it is the baseline", "none"]
     close = json.loads(json.dumps(content))
     close["settings"][0]["values"]["score"] = [3, 11, 22]
     (_, row) = study.first_choices([close])

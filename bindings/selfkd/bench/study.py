@@ -195,7 +195,8 @@ def best(found: Found, task: str) -> list[str]:
     alike = [
         name for name in names if name != top and not found.between(task, metric, name, top).counts
     ]
-    gain = found.interval(metric, found.between(task, metric, top, base))
+    d = found.between(task, metric, top, base)
+    gain = found.interval(metric, d) if top != base else "it is the baseline"
     title = f"{found.metrics[metric]['title']}: {found.mean(task, top, metric)}"
     words = found.content["tasks"][task]
     more = f"; {len(alike) - 4} more" if len(alike) > 4 else ""
