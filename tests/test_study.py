@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import time
 from types import SimpleNamespace
 
 import harness
@@ -69,6 +70,24 @@ def test_attacks_move_along_the_sign() -> None:
     torch.testing.assert_close(metrics.pgd(model, images, labels), expected)
     one = metrics.pgd(model, images, labels, steps=1)
     torch.testing.assert_close(one, (images + 0.025 * sign).clamp(0, 1))
+
+
+def test_odin_moves_towards_its_class() -> None:
+    """Of a linear model the slope is known: the weights of the likeliest class less their mean by the
+    probabilities of logits / T; an epsilon of 0 and a T of 1 leave the largest probability."""
+    weight = torch.tensor([[1.0, -1.0, 2.0, 0.5], [-1.0, 1.0, -2.0, 1.0], [0.0, 2.0, 1.0, -3.0]])
+    images = torch.rand(5, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1) @ weight.T
+
+    probability = (model(images) / 7).softmax(1)
+    sign = (weight[probability.argmax(1)] - probability @ weight).sign().view(images.shape)
+    expected = (model(images + 0.01 * sign).double() / 7).softmax(1).max(1).values.log()
+    torch.testing.assert_close(metrics.odin(model, images, 7, 0.01), expected)
+    plain = metrics.confidence(model, images)
+    torch.testing.assert_close(metrics.odin(model, images, 1, 0), plain)
+    assert (metrics.odin(model, images, 1) > plain).all()
 
 
 def test_mean_iou() -> None:
@@ -182,6 +201,18 @@ def test_the_steps_are_those_of_sgd() -> None:
     assert first - after == pytest.approx(0.05, rel=1e-4)
     assert after - halfway == 0  # nothing was left to step with
     assert halfway - then == pytest.approx(0.025 * (1 + 0.9), rel=1e-4)
+
+
+def test_a_step_takes_processor_time() -> None:
+    """What the caller computes between two batches belongs to a step; waiting does not."""
+    for _ in range(2):  # those of the last training alone
+        for _, index in train.training([torch.nn.Linear(1, 1)], 2, 1, 0, batch=1):
+            begun = time.process_time()
+            time.sleep(0.2)
+            while index == 0 and time.process_time() < begun + 0.05:
+                pass
+    short, long = sorted(train.step_seconds)
+    assert short < 0.04 < 0.05 <= long < 0.2
 
 
 @pytest.mark.parametrize("name", run.STUDIES)

@@ -78,10 +78,7 @@ def run(setting: Setting, seed: int, part: float) -> dict[str, float]:
     return metrics.evaluate(fit(setting, split, seed, part), split, seed)
 
 
-def better(text: str, name: str, against: str = CE, task: str = "few") -> Claim:
-    return Claim(text, task, "accuracy", name, against)
-
-
+better = functools.partial(Claim, task="few", metric="accuracy")
 STUDY = Study(
     name="aikd",
     title="AI-KD",
@@ -91,15 +88,15 @@ STUDY = Study(
     baselines=(CE, LONGER),
     grid=[Setting(task, *pair) for task in TASKS for pair in WAYS.items()],
     claims=[
-        better("It generalises better", ALL),
+        better("It generalises better", ALL, CE),
         better("... than twice the epochs, which pre-training costs", ALL, LONGER),
-        better("... 20 % wrong labels", ALL, task="wrong20"),
-        better("The pre-trained network alone helps", PRETRAINED),
-        better("The previous epoch alone helps", PREVIOUS),
+        better("... 20 % wrong labels", ALL, CE, task="wrong20"),
+        better("The pre-trained network alone helps", PRETRAINED, CE),
+        better("The previous epoch alone helps", PREVIOUS, CE),
         better("Both are better than the pre-trained network alone", BOTH, PRETRAINED),
         better("Both are better than the previous epoch alone", BOTH, PREVIOUS),
         better("The discriminator helps beside both", ALL, BOTH),
-        Claim("It is better calibrated", "few", "ece", ALL, CE),
+        better("It is better calibrated", ALL, CE, metric="ece"),
     ],
     drawn=("accuracy", "ece", "fgsm", "spliced"),
     run=run,

@@ -177,10 +177,7 @@ def run(setting: Setting, seed: int, part: float) -> dict[str, float]:
     }
 
 
-def better(text: str, name: str, against: str, metric: str = "map") -> Claim:
-    return Claim(text, "canvases", metric, name, against)
-
-
+better = functools.partial(Claim, task="canvases", metric="map")
 STUDY = Study(
     name="detector",
     title="SD-Dropout, detection",
@@ -199,7 +196,7 @@ STUDY = Study(
         better("... with the weight 0.1", f"{SDD}, weight 0.1", CE),
         better("... than the same dropout in the cross-entropy", SDD, DROPOUT),
         better("Position weights help its divergence", SDD, f"{SDD}, positions alike"),
-        better("It is better calibrated", SDD, CE, "ece"),
+        better("It is better calibrated", SDD, CE, metric="ece"),
     ],
     drawn=("map", "class", "ece"),
     run=run,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -171,10 +172,7 @@ def run(setting: Setting, seed: int, part: float) -> dict[str, float]:
     return metrics.evaluate(fit(split, dict(setting.options), seed, part), split, seed)
 
 
-def better(text: str, name: str, against: str, task: str = "few") -> Claim:
-    return Claim(text, task, "accuracy", name, against)
-
-
+better = functools.partial(Claim, task="few", metric="accuracy")
 STUDY = Study(
     name="frskd",
     title="FRSKD",
@@ -185,7 +183,7 @@ STUDY = Study(
     grid=[Setting(task, *pair) for task, ways in OF_TASKS.items() for pair in ways.items()],
     claims=[
         better("It generalises better", FULL, CE),
-        better("... 20 % wrong labels", FULL, CE, "wrong20"),
+        better("... 20 % wrong labels", FULL, CE, task="wrong20"),
         better("... than the self-teacher as a second branch alone", FULL, TEACHER),
         better("Soft labels alone help", SOFT, CE),
         better("Features help beside soft labels", FULL, SOFT),
@@ -196,7 +194,7 @@ STUDY = Study(
         ),
         better("SD-Dropout improves it", f"{FULL} + SD-Dropout, weight 0.1", FULL),
         better("It is better than SD-Dropout", FULL, "SD-Dropout"),
-        Claim("It is better calibrated", "few", "ece", FULL, CE),
+        better("It is better calibrated", FULL, CE, metric="ece"),
     ],
     drawn=("accuracy", "ece", "fgsm", "spliced"),
     run=run,

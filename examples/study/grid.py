@@ -31,10 +31,10 @@ class Claim:
     """That a setting is better than another in a metric of a task."""
 
     text: str
-    task: str
-    metric: str
     name: str
     against: str
+    task: str
+    metric: str
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,10 @@ EPSILON, ATTACKED = (
     300,
 )  # largest change of a pixel by an attack; how many images, to save time
 BINS = 15
+# ODIN's temperature is its authors'. Its epsilon is one for all settings: of 0, 0.0005, 0.001, 0.0014, 0.002,
+# 0.003, 0.004 (where the authors' range ends), 0.006, 0.01, 0.02, 0.03, 0.05 and 0.1 it had the largest mean
+# AUROC of cross-entropy and SD-Dropout with 200 labels on the seeds 0, 1 and 100.
+ODIN_TEMPERATURE, ODIN_EPSILON = 1000.0, 0.03
 CLASSIFICATION = {
     "accuracy": Metric("accuracy, %"),
     "nll": Metric("NLL", 3, False, "calibration"),
@@ -30,6 +34,8 @@ CLASSIFICATION = {
     "pgd": Metric("PGD, %", 1, True, "attack"),
     "photographs": Metric("AUROC, photographs", 3, True, "out of distribution"),
     "spliced": Metric("AUROC, spliced digits", 3, True, "out of distribution"),
+    "odin_photographs": Metric("AUROC, photographs, ODIN", 3, True, "out of distribution"),
+    "odin_spliced": Metric("AUROC, spliced digits, ODIN", 3, True, "out of distribution"),
 }
 Model = Callable[[Tensor], Tensor]
 
@@ -91,6 +97,38 @@ def pgd(
     return found
 
 
+def confidence(model: Model, images: Tensor) -> Tensor:
+    """Return the logarithm of the largest probability (arXiv 1610.02136)."""
+    return model(images).double().log_softmax(1).max(1).values
+
+
+def odin(
+    model: Model,
+    images: Tensor,
+    temperature: float = ODIN_TEMPERATURE,
+    epsilon: float = ODIN_EPSILON,
+) -> Tensor:
+    """Return the same of logits / T, where every pixel has moved the way it rises (arXiv 1706.02690)."""
+
+    def tempered(x: Tensor) -> Tensor:
+        return model(x).double() / temperature
+
+    images = images.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(confidence(tempered, images).sum(), images)
+    return confidence(tempered, (images + epsilon * gradient.sign()).detach())
+
+
+def told_apart(
+    score: Callable[[Model, Tensor], Tensor],
+    model: Model,
+    inside: Tensor,
+    strange: dict[str, Tensor],
+) -> dict[str, float]:
+    """Return the AUROC of a score for each kind of strange images."""
+    known = score(model, inside)
+    return {name: auroc(known, score(model, images)) for name, images in strange.items()}
+
+
 def evaluate(model: nn.Module, split: data.Split, seed: int) -> dict[str, float]:
     """Return every number of CLASSIFICATION; the model is put into evaluation mode."""
     model.eval().requires_grad_(False)
@@ -103,10 +141,6 @@ def evaluate(model: nn.Module, split: data.Split, seed: int) -> dict[str, float]
         "photographs": data.patches(len(labels), generator),
         "spliced": data.spliced(split.test, labels, generator),
     }
-
-    def confidence(z: Tensor) -> Tensor:
-        return z.double().log_softmax(1).max(1).values
-
     return {
         "accuracy": accuracy(logits, labels),
         "nll": F.cross_entropy(logits.double(), labels).item(),
@@ -120,5 +154,6 @@ def evaluate(model: nn.Module, split: data.Split, seed: int) -> dict[str, float]
         },
         "fgsm": accuracy(model(fgsm(model, *attacked)), attacked[1]),
         "pgd": accuracy(model(pgd(model, *attacked)), attacked[1]),
-        **{name: auroc(confidence(logits), confidence(model(x))) for name, x in strange.items()},
+        **told_apart(confidence, model, split.test, strange),
+        **{f"odin_{x}": y for x, y in told_apart(odin, model, split.test, strange).items()},
     }

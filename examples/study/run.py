@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Iterable
@@ -34,7 +35,7 @@ try:
     from selfkd.bench.run import machine
     from selfkd.bench.study import NAME, print_study
 
-    from . import aikd, detector, frskd, sd_dropout, segmentation, simreg
+    from . import aikd, detector, frskd, sd_dropout, segmentation, simreg, train
 except ModuleNotFoundError as error:
     sys.exit(f"{error}; the study needs: pip install torch matplotlib rich scikit-learn")
 
@@ -46,6 +47,7 @@ SEEDS = range(1000, 1010)  # none of them was used while the grids were settled
 QUICK_SEEDS, QUICK_PART = range(2), 0.25
 Key = tuple[str, str, str, int]  # study, task, setting, seed
 Job = tuple[str, int, int]  # study, number in its grid, seed
+Run = dict[str, Any]  # values of the metrics, median seconds of a step
 
 
 @functools.cache
@@ -63,15 +65,15 @@ def key(job: Job) -> Key:
     return name, setting.task, setting.name, seed
 
 
-def finished(path: Path, part: float) -> dict[Key, dict[str, float]]:
-    """Return the values of the runs that a file holds; a line that was cut off is none."""
-    found: dict[Key, dict[str, float]] = {}
+def finished(path: Path, part: float) -> dict[Key, Run]:
+    """Return the runs that a file holds; a line that was cut off is none."""
+    found: dict[Key, Run] = {}
     text = path.read_text() if path.exists() else ""
     for line in text.splitlines():
         with suppress(json.JSONDecodeError):
             run = json.loads(line)
             if (run["code"], run["part"]) == (code(), part):
-                found[(*run["key"],)] = run["values"]
+                found[(*run["key"],)] = run
     if text and not text.endswith("\n"):
         path.write_text(f"{text}\n")  # so that the next line begins one
     return found
@@ -85,8 +87,11 @@ def work(jobs: Iterable[Job], path: Path, part: float, parent: int) -> None:
         if os.getppid() != parent:  # it was killed
             return
         study, setting = STUDIES[job[0]], STUDIES[job[0]].grid[job[1]]
+        train.step_seconds.clear()
         values = {name: round(x, 6) for name, x in study.run(setting, job[2], part).items()}
-        run = {"code": code(), "part": part, "key": key(job), "values": values}
+        # None where nothing is trained; the median leaves out steps that the machine disturbed.
+        step = round(statistics.median(train.step_seconds), 6) if train.step_seconds else None
+        run = {"code": code(), "part": part, "key": key(job), "values": values, "step": step}
         with path.open("a") as file:  # one write of a line: the other process' lines stay whole
             file.write(json.dumps(run) + "\n")
 
@@ -135,9 +140,13 @@ def here() -> dict[str, Any]:
 
 
 def report(
-    study: Any, about: dict[str, Any], seeds: list[int], part: float, runs: dict[Key, Any]
+    study: Any, about: dict[str, Any], seeds: list[int], part: float, runs: dict[Key, Run]
 ) -> dict[str, Any]:
     """Return all that is known of a study: the grid, the claims, every value of every seed."""
+
+    def of_seeds(setting: Any) -> list[Run]:
+        return [runs[study.name, setting.task, setting.name, seed] for seed in seeds]
+
     return {
         "study": study.name,
         "title": study.title,
@@ -156,9 +165,10 @@ def report(
                 "task": setting.task,
                 "name": setting.name,
                 "values": {
-                    metric: [runs[study.name, setting.task, setting.name, n][metric] for n in seeds]
+                    metric: [run["values"][metric] for run in of_seeds(setting)]
                     for metric in study.metrics
                 },
+                "step": [run["step"] for run in of_seeds(setting)],
             }
             for setting in study.grid
         ],

@@ -144,10 +144,7 @@ def run(setting: Setting, seed: int, part: float) -> dict[str, float]:
     }
 
 
-def better(text: str, name: str, against: str, metric: str = "probe") -> Claim:
-    return Claim(text, "features", metric, name, against)
-
-
+better = functools.partial(Claim, task="features", metric="probe")
 STUDY = Study(
     name="simreg",
     title="SimReg",
@@ -162,12 +159,12 @@ STUDY = Study(
     grid=[Setting("features", *pair) for pair in WAYS.items()],
     claims=[
         better("A head that is thrown away helps", DEEP, LAYERS[0]),
-        better("... by the nearest neighbour", DEEP, LAYERS[0], "neighbour"),
+        better("... by the nearest neighbour", DEEP, LAYERS[0], metric="neighbour"),
         better("4 layers are better than 2", DEEP, LAYERS[2]),
         better("2 layers are better than 1", LAYERS[2], LAYERS[1]),
         better("1 layer is better than none", LAYERS[1], LAYERS[0]),
         better("The student is better than one that learns alone", DEEP, OWN),
-        better("... by the nearest neighbour", DEEP, OWN, "neighbour"),
+        better("... by the nearest neighbour", DEEP, OWN, metric="neighbour"),
         better("Two teachers are better than one", f"{DEEP}, two teachers", DEEP),
         better("The same augmentation is better", DEEP, f"{DEEP}, other augmentation"),
     ],

@@ -127,13 +127,17 @@ def draw(found: dict[str, Any], path: Path) -> None:
     picture(results, title, 10).savefig(path, dpi=120)
 
 
-def svg(results: Mapping[str, Result], title: str, width: float, theme: str) -> str:
-    """The picture without a background, for a page of that theme; the same text for the same figures."""
-    drawn = json.dumps([results, title, width, theme]) + Path(__file__).read_text()
+def text_of(figure: Figure, drawn: str) -> str:
+    """A figure as SVG without a background, stamped with what it was drawn of, and by which code."""
     digest = hashlib.sha256(drawn.encode()).hexdigest()
     about = {"Date": None, "Creator": None, "Description": f"{STAMP} {digest}"}
     file = io.StringIO()
-    figure = picture(results, title, width, theme)
     with mpl.rc_context({"svg.hashsalt": "selfkd", "svg.fonttype": "none"}):
         figure.savefig(file, format="svg", transparent=True, metadata=about)
     return file.getvalue()
+
+
+def svg(results: Mapping[str, Result], title: str, width: float, theme: str) -> str:
+    """The picture for a page of that theme; the same text for the same figures."""
+    drawn = json.dumps([results, title, width, theme]) + Path(__file__).read_text()
+    return text_of(picture(results, title, width, theme), drawn)

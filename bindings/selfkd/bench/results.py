@@ -139,6 +139,10 @@ def regenerate(root: Path) -> dict[Path, str]:
             found[path] = report.page(content, path.stem)
     for theme, drawn in readme.pictures(shown).items() if shown else ():
         found[root / "docs" / "images" / f"bench-{theme}.svg"] = drawn
+    if studies:
+        from . import study_plot
+
+        found |= study_plot.pictures(root, studies)
     return found
 
 
@@ -154,7 +158,7 @@ def outdated(path: Path, text: str) -> bool:
 def main() -> int:
     """Write the files that have changed."""
     root = Path.cwd()
-    for path, text in {**regenerate(root), **study.pictures(root)}.items():
+    for path, text in regenerate(root).items():
         if outdated(path, text):
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)

@@ -6,7 +6,6 @@ settings is one of pairs: its mean, its standard error and the 95 % interval of 
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import statistics
@@ -22,10 +21,8 @@ NAME = "study-"  # begins the names of the files
 MINUS = "\N{MINUS SIGN}"
 ORDER = ("sd_dropout", "detector", "frskd", "segmentation", "aikd", "simreg")  # on the page
 PICTURE = "docs/images/study-{name}-{shade}.svg"
-SHADES = {  # of text and lines, of what counts and of what does not
-    "light": {"text": "#1f2328", "grid": "#d1d9e0", "better": "#1a7f37", "worse": "#cf222e"},
-    "dark": {"text": "#f0f6fc", "grid": "#3d444d", "better": "#3fb950", "worse": "#f85149"},
-}
+SHADES = ("light", "dark")
+VERDICTS = ("**shows**", "**the opposite shows**", "not shown")
 
 
 # ---- numbers ----
@@ -82,6 +79,8 @@ class Found:
         self.content = content
         self.metrics: dict[str, Any] = content["metrics"]
         self.values = {(x["task"], x["name"]): x["values"] for x in content["settings"]}
+        # Seconds of a step: a setting that trains nothing has none, nor have reports of older versions.
+        self.steps = {(x["task"], x["name"]): x.get("step", ()) for x in content["settings"]}
 
     def names(self, task: str) -> list[str]:
         return [name for where, name in self.values if where == task]
@@ -95,6 +94,16 @@ class Found:
 
     def between(self, task: str, metric: str, name: str, against: str) -> Difference:
         return difference(self.values[task, name][metric], self.values[task, against][metric])
+
+    def time(self, task: str, name: str) -> str:
+        """A step's time over the first baseline's of the same seed: the median over the seeds."""
+        own, base = self.steps[task, name], self.steps[task, self.baselines(task)[0]]
+        ratios = [a / b for a, b in zip(own, base, strict=False) if a and b]
+        if not ratios:
+            return ""
+        if own is base:
+            return f"1 ({report.digits(1e3 * statistics.median(base))} ms)"
+        return f"{statistics.median(ratios):.2f}"
 
     def number(self, metric: str, value: float) -> str:
         """With its sign, and one digit more than the metric has."""
@@ -111,15 +120,15 @@ class Found:
 
 
 def first_table(found: Found, task: str) -> report.Table:
-    """The first metric: mean; against each baseline the difference, its standard error, its interval."""
+    """The first metric: mean; time; against each baseline difference, standard error, interval."""
     metric = next(iter(found.metrics))
     digits = found.metrics[metric]["digits"] + 1
     baselines = found.baselines(task)
-    table = [["setting", found.metrics[metric]["title"]]]
+    table = [["setting", found.metrics[metric]["title"], "time of a step"]]
     for name in baselines:
         table[0] += [f"minus {name}", "95 % interval"]
     for name in found.names(task):
-        row = [name, found.mean(task, name, metric)]
+        row = [name, found.mean(task, name, metric), found.time(task, name)]
         for base in baselines:
             d = found.between(task, metric, name, base)
             cell = f"{found.number(metric, d.mean)} ± {d.error:.{digits}f}"
@@ -145,20 +154,25 @@ def other_table(found: Found, task: str, group: str) -> report.Table:
     return table
 
 
+def verdict(found: Found, claim: Mapping[str, str]) -> str:
+    """Whether a claim shows: whether the interval leaves 0 out on the side that is better."""
+    metric = claim["metric"]
+    d = found.between(claim["task"], metric, claim["name"], claim["against"])
+    better = (d.mean > 0) == found.metrics[metric]["higher"]
+    return VERDICTS[0 if better else 1] if d.counts else VERDICTS[2]
+
+
 def verdicts(found: Found) -> report.Table:
-    """Each claim, and whether it shows: whether the interval leaves 0 out on the side that is better."""
+    """Each claim with its difference, and whether it shows."""
     table = [["claim", "task", "metric", "difference", "95 % interval", "verdict"]]
     for claim in found.content["claims"]:
         task, metric = claim["task"], claim["metric"]
         d = found.between(task, metric, claim["name"], claim["against"])
-        better = (d.mean > 0) == found.metrics[metric]["higher"]
-        verdict = ("**shows**" if better else "**the opposite shows**") if d.counts else "not shown"
         who = f"{claim['text']} ({claim['name']} against {claim['against']})"
         mean = f"{found.number(metric, d.mean)} ± {d.error:.{found.metrics[metric]['digits'] + 1}f}"
-        title = found.metrics[metric]["title"]
-        table.append(
-            [who, found.content["tasks"][task], title, mean, found.interval(metric, d), verdict]
-        )
+        interval, title = found.interval(metric, d), found.metrics[metric]["title"]
+        words = found.content["tasks"][task]
+        table.append([who, words, title, mean, interval, verdict(found, claim)])
     return table
 
 
@@ -181,7 +195,8 @@ def best(found: Found, task: str) -> list[str]:
     alike = [
         name for name in names if name != top and not found.between(task, metric, name, top).counts
     ]
-    gain = found.interval(metric, found.between(task, metric, top, base))
+    d = found.between(task, metric, top, base)
+    gain = found.interval(metric, d) if top != base else "it is the baseline"
     title = f"{found.metrics[metric]['title']}: {found.mean(task, top, metric)}"
     words = found.content["tasks"][task]
     more = f"; {len(alike) - 4} more" if len(alike) > 4 else ""
@@ -193,6 +208,18 @@ def first_choices(contents: Iterable[Report]) -> report.Table:
     head = ["study", "task", "best", "its mean", "95 % interval of its gain", "not told from it"]
     rows = [best(Found(content), task) for content in contents for task in content["tasks"]]
     return [head, *rows]
+
+
+def summary(contents: Iterable[Report]) -> report.Table:
+    """How many claims of each study show, and what a step of its method takes."""
+    table = [["study", "its method", "time of a step", "claims", *VERDICTS]]
+    for content in contents:
+        found, name = Found(content), content["headline"]
+        given = [verdict(found, claim) for claim in content["claims"]]
+        counts = [str(given.count(x)) for x in VERDICTS]
+        time = found.time(next(iter(content["tasks"])), name)
+        table.append([content["title"], name, time, str(len(given)), *counts])
+    return table
 
 
 # ---- where they are shown ----
@@ -218,15 +245,20 @@ def show(path: Path) -> None:
     print_study(content)
 
 
+def folded(title: str, text: str) -> str:
+    """Text that is shown once its title is clicked."""
+    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
+
+
 def block(name: str, contents: Mapping[str, Report]) -> str:
-    """What the page shows of a study: picture, verdicts, tables; of "all", what was best."""
+    """What the page shows of a study: picture, verdicts, folded tables; of "all", what was best."""
     if name == "all" and contents:
         picture = shown("all", "Differences of each paper's method to training without it")
-        return f"{picture}\n\n{report.markdown(first_choices(contents.values()))}\n"
+        found = [summary(contents.values()), first_choices(contents.values())]
+        return "\n\n".join([picture, *map(report.markdown, found)]) + "\n"
     if name not in contents:
         return "Not yet run: `make study`.\n"
     content = contents[name]
-    found = Found(content)
     about, seeds = content["machine"], len(content["seeds"])
     parts = [
         f"{seeds} seeds, {len(content['settings'])} settings; {report.hardware(about)}, PyTorch "
@@ -234,14 +266,12 @@ def block(name: str, contents: Mapping[str, Report]) -> str:
         f"With {seeds} seeds an interval is ± {t_quantile(max(1, seeds - 1)):.2f} standard errors.",
         shown(name, f"{content['title']}: differences to {content['baselines'][0]}"),
         "**What is claimed**",
-        report.markdown(verdicts(found)),
+        report.markdown(verdicts(Found(content))),
     ]
-    for title, table in tables(found):
-        parts += [f"**{title}**", report.markdown(table)]
+    for title, table in tables(Found(content)):
+        parts.append(folded(title, report.markdown(table)))
     return "\n\n".join(parts) + "\n"
 
-
-# ---- pictures ----
 
 Row = tuple[str, Difference, bool]  # what it is of, the difference, whether it is for the better
 
@@ -250,20 +280,6 @@ def of_setting(found: Found, task: str, metric: str, name: str) -> Row:
     """The difference of a setting to the first baseline of its task."""
     d = found.between(task, metric, name, found.baselines(task)[0])
     return name, d, (d.mean > 0) == found.metrics[metric]["higher"]
-
-
-def draw(content: Report, shade: str) -> str:
-    """The first task of a study: each setting's differences in several metrics."""
-    found, task = Found(content), next(iter(content["tasks"]))
-    base, *_ = found.baselines(task)
-    panels = {
-        found.metrics[metric]["title"]: [
-            of_setting(found, task, metric, name) for name in found.names(task) if name != base
-        ]
-        for metric in content["drawn"]
-    }
-    words = f"{content['title']}: difference to {base}; {content['tasks'][task]}"
-    return svg(panels, f"{words}; {seeds_of(content)}", shade)
 
 
 def of_methods(contents: Iterable[Report]) -> Iterable[tuple[str, str, str, Row]]:
@@ -278,17 +294,6 @@ def of_methods(contents: Iterable[Report]) -> Iterable[tuple[str, str, str, Row]
         for task, words in content["tasks"].items():
             _, d, better = of_setting(found, task, metric, content["headline"])
             yield content["title"], title, words, (found.interval(metric, d), d, better)
-
-
-def draw_all(contents: Collection[Report], shade: str) -> str:
-    """Each paper's method in each of its tasks."""
-    rows = [
-        (f"{study}, {task}: {title}", d, better)
-        for study, title, task, (_, d, better) in of_methods(contents)
-    ]
-    # The README has it beside another picture: half as wide as a page.
-    seeds = "; ".join(sorted(set(map(seeds_of, contents))))
-    return svg({"points more than without it": rows}, seeds, shade, 5.2)
 
 
 def gains(contents: Collection[Report]) -> str:
@@ -306,52 +311,13 @@ def gains(contents: Collection[Report]) -> str:
     for kind, studies in kinds.items():
         named = [f"{name} ({'; '.join(tasks)})" for name, tasks in studies.items()]
         said += [f"*{kind}:* {'; '.join(named)}."] if named else []
-    found = [row[-1] for content in contents for row in verdicts(Found(content))[1:]]
+    given = [verdict(Found(content), claim) for content in contents for claim in content["claims"]]
+    shows, opposite, _ = (given.count(x) for x in VERDICTS)
     return (
         "**Gain** in points over training without it, small images, 95 % intervals. "
-        f"{' '.join(said)} Of {len(found)} claims of the papers {found.count('**shows**')} show, of "
-        f"{found.count('**the opposite shows**')} the opposite ([study](docs/study.md))."
+        f"{' '.join(said)} Of {len(given)} claims of the papers {shows} show, of {opposite} the opposite "
+        "([study](docs/study.md))."
     )
-
-
-def seeds_of(content: Report) -> str:
-    return f"95 % intervals, {len(content['seeds'])} seeds"
-
-
-def svg(panels: Mapping[str, Sequence[Row]], words: str, shade: str, width: float = 9) -> str:
-    """Points with their intervals, a panel for each metric, all of the same rows; `width` in inches."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    colours, labels = SHADES[shade], [name for name, *_ in next(iter(panels.values()))]
-    style: Any = {"svg.hashsalt": "selfkd", "svg.fonttype": "none", "font.size": 9}
-    style |= dict.fromkeys(("text.color", "axes.labelcolor", "ytick.color"), colours["text"])
-    style |= {"xtick.color": colours["text"], "grid.color": colours["grid"]}
-    buffer = io.StringIO()
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(width, 0.9 + 0.22 * len(labels)), layout="constrained")
-        figure.patch.set_alpha(0)
-        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for axis, (title, rows) in zip(axes, panels.items(), strict=True):
-            axis.patch.set_alpha(0)
-            axis.grid(axis="x", linewidth=0.5)
-            axis.axvline(0, color=colours["text"], linewidth=0.8)
-            for y, (_, d, better) in enumerate(rows):
-                kind = ("better" if better else "worse") if d.counts else "text"
-                marker = {"better": "^", "worse": "v", "text": "o"}[kind]
-                half = d.half if math.isfinite(d.half) else 0
-                axis.errorbar(
-                    d.mean, y, xerr=half, fmt=marker, ms=4, color=colours[kind], linewidth=1.2
-                )
-            axis.set_title(title, fontsize=9)
-            axis.tick_params(length=0)
-            for side in axis.spines.values():
-                side.set_visible(False)
-        axes[0].set_yticks(range(len(labels)), labels)
-        axes[0].set_ylim(len(labels) - 0.4, -0.6)
-        figure.suptitle(words, fontsize=9)
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
 
 
 def shown(name: str, words: str) -> str:
@@ -368,15 +334,3 @@ def load(root: Path) -> Mapping[str, Report]:
     paths = root.glob(f"bench/results/{NAME}*.json")
     found = {x["study"]: x for x in (json.loads(path.read_text()) for path in paths)}
     return dict(sorted(found.items(), key=lambda pair: ORDER.index(pair[0])))
-
-
-def pictures(root: Path) -> dict[Path, str]:
-    """What the pictures of the committed reports must be."""
-    found: dict[Path, str] = {}
-    contents = load(root)
-    for shade in SHADES:
-        drawn = {name: draw(content, shade) for name, content in contents.items()}
-        if contents:
-            drawn["all"] = draw_all(list(contents.values()), shade)
-        found |= {root / PICTURE.format(name=x, shade=shade): text for x, text in drawn.items()}
-    return found
