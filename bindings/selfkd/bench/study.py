@@ -302,14 +302,14 @@ def gains(contents: Collection[Report]) -> str:
         return ""
     kinds: dict[str, dict[str, list[str]]] = {"Better": {}, "Worse": {}, "Not shown": {}}
     for study, title, task, (interval, d, better) in of_methods(contents):
+        kind, name = "Better" if better else "Worse", f"{study}, {title}"
         if d.counts:
-            studies = kinds["Better" if better else "Worse"]
-            studies.setdefault(f"{study}, {title}", []).append(f"{task}: {interval}")
+            kinds[kind].setdefault(name, []).append(f"{task}: {interval}")
         else:
-            kinds["Not shown"].setdefault(study, []).append(task)
+            kinds["Not shown"][study] = []
     said = []
     for kind, studies in kinds.items():
-        named = [f"{name} ({'; '.join(tasks)})" for name, tasks in studies.items()]
+        named = [f"{x} ({'; '.join(tasks)})" if tasks else x for x, tasks in studies.items()]
         said += [f"*{kind}:* {'; '.join(named)}."] if named else []
     given = [verdict(Found(content), claim) for content in contents for claim in content["claims"]]
     shows, opposite, _ = (given.count(x) for x in VERDICTS)
