@@ -16,6 +16,7 @@ typedef struct attention_backward_params backward_params;
 
 enum {
     CHANNELS = 4,   /* added up at a time */
+    TOGETHER = 256, /* elements of short planes that are taken as one */
     MANY_TASKS = 64 /* enough for all threads: the runs may be long */
 };
 
@@ -54,26 +55,44 @@ static double squares(const real *x, int64_t n) {
     return sum;
 }
 
+/* How many planes at the positions of a task follow each other in memory and are taken as one: a
+ * plane of 16 positions by itself would be mostly the way to it. */
+static int64_t planes_in_run(const sk_task *r, const sk_arg *x) {
+    const bool together = r->width == r->S && has_planes(x, r->S) && x->stride[1] == r->S;
+    return together && 2 * r->S <= TOGETHER ? TOGETHER / r->S : 1;
+}
+
+/* Adds the squares of C runs of n elements, `apart` channels from one to the next. */
+static void add_runs(const sk_task *r, const sk_arg *x, int64_t c, int64_t C, int64_t apart,
+                     int64_t n, double *sum) {
+    static const real zeros[SK_RUN]; /* the runs beyond C */
+    SK_ALIGNED real buffer[CHANNELS][SK_RUN];
+    for (int64_t i = 0; i < C; i += CHANNELS) {
+        const real *run[CHANNELS];
+        for (int64_t k = 0; k < CHANNELS; k++)
+            run[k] = i + k < C ? sk_read_exactly(x, sk_class_at(r, x, 0, c + (i + k) * apart), 1, n,
+                                                 buffer[k])
+                               : zeros;
+        add_squares(run, n, sum);
+    }
+}
+
 /* Leaves the means of squares over C channels of x, at the positions of a task. */
 static void mean_squares(const sk_task *r, const sk_arg *x, int64_t C, double *to) {
-    static const real zeros[SK_RUN]; /* the channels beyond C */
-    SK_ALIGNED real buffer[CHANNELS][SK_RUN];
     SK_ALIGNED double sum[SK_RUN] = {0};
     if (has_planes(x, r->S)) {
-        for (int64_t c = 0; c < C; c += CHANNELS) {
-            const real *plane[CHANNELS];
-            for (int64_t k = 0; k < CHANNELS; k++)
-                plane[k] = c + k < C ? sk_read_exactly(x, sk_class_at(r, x, 0, c + k), 1, r->width,
-                                                       buffer[k])
-                                     : zeros;
-            add_squares(plane, r->width, sum);
-        }
+        const int64_t planes = planes_in_run(r, x), whole = C / planes, rest = C % planes;
+        add_runs(r, x, 0, whole, planes, planes * r->width, sum);
+        if (rest > 0) add_runs(r, x, whole * planes, 1, 0, rest * r->width, sum);
+        for (int64_t k = 1; k < planes; k++)
+            for (int64_t i = 0; i < r->width; i++) sum[i] += sum[k * r->width + i];
     } else {
+        SK_ALIGNED real buffer[SK_RUN];
         for (int64_t i = 0; i < r->width; i++) {
             for (int64_t c = 0; c < C; c += SK_RUN) {
                 const int64_t n = sk_min(SK_RUN, C - c), at = sk_class_at(r, x, i, c);
                 sk_fetch_page(x, at, n);
-                sum[i] += squares(sk_read_exactly(x, at, x->stride[1], n, buffer[0]), n);
+                sum[i] += squares(sk_read_exactly(x, at, x->stride[1], n, buffer), n);
             }
         }
     }
@@ -191,12 +210,29 @@ static void scale_plane(const double *restrict factor, const real *restrict x, i
     for (int64_t i = 0; i < n; i++) to[i] = (real)(factor[i] * (double)x[i]);
 }
 
-static void slope(void *factors, const sk_slice *at) {
-    const double *const factor = (const double *)factors + at->run.row;
+/* The factors of a task's positions; in planes that follow each other they come again. */
+typedef struct factors {
+    SK_ALIGNED double of[2 * SK_RUN];
+    int64_t period;
+} factors;
+
+static void slope(void *context, const sk_slice *at) {
+    const factors *const f = context;
+    const double *const factor = f->of + at->run.row % f->period;
     if (at->r->positions)
         scale_plane(factor, at->x[0], at->run.n, at->to[0]);
     else
         scale_row(*factor, at->x[0], at->run.n, at->to[0]);
+}
+
+/* Planes that follow each other, in both tensors, as one plane whose factors come again. */
+static sk_task merge_planes(const sk_task *r, const backward_params *p, double *factor) {
+    if (planes_in_run(r, &p->student) < 2 || planes_in_run(r, &p->grad_student) < 2) return *r;
+    sk_task one = *r;
+    one.S = one.width = r->C * r->S;
+    one.C = 1;
+    for (int64_t i = r->S; i < sk_min(one.S, SK_RUN) + r->S; i++) factor[i] = factor[i - r->S];
+    return one;
 }
 
 /* Multiplies the gradients of a task. */
@@ -211,12 +247,13 @@ SK_RARE void multiply(const sk_arg *grad, const sk_task *r, double by) {
 
 /* Leaves the gradients of a task, in the order of their addresses. */
 static void backward_task(const backward_params *p, const sk_task *task) {
-    SK_ALIGNED double factor[SK_RUN];
+    factors f = {.period = task->S};
     const sk_streams streams = {{&p->student}, {&p->grad_student}};
     sk_task r = *task;
     r.positions = has_planes(&p->grad_student, r.S);
-    const double once_more = factors_of(p, &r, factor);
-    sk_write_gradients(&r, &streams, slope, factor);
+    const double once_more = factors_of(p, &r, f.of);
+    const sk_task merged = r.positions ? merge_planes(&r, p, f.of) : r;
+    sk_write_gradients(&merged, &streams, slope, &f);
     if (once_more != 1) multiply(&p->grad_student, &r, once_more);
 }
 
