@@ -129,3 +129,15 @@ def test_masks_are_not_looked_at() -> None:
     u = torch.randn(3, 5)
     mask = np.array([True, False, True])
     assert np.isfinite(selfkd.c.sd_dropout_kl(u.numpy(), u.numpy(), weight=mask).loss)
+
+
+@pytest.mark.parametrize("op", WEIGHTED)
+def test_a_mean_over_nothing_has_no_gradient(op: str) -> None:
+    """Its denominator is 0, but each row's weight is too: 0/0 is the loss, not the gradient."""
+    found = arguments(op, torch.float32, *((4,) if op != "simreg" else ()))
+    found["weight"].zero_()
+    live = found[contract(op).first].requires_grad_()
+    loss = harness.public(op, selfkd)(**found, **options(op))
+    loss.backward()
+    assert loss.isnan()
+    assert live.grad is not None and not live.grad.any(), "NaN is not 0"
