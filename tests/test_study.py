@@ -90,6 +90,12 @@ def test_odin_moves_towards_its_class() -> None:
     assert (metrics.odin(model, images, 1) > plain).all()
 
 
+def test_the_page_says_what_odin_is_given() -> None:
+    text = " ".join((ROOT / "docs" / "study.md").read_text().split())
+    assert f"logits over {metrics.ODIN_TEMPERATURE:,.0f}," in text
+    assert f"moved by {metrics.ODIN_EPSILON} " in text
+
+
 def test_mean_iou() -> None:
     """Class 0: 1 of 3 pixels; class 1: 1 of 3; class 2 does not occur; one pixel does not count."""
     labels = torch.tensor([[[0, 0], [1, 1]], [[self_teacher.IGNORED] * 2] * 2])
