@@ -73,8 +73,8 @@ def test_attacks_move_along_the_sign() -> None:
 
 
 def test_odin_moves_towards_its_class() -> None:
-    """Of a linear model the slope is known: the weights of the likeliest class less their mean by the
-    probabilities of logits / T; an epsilon of 0 and a T of 1 leave the largest probability."""
+    """Of a linear model the slope is known: the weights of the likeliest class less their mean by
+    the probabilities of logits / T; an epsilon of 0 and a T of 1 leave the largest probability."""
     weight = torch.tensor([[1.0, -1.0, 2.0, 0.5], [-1.0, 1.0, -2.0, 1.0], [0.0, 2.0, 1.0, -3.0]])
     images = torch.rand(5, 1, 2, 2, generator=torch.Generator().manual_seed(0))
 
