@@ -73,8 +73,8 @@ def test_attacks_move_along_the_sign() -> None:
 
 
 def test_odin_moves_towards_its_class() -> None:
-    """Of a linear model the slope is known: the weights of the likeliest class less their mean by the
-    probabilities of logits / T; an epsilon of 0 and a T of 1 leave the largest probability."""
+    """Of a linear model the slope is known: the weights of the likeliest class less their mean by
+    the probabilities of logits / T; an epsilon of 0 and a T of 1 leave the largest probability."""
     weight = torch.tensor([[1.0, -1.0, 2.0, 0.5], [-1.0, 1.0, -2.0, 1.0], [0.0, 2.0, 1.0, -3.0]])
     images = torch.rand(5, 1, 2, 2, generator=torch.Generator().manual_seed(0))
 
@@ -88,6 +88,12 @@ def test_odin_moves_towards_its_class() -> None:
     plain = metrics.confidence(model, images)
     torch.testing.assert_close(metrics.odin(model, images, 1, 0), plain)
     assert (metrics.odin(model, images, 1) > plain).all()
+
+
+def test_the_page_says_what_odin_is_given() -> None:
+    text = " ".join((ROOT / "docs" / "study.md").read_text().split())
+    assert f"logits over {metrics.ODIN_TEMPERATURE:,.0f}," in text
+    assert f"moved by {metrics.ODIN_EPSILON} " in text
 
 
 def test_mean_iou() -> None:

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -235,8 +235,11 @@ def test_committed_reports_are_of_this_grid() -> None:
         grid_of = [(x.task, x.name) for x in run.STUDIES[name].grid]
         assert [(x["task"], x["name"]) for x in content["settings"]] == grid_of
         assert (content["part"], content["seeds"]) == (1, list(run.SEEDS))
+        assert content["claims"] == [asdict(x) for x in run.STUDIES[name].claims]
+        assert content["metrics"] == {x: asdict(y) for x, y in run.STUDIES[name].metrics.items()}
         for setting in content["settings"]:
-            assert {len(x) for x in setting["values"].values()} == {len(run.SEEDS)}
+            lengths = {len(x) for x in (*setting["values"].values(), setting["step"])}
+            assert lengths == {len(run.SEEDS)}
     text = (ROOT / "docs" / "study.md").read_text()
     for name in ("all", *run.STUDIES):
         assert f"<!-- results: study_{name} -->" in text

@@ -16,9 +16,10 @@ EPSILON, ATTACKED = (
     300,
 )  # largest change of a pixel by an attack; how many images, to save time
 BINS = 15
-# ODIN's temperature is its authors'. Its epsilon is one for all settings: of 0, 0.0005, 0.001, 0.0014, 0.002,
-# 0.003, 0.004 (where the authors' range ends), 0.006, 0.01, 0.02, 0.03, 0.05 and 0.1 it had the largest mean
-# AUROC of cross-entropy and SD-Dropout with 200 labels on the seeds 0, 1 and 100.
+# ODIN's temperature is its authors'. Its epsilon is one for all settings: of 0, 0.0005, 0.001,
+# 0.0014, 0.002, 0.003, 0.004 (where the authors' range ends), 0.006, 0.01, 0.02, 0.03, 0.05 and 0.1
+# it had the largest mean AUROC of cross-entropy and SD-Dropout with 200 labels on the seeds 0, 1
+# and 100.
 ODIN_TEMPERATURE, ODIN_EPSILON = 1000.0, 0.03
 CLASSIFICATION = {
     "accuracy": Metric("accuracy, %"),
@@ -108,7 +109,7 @@ def odin(
     temperature: float = ODIN_TEMPERATURE,
     epsilon: float = ODIN_EPSILON,
 ) -> Tensor:
-    """Return the same of logits / T, where every pixel has moved the way it rises (arXiv 1706.02690)."""
+    """Return the same of logits / T, once each pixel has moved as it rises (arXiv 1706.02690)."""
 
     def tempered(x: Tensor) -> Tensor:
         return model(x).double() / temperature

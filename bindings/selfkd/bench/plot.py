@@ -128,7 +128,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 def text_of(figure: Figure, drawn: str) -> str:
-    """A figure as SVG without a background, stamped with what it was drawn of, and by which code."""
+    """A figure as SVG without a background, stamped with data and code that drew it."""
     digest = hashlib.sha256(drawn.encode()).hexdigest()
     about = {"Date": None, "Creator": None, "Description": f"{STAMP} {digest}"}
     file = io.StringIO()

@@ -79,7 +79,7 @@ class Found:
         self.content = content
         self.metrics: dict[str, Any] = content["metrics"]
         self.values = {(x["task"], x["name"]): x["values"] for x in content["settings"]}
-        # Seconds of a step: a setting that trains nothing has none, nor have reports of older versions.
+        # Seconds of a step: a setting that trains nothing has none, nor have older reports.
         self.steps = {(x["task"], x["name"]): x.get("step", ()) for x in content["settings"]}
 
     def names(self, task: str) -> list[str]:
