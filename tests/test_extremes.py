@@ -12,6 +12,7 @@ from typing import Any
 import harness
 import numpy as np
 import pytest
+import selfkd
 import torch
 from selfkd.contract import contract
 from wide import ROW_LOSSES, Exact, Wide, distill, reduced, sd_dropout_kl, wide
@@ -279,6 +280,23 @@ def test_incoming_gradients(backend: harness.Backend, name: str, dtype: str) -> 
         grad = torch.ones(ROWS, dtype=accumulator(of), device=backend.device)
         grad[1], grad[2] = m, -m
         check(op, backend, x, {**options, "reduction": "none"}, f"{m:.3g} comes in", grad)
+
+
+@pytest.mark.parametrize("apart", [1.0, 20.0, 40.0, 60.0])
+@pytest.mark.parametrize("op", [*KL, "js_divergence"])
+@pytest.mark.parametrize("backend", harness.backends(), ids=str)
+def test_a_class_that_one_side_excludes(backend: harness.Backend, op: str, apart: float) -> None:
+    """However little the other side gives it, its row is infinite."""
+    harness.prepare(backend)
+    z = torch.tensor([[0, -torch.inf, 1.0]]).repeat(2, 1).to(backend.device)
+    t = torch.tensor([[0, -apart, 1.0], [0, -torch.inf, 1.0]]).to(backend.device)
+    named: dict[str, Any] = {
+        "sd_dropout_kl": {"u": z, "v": t},
+        "distill": {"logits": z, "teacher": t, "teacher_temperature": 1.0},
+        "js_divergence": {"student": z, "teacher": t, "beta": 0.0},
+    }[op]
+    rows = harness.public(op, selfkd)(**named, temperature=1.0, reduction="none")
+    assert rows.tolist() == [torch.inf, 0]
 
 
 @pytest.mark.parametrize("backend", harness.backends(), ids=str)

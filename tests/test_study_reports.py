@@ -130,7 +130,7 @@ def test_the_readmes_sentence_has_the_interval_of_what_a_study_is_named_after(co
     said = study.gains([content])
     assert f" A toy, score ({task}: {row[4]})." in said
     assert said.endswith(
-        "Of 3 claims of the papers 1 show, of 1 the opposite ([study](docs/study.md))."
+        "Of 3 claims, the papers' and controls, 1 show, of 1 the opposite ([study](docs/study.md))."
     )
     assert study.gains([]) == ""
 

@@ -25,10 +25,10 @@ typedef struct sk_scale {
 } sk_scale;
 
 /* -inf is computed with as -2^100: 0 y stays 0. Such a class makes a KL of 2^100/T times its
- * probability on the other side: a KL past SK_INFINITE is found class by class, but one below it,
- * of a probability below 1e-17 T, is taken for finite. */
+ * probability on the other side, where it should be infinite. Rows of a KL past SK_INFINITE, which
+ * hardly any others have, are found class by class; a probability below 1e-28 T stays unnoticed. */
 #define SK_LEAST ((real)-0x1p100)
-#define SK_INFINITE 1e13
+#define SK_INFINITE 100
 
 static inline sk_scale sk_scale_of(double T) {
     const real log2e_T = (real)(SK_LOG2E / T);

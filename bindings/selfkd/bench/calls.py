@@ -106,7 +106,7 @@ def measure(operators: list[str], repeat: int) -> list[report.Result]:
 
 def table(results: list[report.Result]) -> report.Table:
     """A row for each call."""
-    rows = [["forward + backward, one thread", "us", "bare Function, us", "ratio", "at most"]]
+    rows = [["forward + backward, one thread", "us", "bare Function, us", "ratio", "aim"]]
     for x in results:
         most = "-" if x["most"] is None else f"{x['most']:.1f}x"
         figures = [f"{x['us']:.1f}", f"{x['bare']:.1f}", f"{x['ratio']:.2f}x"]

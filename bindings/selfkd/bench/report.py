@@ -24,6 +24,7 @@ float32, as under autocast.
 - **of copy bandwidth**: the bytes that a separate forward and backward must read and write at least,
   over the time; 100 % is the speed of copying a large buffer in the same run. What stays in the cache
   can be faster.
+- **busy**: other programs ran meanwhile, and the figures do not count.
 - **gradient error**: the largest error against float64, over the largest gradient of its row (of its
   tensor, where there are no rows of classes); eager's is that of its fastest form."""
 Table = list[list[str]]  # the first row is the head

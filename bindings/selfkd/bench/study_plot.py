@@ -25,7 +25,9 @@ def draw(content: Report, shade: str) -> str:
     base, *_ = found.baselines(task)
     panels = {
         found.metrics[metric]["title"]: [
-            of_setting(found, task, metric, name) for name in found.names(task) if name != base
+            of_setting(found, task, metric, name, base)
+            for name in found.names(task)
+            if name != base
         ]
         for metric in content["drawn"]
     }
@@ -41,7 +43,7 @@ def draw_all(contents: Collection[Report], shade: str) -> str:
     ]
     # The README has it beside another picture: half as wide as a page.
     seeds = "; ".join(sorted(set(map(seeds_of, contents))))
-    return svg({"points more than without it": rows}, seeds, shade, 5.2)
+    return svg({"points more than the best baseline": rows}, seeds, shade, 5.2)
 
 
 def seeds_of(content: Report) -> str:
