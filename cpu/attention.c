@@ -55,25 +55,37 @@ static double squares(const real *x, int64_t n) {
     return sum;
 }
 
-/* How many planes at the positions of a task follow each other in memory and are taken as one: a
- * plane of 16 positions by itself would be mostly the way to it. */
-static int64_t planes_in_run(const sk_task *r, const sk_arg *x) {
-    const bool together = r->width == r->S && has_planes(x, r->S) && x->stride[1] == r->S;
-    return together && 2 * r->S <= TOGETHER ? TOGETHER / r->S : 1;
+/* How many planes of a task are taken as one: a plane of 16 positions by itself would be mostly the
+ * way to it. They need not follow each other, so that the bits are those of any layout. */
+static int64_t planes_in_run(const sk_task *r) {
+    return r->width == r->S && 2 * r->S <= TOGETHER ? TOGETHER / r->S : 1;
 }
 
-/* Adds the squares of C runs of n elements, `apart` channels from one to the next. */
-static void add_runs(const sk_task *r, const sk_arg *x, int64_t c, int64_t C, int64_t apart,
-                     int64_t n, double *sum) {
+static bool are_adjacent(const sk_task *r, const sk_arg *x) {
+    return x->stride[1] == r->S && x->stride[2] == 1;
+}
+
+/* Planes from channel c on, where they lie one after the other or in the buffer. */
+static const real *read_planes(const sk_task *r, const sk_arg *x, int64_t c, int64_t planes,
+                               real *buffer) {
+    const int64_t at = sk_class_at(r, x, 0, c);
+    if (planes == 1 || are_adjacent(r, x))
+        return sk_read_exactly(x, at, 1, planes * r->width, buffer);
+    for (int64_t k = 0; k < planes; k++)
+        sk_copy_apart(x, at + k * x->stride[1], 1, r->width, buffer + k * r->width);
+    return buffer;
+}
+
+/* Adds the squares of C runs of planes from channel c on. */
+static void add_runs(const sk_task *r, const sk_arg *x, int64_t c, int64_t C, int64_t planes,
+                     double *sum) {
     static const real zeros[SK_RUN]; /* the runs beyond C */
     SK_ALIGNED real buffer[CHANNELS][SK_RUN];
     for (int64_t i = 0; i < C; i += CHANNELS) {
         const real *run[CHANNELS];
         for (int64_t k = 0; k < CHANNELS; k++)
-            run[k] = i + k < C ? sk_read_exactly(x, sk_class_at(r, x, 0, c + (i + k) * apart), 1, n,
-                                                 buffer[k])
-                               : zeros;
-        add_squares(run, n, sum);
+            run[k] = i + k < C ? read_planes(r, x, c + (i + k) * planes, planes, buffer[k]) : zeros;
+        add_squares(run, planes * r->width, sum);
     }
 }
 
@@ -81,9 +93,9 @@ static void add_runs(const sk_task *r, const sk_arg *x, int64_t c, int64_t C, in
 static void mean_squares(const sk_task *r, const sk_arg *x, int64_t C, double *to) {
     SK_ALIGNED double sum[SK_RUN] = {0};
     if (has_planes(x, r->S)) {
-        const int64_t planes = planes_in_run(r, x), whole = C / planes, rest = C % planes;
-        add_runs(r, x, 0, whole, planes, planes * r->width, sum);
-        if (rest > 0) add_runs(r, x, whole * planes, 1, 0, rest * r->width, sum);
+        const int64_t planes = planes_in_run(r), whole = C / planes, rest = C % planes;
+        add_runs(r, x, 0, whole, planes, sum);
+        if (rest > 0) add_runs(r, x, whole * planes, 1, rest, sum);
         for (int64_t k = 1; k < planes; k++)
             for (int64_t i = 0; i < r->width; i++) sum[i] += sum[k * r->width + i];
     } else {
@@ -227,7 +239,8 @@ static void slope(void *context, const sk_slice *at) {
 
 /* Planes that follow each other, in both tensors, as one plane whose factors come again. */
 static sk_task merge_planes(const sk_task *r, const backward_params *p, double *factor) {
-    if (planes_in_run(r, &p->student) < 2 || planes_in_run(r, &p->grad_student) < 2) return *r;
+    if (planes_in_run(r) < 2 || !are_adjacent(r, &p->student) || !are_adjacent(r, &p->grad_student))
+        return *r;
     sk_task one = *r;
     one.S = one.width = r->C * r->S;
     one.C = 1;

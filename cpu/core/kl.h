@@ -25,10 +25,10 @@ typedef struct sk_scale {
 } sk_scale;
 
 /* -inf is computed with as -2^100: 0 y stays 0. Such a class makes a KL of 2^100/T times its
- * probability on the other side, where it should be infinite. Rows of a KL past SK_INFINITE, which
- * hardly any others have, are found class by class; a probability below 1e-28 T stays unnoticed. */
+ * probability on the other side, where it should be infinite. Rows of a KL past SK_LARGE_KL,
+ * which few others have, are found class by class; a probability below 1e-28 T stays unnoticed. */
 #define SK_LEAST ((real)-0x1p100)
-#define SK_INFINITE 100
+#define SK_LARGE_KL 100
 
 static inline sk_scale sk_scale_of(double T) {
     const real log2e_T = (real)(SK_LOG2E / T);
@@ -211,7 +211,7 @@ static inline sk_concluded sk_conclude(enum sk_form form, bool both, const sk_co
     const double most = kl_pq < kl_qp ? kl_qp : kl_pq;
     const double large = fabs(m->hu[i] * t->per_T) + fabs(m->hv[i] * t_v->per_T);
     const bool exact_gp = (sum_gq <= 8 * sum_gp) & (sum_gq <= 16 * kl_pq * p);
-    const bool good = (gp <= 6 * kl_pq) & (gq <= 6 * kl_qp) & (most < SK_INFINITE) &
+    const bool good = (gp <= 6 * kl_pq) & (gq <= 6 * kl_qp) & (most < SK_LARGE_KL) &
                       (!both | exact_gp) & ((form != SK_PLAIN) | (gap * gap <= 512 * least)) &
                       ((form != SK_APART) | (large < SK_FAR_LSE));
     return (sk_concluded){gap + (r - h), good ? kl_pq : (double)NAN, good ? kl_qp : (double)NAN};
