@@ -49,7 +49,8 @@ class Environment:
         """Not optimised, which is quicker, and without a download."""
         self.run(
             *("-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", *options),
-            *("-C", "cmake.build-type=Debug", "-C", "cmake.define.SELFKD_CUDA=OFF"),
+            "--config-settings=cmake.build-type=Debug",
+            "--config-settings=cmake.define.SELFKD_CUDA=OFF",
             *("-e", self.source),
         )
 
@@ -64,7 +65,7 @@ class Environment:
 
 def test_editable_installation(tmp_path: Path) -> None:
     here = Environment(tmp_path)
-    here.install("-C", "editable.rebuild=true")
+    here.install("--config-settings=editable.rebuild=true")
     assert here.library().is_relative_to(here.source / "build/editable")
     here.edit("bindings/selfkd/cli.py", "huge pages", "large pages")
     here.edit("ops/core/device.c", "built without nvcc", "rebuilt on import")
