@@ -42,11 +42,10 @@ SK_SPECIAL void sk_add_exponentials(enum sk_exps exps, const sk_task *r, sk_vect
 /* Adds h - z; infinite for a class at -inf, as the loss with label smoothing is. */
 static inline void sk_add_above(const sk_task *r, sk_vectors z, int64_t classes, int64_t g,
                                 sk_softmax *m) {
-    const int64_t pitch = sk_pitch(r);
     real h[SK_LANES], above[SK_LANES] = {0};
     sk_to_lanes(r, g, m->h, h);
     for (int64_t i = 0; i < z.depth; i++) {
-        const real *const of = i < z.whole ? z.first + i * pitch : z.last;
+        const real *const of = sk_vector(r, z, i);
 #pragma omp simd
         for (int k = 0; k < SK_LANES; k++) {
             const bool there = r->positions || i * SK_LANES + k < classes;

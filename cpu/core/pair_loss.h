@@ -81,6 +81,9 @@ SK_RARE void sk_careful_slopes(const sk_row_pair *row, const sk_pair_formula *f,
 
 /* ---- All rows ---- */
 
+/* Rows of a larger loss are found class by class. */
+#define SK_LARGE_LOSS 1e13
+
 /* Whether p times its slope is no limit: neither has left the range of a real. */
 SK_SPECIAL bool sk_counts(real p, real slope) {
     return (p != 0) & !(sk_abs(slope) == (real)INFINITY);
@@ -220,7 +223,7 @@ SK_OUTLINE void sk_find_pair_loss(const sk_task *r, const sk_two_logits *of, con
         }
     }
     for (int64_t i = 0; i < r->width; i++) {
-        const bool good = (found[SK_LOSS][i] < 1e13) & !sk_is_far_pair(found, i, 0);
+        const bool good = (found[SK_LOSS][i] < SK_LARGE_LOSS) & !sk_is_far_pair(found, i, 0);
         if (weight[i] == 0 || good) continue;
         const sk_row_pair row = sk_row_pair_of(r, of->u, of->v, of->t.T, of->t_v.T, i);
         sk_careful_sums(&row, f, numbers, found);

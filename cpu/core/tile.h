@@ -29,6 +29,10 @@ static inline sk_vectors sk_vectors_of(const sk_task *r, const real *first, int6
     return (sk_vectors){first, first + (depth - 1) * sk_pitch(r), depth, depth};
 }
 
+static inline const real *sk_vector(const sk_task *r, sk_vectors x, int64_t i) {
+    return i < x.whole ? x.first + i * sk_pitch(r) : x.last;
+}
+
 /* Where the part begins whose first vector is i: 0, or the one that is a copy. Loops over a part
  * know its pitch; choosing an address for each vector takes them 5 % longer. */
 static inline const real *sk_part(sk_vectors x, int64_t i) {

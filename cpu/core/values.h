@@ -39,8 +39,7 @@ static inline sk_bad sk_bad_sum(const sk_arg *x, bool logs, int64_t N, int64_t C
             for (int64_t g = 0; g < r.groups; g++) {
                 real part[SK_LANES] = {0};
                 for (int64_t i = 0; i < x_of[g].depth; i++) {
-                    const real *const a =
-                        i < x_of[g].whole ? x_of[g].first + i * sk_pitch(&r) : x_of[g].last;
+                    const real *const a = sk_vector(&r, x_of[g], i);
 #pragma omp simd
                     for (int j = 0; j < SK_LANES; j++)
                         part[j] += logs ? sk_exp_of(sk_logit(a[j], unit.least), &unit)

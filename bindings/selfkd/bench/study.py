@@ -210,15 +210,20 @@ def first_choices(contents: Iterable[Report]) -> report.Table:
     return [head, *rows]
 
 
+def counted(contents: Iterable[Report]) -> list[int]:
+    """How many claims have each of the verdicts."""
+    given = [verdict(Found(content), claim) for content in contents for claim in content["claims"]]
+    return [given.count(x) for x in VERDICTS]
+
+
 def summary(contents: Iterable[Report]) -> report.Table:
     """How many claims of each study show, and what a step of its method takes."""
     table = [["study", "its method", "time of a step", "claims", *VERDICTS]]
     for content in contents:
         found, name = Found(content), content["headline"]
-        given = [verdict(found, claim) for claim in content["claims"]]
-        counts = [str(given.count(x)) for x in VERDICTS]
+        counts = counted([content])
         time = found.time(next(iter(content["tasks"])), name)
-        table.append([content["title"], name, time, str(len(given)), *counts])
+        table.append([content["title"], name, time, *map(str, (sum(counts), *counts))])
     return table
 
 
@@ -318,11 +323,11 @@ def gains(contents: Collection[Report]) -> str:
     for kind, studies in kinds.items():
         named = [f"{name} ({'; '.join(tasks)})" for name, tasks in studies.items()]
         said += [f"*{kind}:* {'; '.join(named)}."] if named else []
-    given = [verdict(Found(content), claim) for content in contents for claim in content["claims"]]
-    shows, opposite, _ = (given.count(x) for x in VERDICTS)
+    counts = counted(contents)
+    shows, opposite, _ = counts
     return (
         "**Gain** in points over the best baseline of each task, small images, 95 % intervals. "
-        f"{' '.join(said)} Of {len(given)} claims, the papers' and controls, {shows} show, of {opposite} "
+        f"{' '.join(said)} Of {sum(counts)} claims, the papers' and controls, {shows} show, of {opposite} "
         "the opposite ([study](docs/study.md))."
     )
 
